@@ -1,0 +1,1 @@
+"""Unified Latents export: a run directory to a verified bundle."""

@@ -1,0 +1,74 @@
+"""The errors of every command, and the one table of exit codes.
+
+A message says where, what was given, what was expected and what to do, in one line:
+`prior.onnx: z has 4 channels, the bundle says 8; export again with ul-export`.
+"""
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class ULError(Exception):
+    """An error that a user can act on; `exit_code` is what the command returns."""
+
+    exit_code = 70
+
+
+class UsageError(ULError):
+    """An option, a configuration or a combination of them that cannot be."""
+
+    exit_code = 2
+
+
+class BadInputError(ULError):
+    """A bundle, checkpoint or data set that is damaged, incomplete or not what it says."""
+
+    exit_code = 65
+
+
+class OutputError(ULError):
+    """The output cannot be written: no space, no permission, other things in the way."""
+
+    exit_code = 74
+
+
+class StoppedError(ULError):
+    """Stopped by a signal; what is committed is whole and the command can be resumed."""
+
+    exit_code = 75
+
+
+class NonFiniteError(ULError):
+    """NaN or Inf where the work cannot go on."""
+
+    exit_code = 76
+
+
+class UntrustedError(ULError):
+    """Input that would have to be trusted to be opened: pickles, links, paths that leave the bundle."""
+
+    exit_code = 77
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
+
+
+def run_command(app: Callable[..., Any], name: str) -> None:
+    """Run a typer app; end the process with the exit code of the table, errors as one line on stderr."""
+    try:
+        app()
+    except ULError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(StoppedError.exit_code)
+    except BrokenPipeError:
+        sys.exit(OutputError.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"{name}: {error.filename or 'output'}: {error.strerror}; free space or fix permissions", file=sys.stderr)
+        sys.exit(OutputError.exit_code)

@@ -1,0 +1,1 @@
+"""Unified Latents training: encoder, prior and decoder together, then the base prior."""
