@@ -70,5 +70,8 @@ def run_command(app: Callable[..., Any], name: str) -> None:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        print(f"{name}: {error.filename or 'output'}: {error.strerror}; free space or fix permissions", file=sys.stderr)
+        print(
+            f"{name}: {error.filename or 'output'}: {error.strerror}; free space or fix permissions",
+            file=sys.stderr,
+        )
         sys.exit(OutputError.exit_code)
