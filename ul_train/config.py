@@ -1,0 +1,294 @@
+"""What a training run is: the recipe, typed and validated, with presets as data and `--set field=value` on top."""
+
+import difflib
+import hashlib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ul_runtime.errors import UsageError
+from ul_runtime.noise_process import Schedule, resolution_shift
+from ul_train.objective import Objective
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A table of the recipe; unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageConfig(Section):
+    """The images as the model sees them."""
+
+    size: Positive  # pixels, square
+    channels: Literal[1, 3] = 3  # 1 grey, 3 RGB
+    background: str = "white"  # under transparent pixels and around padded images: name or #rrggbb
+    fit: Literal["crop", "pad"] = "crop"  # how another shape becomes a square
+    flip: bool = True  # mirror half of the training images
+    labels: bool = True  # class = sub-folder; false trains without classes
+
+
+class EncoderConfig(Section):
+    """ResNet encoder; downsampling patch * 2^(stages - 1)."""
+
+    patch: Positive = 2
+    channels: tuple[Positive, ...]
+    blocks: tuple[Positive, ...]
+
+
+class PriorConfig(Section):
+    """Prior or base: a transformer over the latent, one level or several."""
+
+    widths: tuple[Positive, ...]
+    blocks: tuple[Positive, ...]
+    head_dim: Positive = 64
+    dropout: Share = 0.0
+
+
+class DecoderConfig(Section):
+    """UViT decoder; its transformer's grid, size / (patch * 2^stages), is the latent's."""
+
+    patch: Positive = 2
+    channels: tuple[Positive, ...]
+    blocks: tuple[Positive, ...]
+    width: Positive
+    middle_blocks: Positive
+    head_dim: Positive = 64
+    dropout: Share = 0.0
+
+
+class ObjectiveConfig(Section):
+    """The loss; all logsnr values are the full log(alpha^2 / sigma^2)."""
+
+    loss_factor: Annotated[float, Field(gt=0.0)] = 1.5  # c_lf: weight of a decoder nat at low logsnr
+    bias: float = 0.0  # b of the decoder's sigmoid weight, logsnr
+    base_bias: float = 2.0  # b of the base's sigmoid weight, logsnr
+    latent_logsnr: float = 5.0  # least noise of the prior = noise of z_0
+    latent_logsnr_min: float = -10.0
+    latent_schedule: Literal["linear", "cosine"] = "linear"
+    image_logsnr_max: float = 10.0  # at 64 px; moved by 2 log(64 / size)
+    image_logsnr_min: float = -10.0
+    prior_ramp_steps: Annotated[int, Field(ge=0)] = 600  # steps until the prior's full gradient reaches the encoder
+
+
+class StageConfig(Section):
+    """Optimisation of one stage."""
+
+    steps: Positive
+    batch_size: Positive  # images an optimiser step
+    accumulate: Positive = 1  # micro-batches that a step is split into
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0  # share of learning_rate at the end of the cosine decay
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    clip: Annotated[float, Field(gt=0.0)] = 1.0  # largest gradient norm
+    ema_decay: Share = 0.999
+    label_dropout: Share = 0.1  # share of images whose label is hidden; base only
+
+
+class RunConfig(Section):
+    """Everything around the optimisation."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"  # autocast of the networks; losses stay float32
+    log_every: Positive = 10  # steps
+    eval_every: Positive = 200  # steps between held-out figures and previews
+    eval_images: Positive = 256
+    checkpoint_every: Positive = 200  # steps
+    keep_checkpoints: Positive = 2  # newest ones kept of each stage
+
+
+class SamplingConfig(Section):
+    """Defaults that are written into the bundle."""
+
+    sampler: str = "dpmpp2m"
+    grid: str = "mix"
+    steps: Positive = 32
+    guidance: float = 1.5
+    guidance_interval: tuple[float, float] = (-3.0, 1.5)  # logsnr
+    decoder_sampler: str = "dpmpp2m"
+    decoder_grid: str = "mix"
+    decoder_steps: Positive = 8
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    latent_channels: Positive
+    image: ImageConfig
+    encoder: EncoderConfig
+    prior: PriorConfig
+    decoder: DecoderConfig
+    base: PriorConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    joint: StageConfig
+    base_stage: StageConfig
+    run: RunConfig = RunConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels along one side of a latent pixel."""
+        return self.encoder.patch * int(2 ** (len(self.encoder.channels) - 1))
+
+    @property
+    def latent_size(self) -> int:
+        """Latent pixels along a side."""
+        return self.image.size // self.downsampling
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """c h w of an image."""
+        return self.image.channels, self.image.size, self.image.size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """c h w of a latent."""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    def make_objective(self) -> Objective:
+        """The schedules and weights that `objective` describes."""
+        o = self.objective
+        shift = resolution_shift(self.image.size)
+        return Objective(
+            schedule_z=Schedule(o.latent_schedule, o.latent_logsnr_min, o.latent_logsnr),
+            schedule_x=Schedule("cosine", o.image_logsnr_min, o.image_logsnr_max, shift),
+            loss_factor=o.loss_factor,
+            bias=o.bias,
+            base_bias=o.base_bias,
+        )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "Config":
+        for name, widths, blocks in (
+            ("encoder", self.encoder.channels, self.encoder.blocks),
+            ("decoder", self.decoder.channels, self.decoder.blocks),
+            ("prior", self.prior.widths, self.prior.blocks),
+            ("base", self.base.widths, self.base.blocks),
+        ):
+            if len(widths) != len(blocks) or not widths:
+                raise ValueError(f"{name} has {len(widths)} widths and {len(blocks)} block counts; give one of each a stage")
+        if self.image.size % self.downsampling:
+            raise ValueError(
+                f"image.size is {self.image.size}, the encoder downsamples by {self.downsampling}; give a multiple of that"
+            )
+        decoder_downsampling = self.decoder.patch * 2 ** len(self.decoder.channels)
+        if decoder_downsampling != self.downsampling:
+            raise ValueError(
+                f"the decoder's middle is at 1/{decoder_downsampling} of the image, the latent at 1/{self.downsampling}; "
+                "give the decoder as many stages as the encoder has downsamplings after its patching"
+            )
+        for name, vit in (("prior", self.prior), ("base", self.base)):
+            if self.latent_size % 2 ** (len(vit.widths) - 1):
+                raise ValueError(f"{name} has {len(vit.widths)} levels, the latent is {self.latent_size} px; give fewer levels")
+            if any(width % vit.head_dim for width in vit.widths):
+                raise ValueError(f"{name}.widths {list(vit.widths)} must be multiples of head_dim {vit.head_dim}")
+        if self.decoder.width % self.decoder.head_dim:
+            raise ValueError(f"decoder.width {self.decoder.width} must be a multiple of head_dim {self.decoder.head_dim}")
+        for name, stage in (("joint", self.joint), ("base_stage", self.base_stage)):
+            if stage.batch_size % stage.accumulate:
+                raise ValueError(f"{name}.batch_size {stage.batch_size} must be a multiple of accumulate {stage.accumulate}")
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("ul_train") / "presets"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def load_config(recipe: str, overrides: list[str]) -> Config:
+    """A preset's name or a TOML file, with `section.field=value` overrides (TOML values); UsageError says which key."""
+    if recipe in preset_names():
+        text, where = (resources.files("ul_train") / "presets" / f"{recipe}.toml").read_text(), f"preset {recipe}"
+    else:
+        path = Path(recipe)
+        if not path.is_file():
+            near = difflib.get_close_matches(recipe, preset_names(), 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"recipe {recipe!r} is neither a preset nor a file; {hint}presets: {', '.join(preset_names())}"
+            )
+        text, where = path.read_text(), str(path)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where}: not TOML: {error}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, where)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UsageError(f"--set {override!r}: expected field=value, for example --set joint.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, field = key.strip().split(".")
+    table = values
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override!r}: {section} is a value, not a section")
+    table[field] = value
+
+
+def validate(values: dict[str, Any], where: str) -> Config:
+    """A Config of plain values; UsageError with the key, the value, and the nearest known name."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _explain(item: Any, where: str) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in item["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(str(item["loc"][-1]), list(section.model_fields), 1)
+        return f"{where}: there is no key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    if item["type"] == "missing":
+        return f"{where}: {key} is missing"
+    if item["type"] == "value_error":
+        return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {key} = {item['input']!r}: {item['msg'].lower()}"
+
+
+def config_toml(config: Config) -> str:
+    """The resolved recipe as TOML that loads back to the same Config."""
+    lines: list[str] = []
+    sections: list[str] = []
+    for key, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            sections += ["", f"[{key}]", *(f"{name} = {_toml_value(item)}" for name, item in value.items())]
+        else:
+            lines.append(f"{key} = {_toml_value(value)}")
+    return "\n".join(lines + sections) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    return repr(value)
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of the resolved recipe."""
+    return hashlib.sha256(config_toml(config).encode()).hexdigest()

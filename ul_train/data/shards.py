@@ -1,0 +1,183 @@
+"""WebDataset shards: tar files whose members `key.png`, `key.cls`, ... make one sample; read, never extracted."""
+
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Literal, Self, cast
+
+from ul_runtime.errors import BadInputError
+from ul_train.data.folder import SUFFIXES
+from ul_train.data.records import (
+    ImageRejectedError,
+    Record,
+    Rejected,
+    Source,
+    file_identity,
+    open_regular,
+    printable,
+)
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_MAX_IMAGE_BYTES = 256 << 20
+_MAX_LABEL_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_SHARDS = 100_000
+_LABEL_KEYS = ("label", "cls", "class")
+_EXTENDED_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Where tarfile takes a cut or damaged header for the end of the archive, this one says so."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+            return super().frombuf(buf, encoding, errors)  # the end mark
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}, before the end mark") from error
+        if info.type in _EXTENDED_HEADERS and info.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {info.size:,} bytes, at most {_MAX_HEADER_BYTES:,} is read")
+        return info
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """"s-{000..002}.tar" -> its three names; several ranges multiply. BadInputError above 100,000."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = int(match[1]), int(match[2])
+    if not 0 <= last - first < _MAX_SHARDS:
+        raise BadInputError(f"{pattern}: {{{match[1]}..{match[2]}}} must rise, by less than {_MAX_SHARDS:,}")
+    width = len(match[1])
+    names: list[str] = []
+    for number in range(first, last + 1):
+        names += expand_braces(f"{pattern[: match.start()]}{number:0{width}d}{pattern[match.end() :]}")
+        if len(names) > _MAX_SHARDS:
+            raise BadInputError(f"{pattern}: more than {_MAX_SHARDS:,} shards")
+    return names
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The tar files directly in `folder`, by name."""
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(SHARD_SUFFIXES))
+
+
+def shard_source(where: str, shards: Sequence[Path], classes: Literal["auto", "none"]) -> Source:
+    """The samples of these tar files. BadInputError when one is missing."""
+    missing = [path for path in shards if not path.exists()]
+    if missing:
+        raise BadInputError(
+            f"{where}: {len(missing)} of {len(shards)} shards are missing, first {printable(str(missing[0]))}"
+        )
+    identity = {
+        "kind": "shards",
+        "files": [file_identity(path) for path in shards],
+        "labelled": classes == "auto",
+    }
+    return Source(where=where, identity=identity, records=lambda: _records(shards, classes == "auto"))
+
+
+def _records(shards: Sequence[Path], labelled: bool) -> Iterator[Record | Rejected]:
+    for shard in shards:
+        count = 0
+        try:
+            with (
+                open_regular(shard) as file,
+                tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as tar,
+            ):
+                for record in _samples(tar, printable(shard.name), labelled):
+                    count += 1
+                    yield record
+        except ImageRejectedError as problem:
+            yield problem.at(printable(shard.name))
+        except _DAMAGED as error:
+            yield Rejected(printable(shard.name), "damaged or truncated shard", f"after {count} samples: {error}")
+
+
+def _samples(tar: tarfile.TarFile, shard: str, labelled: bool) -> Iterator[Record | Rejected]:
+    sample = _Sample("")
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # or tarfile keeps every header of the shard
+        key, name, suffix = _split(member.name)
+        if member.isdir() or name.startswith("."):
+            continue
+        if key != sample.key:
+            yield from sample.finish(shard, labelled)
+            sample = _Sample(key)
+        try:
+            sample.add(tar, member, suffix)
+        except ImageRejectedError as problem:
+            yield problem.at(printable(f"{shard}/{member.name}"))
+    yield from sample.finish(shard, labelled)
+
+
+def _split(path: str) -> tuple[str, str, str]:
+    """WebDataset's rule: the key ends at the first dot of the name. -> key, name, last suffix."""
+    folder, slash, name = path.rpartition("/")
+    stem = name.partition(".")[0]
+    return f"{folder}{slash}{stem}", name, "." + name.rpartition(".")[2].lower()
+
+
+class _Sample:
+    """The members of one key as they come."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.image: bytes | None = None
+        self.label: str | None = None
+        self.has_members = False
+
+    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
+        """Read the member if it is an image or a label. ImageRejectedError, or an error of the tar."""
+        if suffix in SUFFIXES:
+            self.has_members = True
+            if self.image is not None:
+                raise ImageRejectedError("second image of one sample")
+            self.image = _read(tar, member, _MAX_IMAGE_BYTES)
+        elif suffix in (".cls", ".json"):
+            self.has_members = True
+            text = _read(tar, member, _MAX_LABEL_BYTES)
+            label = _label(text, suffix)
+            self.label = self.label if label is None else label
+
+    def finish(self, shard: str, labelled: bool) -> Iterator[Record | Rejected]:
+        """The sample as a record; nothing if no member of ours was in it."""
+        name = printable(f"{shard}/{self.key}")
+        if self.image is not None:
+            yield Record(name, self.label if labelled else None, self.image)
+        elif self.has_members:
+            yield Rejected(name, "no image in this sample")
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
+    if not member.isreg():
+        raise ImageRejectedError("not a regular file", "a link or device in the shard")
+    if member.size > limit:
+        raise ImageRejectedError("member too large", f"{member.size:,} bytes, at most {limit:,}")
+    return cast(IO[bytes], tar.extractfile(member)).read()
+
+
+def _label(text: bytes, suffix: str) -> str | None:
+    try:
+        if suffix == ".cls":
+            return printable(text.decode().strip()) or None
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ImageRejectedError("unreadable label", str(error)) from error
+    if not isinstance(content, dict):
+        return None
+    value = next((content[key] for key in _LABEL_KEYS if key in content), None)
+    return printable(str(value)) if isinstance(value, int | str) and not isinstance(value, bool) else None

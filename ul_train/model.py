@@ -1,0 +1,87 @@
+"""The four networks of a recipe, and a backend that runs their step graphs in torch."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from ul_train.config import Config, PriorConfig
+from ul_train.networks import DecoderUViT, Encoder, LatentViT
+from ul_train.step import DecoderStep, PriorStep
+
+
+def make_encoder(config: Config) -> Encoder:
+    """Image -> z_clean."""
+    c = config.encoder
+    return Encoder(config.image.channels, config.latent_channels, c.patch, c.channels, c.blocks)
+
+
+def make_decoder(config: Config) -> DecoderUViT:
+    """x_t, logsnr, z_0 -> v_pred."""
+    c = config.decoder
+    return DecoderUViT(
+        image_channels=config.image.channels,
+        image_size=config.image.size,
+        latent_channels=config.latent_channels,
+        patch=c.patch,
+        channels=c.channels,
+        num_blocks=c.blocks,
+        width=c.width,
+        num_middle_blocks=c.middle_blocks,
+        head_dim=c.head_dim,
+        dropout=c.dropout,
+    )
+
+
+def _vit(config: Config, vit: PriorConfig, num_classes: int) -> LatentViT:
+    return LatentViT(
+        config.latent_channels, config.latent_size, vit.widths, vit.blocks, vit.head_dim, num_classes, vit.dropout
+    )
+
+
+def make_prior(config: Config) -> LatentViT:
+    """z_t, logsnr -> v_pred; the prior of stage 1, which measures the bits; without labels."""
+    return _vit(config, config.prior, 0)
+
+
+def make_base(config: Config, num_classes: int) -> LatentViT:
+    """z_t, logsnr, label -> v_pred; the prior of stage 2, which makes the pictures."""
+    return _vit(config, config.base, num_classes)
+
+
+class TorchBackend:
+    """Runs the graphs of ul_runtime.pipeline with torch networks: numpy float32 in and out.
+
+    `prior` is whichever prior is asked about: the base to sample, the prior of stage 1 to measure bits.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, device: torch.device, precision: str = "fp32"
+    ) -> None:
+        self.device, self.precision = device, precision
+        self.graphs: dict[str, nn.Module] = {
+            "encoder": encoder,
+            "prior_step": PriorStep(prior),
+            "decoder_step": DecoderStep(decoder),
+        }
+        self.outputs = {
+            "encoder": ("z_clean",),
+            "prior_step": ("z_next", "pred"),
+            "decoder_step": ("x_next", "pred"),
+        }
+
+    @torch.inference_mode()
+    def run(self, graph_name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs of a graph by name; networks run in evaluation mode."""
+        graph = self.graphs[graph_name]
+        was_training = graph.training
+        graph.eval()
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            results = graph(**tensors)
+        graph.train(was_training)
+        results = results if isinstance(results, tuple) else (results,)
+        return {
+            name: value.float().cpu().numpy() for name, value in zip(self.outputs[graph_name], results, strict=True)
+        }

@@ -1,0 +1,68 @@
+"""The diffusion decoder: a U-Net whose middle is a transformer on the latent's own grid (UViT, Hoogeboom et al. 2023)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ul_train.networks.layers import LogsnrEmbedding, ResidualBlock, num_groups, to_grid, to_tokens
+from ul_train.networks.vit import Level
+
+
+class DecoderUViT(nn.Module):
+    """x_t, logsnr, z_0 -> v_pred. Convolutional stages at resolutions size / patch / 2^i, transformer below them.
+
+    The transformer's grid is size / (patch * 2^stages), the latent's resolution: z_0 enters there, unscaled.
+    The last layer starts at zero: x_pred = alpha x_t.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        image_size: int,
+        latent_channels: int,
+        patch: int,
+        channels: Sequence[int],
+        num_blocks: Sequence[int],
+        width: int,
+        num_middle_blocks: int,
+        head_dim: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch, self.latent_size = patch, image_size // (patch * 2 ** len(channels))
+        self.logsnr_embedding = LogsnrEmbedding(width)
+        self.embed = nn.Conv2d(image_channels * patch**2, channels[0], 3, padding=1)
+        self.down, self.shrink, self.grow, self.up = (nn.ModuleList() for _ in range(4))
+        below = [*channels[1:], width]
+        for stage_width, next_width, blocks in zip(channels, below, num_blocks, strict=True):
+            self.down.append(nn.ModuleList(ResidualBlock(stage_width, stage_width, width) for _ in range(blocks)))
+            self.shrink.append(nn.Conv2d(4 * stage_width, next_width, 1))
+            self.grow.append(nn.Conv2d(next_width, 4 * stage_width, 1))
+            first = [ResidualBlock(2 * stage_width, stage_width, width)]
+            rest = [ResidualBlock(stage_width, stage_width, width) for _ in range(blocks - 1)]
+            self.up.append(nn.ModuleList(first + rest))
+        self.embed_z = nn.Linear(latent_channels, width)
+        self.position = nn.Parameter(0.02 * torch.randn(self.latent_size**2, width))
+        self.middle = Level(width, num_middle_blocks, head_dim, width, dropout)
+        self.norm = nn.GroupNorm(num_groups(channels[0]), channels[0])
+        self.out = nn.Conv2d(channels[0], image_channels * patch**2, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x_t: Tensor, logsnr: Tensor, z_0: Tensor) -> Tensor:
+        cond = self.logsnr_embedding(logsnr)  # b d
+        h = self.embed(F.pixel_unshuffle(x_t, self.patch))
+        skips = []
+        for blocks, shrink in zip(self.down, self.shrink, strict=True):
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, cond)
+            skips.append(h)
+            h = shrink(F.pixel_unshuffle(h, 2))
+        tokens = to_tokens(h) + self.embed_z(to_tokens(z_0)) + self.position  # b (h w) d
+        h = to_grid(self.middle(tokens, cond), self.latent_size)
+        for grow, blocks, skip in zip(reversed(self.grow), reversed(self.up), reversed(skips), strict=True):  # type: ignore[call-overload]
+            h = torch.cat([F.pixel_shuffle(grow(h), 2), skip], dim=1)
+            for block in blocks:
+                h = block(h, cond)
+        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)  # b c H W

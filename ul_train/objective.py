@@ -1,0 +1,120 @@
+"""The objective of Unified Latents (arXiv 2602.17270, section 3), per example and in nats, summed over dimensions.
+
+    z_0       = alpha_0 z_clean + sigma_0 eps_z                      logsnr_z(0) = 5
+    L_prior   = 1/2 (-dlogsnr_z/dt) e^logsnr |z_clean - z_pred|^2 + KL(q(z_1 | x) || N(0, I))           weight 1
+    L_decoder = 1/2 (-dlogsnr_x/dt) e^logsnr w(logsnr) |x - x_pred|^2,    w = loss_factor sigmoid(bias - logsnr)
+
+Both terms are sums: means per element would over-weight the prior by (image values) / (latent values).
+Networks predict v and get logsnr; any callable with their signature serves, an exact denoiser in the tests.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
+from ul_runtime.noise_process import Schedule, diffuse, sigmoid, x_from_v
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The numbers of the objective; `bias` values are logsnr."""
+
+    schedule_z: Schedule
+    schedule_x: Schedule
+    loss_factor: float
+    bias: float
+    base_bias: float
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one batch: times `b` in [0, 1), noises in the shapes of z and x, float32."""
+
+    t_z: Tensor
+    eps_prior: Tensor
+    eps_z: Tensor
+    t_x: Tensor
+    eps_x: Tensor
+
+
+def low_discrepancy_times(offset: Tensor, order: Tensor) -> Tensor:
+    """One time a stratum: (order + offset) / b, for one uniform offset and a permutation `b` (Kingma et al. 2021)."""
+    return (order + offset) / order.shape[0]
+
+
+def decoder_weight(logsnr: Tensor, loss_factor: float, bias: float) -> Tensor:
+    """w(logsnr) = loss_factor sigmoid(bias - logsnr): what a nat at this noise level costs relative to the ELBO."""
+    return loss_factor * sigmoid(bias - logsnr)
+
+
+def denoising_nats(predict_v: Callable[[Tensor, Tensor], Tensor], x: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """1/2 (-dlogsnr/dt) e^logsnr |x - x_pred|^2 at time t: nats `b`. `predict_v(x_t, logsnr)` is called once."""
+    logsnr = schedule.logsnr(t)
+    level = logsnr.reshape(-1, *[1] * (x.ndim - 1))
+    x_t = diffuse(x, eps, level)
+    x_pred = x_from_v(x_t, predict_v(x_t, logsnr).float(), level)
+    return diffusion_term(x, x_pred, logsnr, schedule.slope(t))
+
+
+def prior_nats(prior: Callable[[Tensor, Tensor], Tensor], z_clean: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """L_prior, `b`: the one-sample estimate of the latent's bits, in nats; the ELBO weight 1, terminal KL included."""
+    return denoising_nats(prior, z_clean, eps, t, schedule) + kl_terminal(z_clean, schedule.ends[0])
+
+
+def decoder_nats(
+    decoder: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, z_0: Tensor, eps: Tensor, t: Tensor, objective: Objective
+) -> Tensor:
+    """L_decoder, `b`: the weighted denoising loss of the image given z_0."""
+    nats = denoising_nats(lambda x_t, logsnr: decoder(x_t, logsnr, z_0), x, eps, t, objective.schedule_x)
+    return nats * decoder_weight(objective.schedule_x.logsnr(t), objective.loss_factor, objective.bias)
+
+
+def base_nats(
+    base: Callable[[Tensor, Tensor, Tensor], Tensor], z_clean: Tensor, label: Tensor, eps: Tensor, t: Tensor, objective: Objective
+) -> Tensor:
+    """Stage 2, `b`: the prior's denoising loss with sigmoid weighting, on frozen latents."""
+    nats = denoising_nats(lambda z_t, logsnr: base(z_t, logsnr, label), z_clean, eps, t, objective.schedule_z)
+    return nats * sigmoid(objective.base_bias - objective.schedule_z.logsnr(t))
+
+
+def noisy_latent(z_clean: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
+    """z_0 = alpha_0 z_clean + sigma_0 eps, at exactly the prior's least noise level."""
+    return diffuse(z_clean, eps, torch.full_like(z_clean, schedule.ends[1]))
+
+
+def ramp_gradient(z: Tensor, share: float) -> Tensor:
+    """z itself, with `share` of its gradient."""
+    return z if share >= 1.0 else z.detach() + share * (z - z.detach())
+
+
+def joint_nats(
+    encoder: Callable[[Tensor], Tensor],
+    prior: Callable[[Tensor, Tensor], Tensor],
+    decoder: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    draws: Draws,
+    objective: Objective,
+    prior_share: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L_prior `b`, L_decoder `b`, z_clean) of stage 1, no stop-gradient.
+
+    `prior_share` scales the gradient that L_prior sends into the encoder and nothing else: it is ramped to 1 at the
+    start of training, so that the decoder can learn to use z_0 before the prior's cost empties it.
+    """
+    z_clean = encoder(x).float()
+    nats_prior = prior_nats(prior, ramp_gradient(z_clean, prior_share), draws.eps_prior, draws.t_z, objective.schedule_z)
+    z_0 = noisy_latent(z_clean, draws.eps_z, objective.schedule_z)
+    return nats_prior, decoder_nats(decoder, x, z_0, draws.eps_x, draws.t_x, objective), z_clean
+
+
+def total_loss(nats_prior: Tensor, nats_decoder: Tensor, num_image_values: int) -> Tensor:
+    """Mean over the batch of the summed nats, both terms divided by the same number of image values."""
+    return (nats_prior + nats_decoder).mean() / num_image_values
+
+
+def bits(nats: Tensor | float, per: int = 1) -> Tensor | float:
+    """Nats to bits, per image (`per` = 1), per pixel (`per` = H W) or per latent value (`per` = h w c)."""
+    return nats / (NATS_PER_BIT * per)
