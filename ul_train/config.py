@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ul_runtime.errors import UsageError
 from ul_runtime.noise_process import Schedule, resolution_shift
+from ul_runtime.samplers import GRIDS, SAMPLERS
 from ul_train.objective import Objective
 
 Positive = Annotated[int, Field(gt=0)]
@@ -20,7 +22,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """A table of the recipe; unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ImageConfig(Section):
@@ -76,6 +78,16 @@ class ObjectiveConfig(Section):
     image_logsnr_min: float = -10.0
     prior_ramp_steps: Annotated[int, Field(ge=0)] = 600  # steps until the prior's full gradient reaches the encoder
 
+    @model_validator(mode="after")
+    def _coherent(self) -> "ObjectiveConfig":
+        for low_name, low, high_name, high in (
+            ("latent_logsnr_min", self.latent_logsnr_min, "latent_logsnr", self.latent_logsnr),
+            ("image_logsnr_min", self.image_logsnr_min, "image_logsnr_max", self.image_logsnr_max),
+        ):
+            if not low < high:
+                raise ValueError(f"objective.{low_name} {low} must be below objective.{high_name} {high}")
+        return self
+
 
 class StageConfig(Section):
     """Optimisation of one stage."""
@@ -95,7 +107,7 @@ class StageConfig(Section):
 class RunConfig(Section):
     """Everything around the optimisation."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"  # autocast of the networks; losses stay float32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks (autocast); auto: bf16 where it is native
     log_every: Positive = 10  # steps
     eval_every: Positive = 200  # steps between held-out figures and previews
     eval_images: Positive = 256
@@ -114,6 +126,21 @@ class SamplingConfig(Section):
     decoder_sampler: str = "dpmpp2m"
     decoder_grid: str = "mix"
     decoder_steps: Positive = 8
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "SamplingConfig":
+        for name, value, known in (
+            ("sampler", self.sampler, SAMPLERS),
+            ("grid", self.grid, GRIDS),
+            ("decoder_sampler", self.decoder_sampler, SAMPLERS),
+            ("decoder_grid", self.decoder_grid, GRIDS),
+        ):
+            if value not in known:
+                raise ValueError(f"sampling.{name} {value!r} is not known; expected one of {', '.join(known)}")
+        low, high = self.guidance_interval
+        if not low < high:
+            raise ValueError(f"sampling.guidance_interval is [{low}, {high}]; give the lower logsnr first")
+        return self
 
 
 class Config(Section):
@@ -174,27 +201,35 @@ class Config(Section):
             ("base", self.base.widths, self.base.blocks),
         ):
             if len(widths) != len(blocks) or not widths:
-                raise ValueError(f"{name} has {len(widths)} widths and {len(blocks)} block counts; give one of each a stage")
+                raise ValueError(
+                    f"{name} has {len(widths)} widths and {len(blocks)} block counts; give one of each a stage"
+                )
         if self.image.size % self.downsampling:
             raise ValueError(
-                f"image.size is {self.image.size}, the encoder downsamples by {self.downsampling}; give a multiple of that"
+                f"image.size is {self.image.size}, the encoder downsamples by {self.downsampling}; give a multiple"
             )
         decoder_downsampling = self.decoder.patch * 2 ** len(self.decoder.channels)
         if decoder_downsampling != self.downsampling:
             raise ValueError(
-                f"the decoder's middle is at 1/{decoder_downsampling} of the image, the latent at 1/{self.downsampling}; "
-                "give the decoder as many stages as the encoder has downsamplings after its patching"
+                f"decoder: its middle is at 1/{decoder_downsampling} of the image, the latent at "
+                f"1/{self.downsampling}: give the decoder as many stages as the encoder has downsamplings after its patching"
             )
         for name, vit in (("prior", self.prior), ("base", self.base)):
             if self.latent_size % 2 ** (len(vit.widths) - 1):
-                raise ValueError(f"{name} has {len(vit.widths)} levels, the latent is {self.latent_size} px; give fewer levels")
+                raise ValueError(
+                    f"{name} has {len(vit.widths)} levels, the latent is {self.latent_size} px; give fewer levels"
+                )
             if any(width % vit.head_dim for width in vit.widths):
                 raise ValueError(f"{name}.widths {list(vit.widths)} must be multiples of head_dim {vit.head_dim}")
         if self.decoder.width % self.decoder.head_dim:
-            raise ValueError(f"decoder.width {self.decoder.width} must be a multiple of head_dim {self.decoder.head_dim}")
+            raise ValueError(
+                f"decoder.width {self.decoder.width} must be a multiple of head_dim {self.decoder.head_dim}"
+            )
         for name, stage in (("joint", self.joint), ("base_stage", self.base_stage)):
             if stage.batch_size % stage.accumulate:
-                raise ValueError(f"{name}.batch_size {stage.batch_size} must be a multiple of accumulate {stage.accumulate}")
+                raise ValueError(
+                    f"{name}.batch_size {stage.batch_size} must be a multiple of accumulate {stage.accumulate}"
+                )
         return self
 
 
@@ -206,17 +241,7 @@ def preset_names() -> list[str]:
 
 def load_config(recipe: str, overrides: list[str]) -> Config:
     """A preset's name or a TOML file, with `section.field=value` overrides (TOML values); UsageError says which key."""
-    if recipe in preset_names():
-        text, where = (resources.files("ul_train") / "presets" / f"{recipe}.toml").read_text(), f"preset {recipe}"
-    else:
-        path = Path(recipe)
-        if not path.is_file():
-            near = difflib.get_close_matches(recipe, preset_names(), 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(
-                f"recipe {recipe!r} is neither a preset nor a file; {hint}presets: {', '.join(preset_names())}"
-            )
-        text, where = path.read_text(), str(path)
+    text, where = _read_recipe(recipe)
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -224,6 +249,21 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
     for override in overrides:
         _apply_override(values, override)
     return validate(values, where)
+
+
+def _read_recipe(recipe: str) -> tuple[str, str]:
+    if recipe in preset_names():
+        preset = resources.files("ul_train") / "presets" / f"{recipe}.toml"
+        return preset.read_text(encoding="utf-8"), f"preset {recipe}"
+    path = Path(recipe)
+    if not path.is_file():
+        near = difflib.get_close_matches(recipe, preset_names(), 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"recipe {recipe!r} is neither a preset nor a file; {hint}presets: {', '.join(preset_names())}")
+    try:
+        return path.read_text(encoding="utf-8"), recipe
+    except UnicodeDecodeError:
+        raise UsageError(f"{recipe}: not TOML: not a text file in UTF-8") from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -282,8 +322,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
     return repr(value)

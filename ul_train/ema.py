@@ -12,5 +12,6 @@ def ema_decay_at(step: int, decay: float) -> float:
 @torch.no_grad()
 def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     """average <- decay average + (1 - decay) module, in float32; both have the same parameters."""
-    targets = list(average.parameters())
-    torch._foreach_lerp_(targets, list(module.parameters()), 1.0 - decay)
+    targets: list[torch.Tensor] = list(average.parameters())
+    sources: list[torch.Tensor] = list(module.parameters())
+    torch._foreach_lerp_(targets, sources, 1.0 - decay)

@@ -77,7 +77,9 @@ class TorchBackend:
         graph = self.graphs[graph_name]
         was_training = graph.training
         graph.eval()
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()}
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()
+        }
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             results = graph(**tensors)
         graph.train(was_training)

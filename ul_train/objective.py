@@ -50,7 +50,9 @@ def decoder_weight(logsnr: Tensor, loss_factor: float, bias: float) -> Tensor:
     return loss_factor * sigmoid(bias - logsnr)
 
 
-def denoising_nats(predict_v: Callable[[Tensor, Tensor], Tensor], x: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+def denoising_nats(
+    predict_v: Callable[[Tensor, Tensor], Tensor], x: Tensor, eps: Tensor, t: Tensor, schedule: Schedule
+) -> Tensor:
     """1/2 (-dlogsnr/dt) e^logsnr |x - x_pred|^2 at time t: nats `b`. `predict_v(x_t, logsnr)` is called once."""
     logsnr = schedule.logsnr(t)
     level = logsnr.reshape(-1, *[1] * (x.ndim - 1))
@@ -59,13 +61,20 @@ def denoising_nats(predict_v: Callable[[Tensor, Tensor], Tensor], x: Tensor, eps
     return diffusion_term(x, x_pred, logsnr, schedule.slope(t))
 
 
-def prior_nats(prior: Callable[[Tensor, Tensor], Tensor], z_clean: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+def prior_nats(
+    prior: Callable[[Tensor, Tensor], Tensor], z_clean: Tensor, eps: Tensor, t: Tensor, schedule: Schedule
+) -> Tensor:
     """L_prior, `b`: the one-sample estimate of the latent's bits, in nats; the ELBO weight 1, terminal KL included."""
     return denoising_nats(prior, z_clean, eps, t, schedule) + kl_terminal(z_clean, schedule.ends[0])
 
 
 def decoder_nats(
-    decoder: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, z_0: Tensor, eps: Tensor, t: Tensor, objective: Objective
+    decoder: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    z_0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    objective: Objective,
 ) -> Tensor:
     """L_decoder, `b`: the weighted denoising loss of the image given z_0."""
     nats = denoising_nats(lambda x_t, logsnr: decoder(x_t, logsnr, z_0), x, eps, t, objective.schedule_x)
@@ -73,7 +82,12 @@ def decoder_nats(
 
 
 def base_nats(
-    base: Callable[[Tensor, Tensor, Tensor], Tensor], z_clean: Tensor, label: Tensor, eps: Tensor, t: Tensor, objective: Objective
+    base: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z_clean: Tensor,
+    label: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    objective: Objective,
 ) -> Tensor:
     """Stage 2, `b`: the prior's denoising loss with sigmoid weighting, on frozen latents."""
     nats = denoising_nats(lambda z_t, logsnr: base(z_t, logsnr, label), z_clean, eps, t, objective.schedule_z)
@@ -105,7 +119,9 @@ def joint_nats(
     start of training, so that the decoder can learn to use z_0 before the prior's cost empties it.
     """
     z_clean = encoder(x).float()
-    nats_prior = prior_nats(prior, ramp_gradient(z_clean, prior_share), draws.eps_prior, draws.t_z, objective.schedule_z)
+    nats_prior = prior_nats(
+        prior, ramp_gradient(z_clean, prior_share), draws.eps_prior, draws.t_z, objective.schedule_z
+    )
     z_0 = noisy_latent(z_clean, draws.eps_z, objective.schedule_z)
     return nats_prior, decoder_nats(decoder, x, z_0, draws.eps_x, draws.t_x, objective), z_clean
 

@@ -1,4 +1,4 @@
-"""The random numbers of training: each step's depend on (seed, stage, step) alone, not on devices, workers or restarts."""
+"""The random numbers of training: a step's depend on (seed, stage, step) alone, not on devices or restarts."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,7 @@ def draw_times(num: int, generator: torch.Generator) -> torch.Tensor:
     return low_discrepancy_times(torch.rand((), generator=generator), torch.randperm(num, generator=generator))
 
 
-def draw_joint(
-    num: int, latent_shape: Sequence[int], image_shape: Sequence[int], generator: torch.Generator
-) -> Draws:
+def draw_joint(num: int, latent_shape: Sequence[int], image_shape: Sequence[int], generator: torch.Generator) -> Draws:
     """Everything random in one batch of stage 1 but the flips."""
     return Draws(
         t_z=draw_times(num, generator),

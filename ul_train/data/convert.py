@@ -89,14 +89,16 @@ def convert(source: Path | bytes | np.ndarray, to: Conversion) -> tuple[np.ndarr
         changes: list[str] = []
         return _finish(Image.fromarray(source), to, changes), tuple(changes)
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    except OSError as error:
+        raise ImageRejectedError("not readable", error.strerror or str(error)) from error
+    try:
+        with file:
             return _decode(file, to)
     except Image.UnidentifiedImageError:
         raise ImageRejectedError("not an image of a known format", ", ".join(FORMATS)) from None
     except Image.DecompressionBombError:
         raise ImageRejectedError("too many pixels", f"at most {MAX_PIXELS:,}") from None
-    except PermissionError as error:
-        raise ImageRejectedError("not readable", error.strerror or "") from error
     except _DAMAGED as error:
         text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
         raise ImageRejectedError("corrupt or truncated", text) from error
@@ -196,7 +198,7 @@ def _from_wide_grey(image: Image.Image, changes: list[str]) -> Image.Image:
     is_float = image.mode == "F"
     changes.append("float" if is_float else "16-bit")
     least, largest = float(values.min()), float(values.max())
-    if not (0 <= least and largest <= 65535):  # false for NaN too
+    if not (least >= 0 and largest <= 65535):  # false for NaN too
         raise ImageRejectedError("pixel values out of range", f"{least:g} to {largest:g}, expected 0 to 65535")
     full = next(top for top in (1, 255, 65535) if largest <= top) if is_float else 65535
     return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
@@ -204,18 +206,20 @@ def _from_wide_grey(image: Image.Image, changes: list[str]) -> Image.Image:
 
 def _fit(image: Image.Image, to: Conversion) -> Image.Image:
     width, height = image.size
+    enlarges = (min if to.fit == "crop" else max)(width, height) < to.size
+    kernel = Image.Resampling.BICUBIC if enlarges else Image.Resampling.LANCZOS  # bicubic rings less
     if to.fit == "crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
         if side == to.size:
             return image.crop(box)
-        return image.resize((to.size, to.size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        return image.resize((to.size, to.size), kernel, box=box, reducing_gap=3.0)
     longest = max(width, height)
     if longest > to.size or to.enlarge:
         width, height = (max(1, round(side * to.size / longest)) for side in (width, height))
     if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        image = image.resize((width, height), kernel, reducing_gap=3.0)
     if (width, height) == (to.size, to.size):
         return image
     canvas = Image.new("RGB", (to.size, to.size), rgb(to.background)).convert(image.mode)

@@ -76,9 +76,7 @@ class _Walk:
             return _Found(relative, path, problem=problem)
         return _Found(relative, path, status.st_size, status.st_mtime_ns)
 
-    def _not_to_enter(
-        self, path: Path, is_link: bool, status: os.stat_result, depth: int
-    ) -> ImageRejectedError | None:
+    def _not_to_enter(self, path: Path, is_link: bool, status: os.stat_result, depth: int) -> ImageRejectedError | None:
         if depth >= _MAX_DEPTH:
             return ImageRejectedError("nested too deep", f"more than {_MAX_DEPTH} folders")
         if not is_link:

@@ -11,6 +11,7 @@ from ul_train.data.records import ImageRejectedError, Record, Rejected, Source, 
 
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "heldout")
 _MAX_IMAGE_BYTES = 256 << 20
+_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError)
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
 
@@ -24,9 +25,11 @@ class _Columns:
 @contextmanager
 def _reading(where: str) -> Iterator[None]:
     """Errors of the library, the network and damaged files as one BadInputError."""
+    import datasets
+
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+    except (*_ERRORS, datasets.exceptions.DatasetsError) as error:
         text = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInputError(f"{where}: cannot be read as a Hugging Face data set: {text}") from error
 
@@ -154,7 +157,7 @@ def _image(cell: Any) -> bytes | Path:
         return Path(path)
     if "://" in base and not base.startswith("hf://"):
         raise ImageRejectedError("an address outside the data set", printable(base))
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
         with fsspec.open(path, "rb") as file:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, Self, cast
 
 import numpy as np
 
@@ -89,29 +89,54 @@ def _source(files: _Files, class_names: tuple[str, ...]) -> Source:
 
 
 @contextmanager
-def _stream(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed on the way; every damage is a BadInputError."""
+def _reading(path: Path) -> Iterator[None]:
+    """Damage met in reading `path` is a BadInputError that names it."""
     try:
-        with open_regular(path) as raw:
-            stream = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
-            yield cast(BinaryIO, stream)
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BadInputError(f"{printable(str(path))}: damaged or truncated ({error}); get it again") from error
     except (OSError, ImageRejectedError) as error:
         raise BadInputError(f"{printable(str(path))}: cannot be read ({error})") from error
 
 
-def _read(stream: BinaryIO, size: int, path: Path) -> bytes:
-    data = stream.read(size)
-    if len(data) != size:
-        raise BadInputError(f"{printable(str(path))}: truncated, it declares more than it holds; get it again")
-    return data
+class _Stream:
+    """An IDX file's bytes, decompressed on the way; damage is a BadInputError that names this file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _reading(path):
+            self._raw = open_regular(path)
+        compressed = path.name.endswith(".gz")
+        self._stream = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw)) if compressed else self._raw
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes."""
+        with _reading(self.path):
+            data = self._stream.read(size)
+        if len(data) != size:
+            raise BadInputError(f"{printable(str(self.path))}: truncated, it declares more than it holds; get it again")
+        return data
+
+    def expect_end(self) -> None:
+        """BadInputError if there is more; also compares gzip's checksum."""
+        with _reading(self.path):
+            more = self._stream.read(1)
+        if more:
+            raise BadInputError(f"{printable(str(self.path))}: more data than it declares; get it again")
 
 
-def _header(stream: BinaryIO, path: Path, magic: int, num_sizes: int) -> tuple[int, ...]:
-    found, *sizes = struct.unpack(f">{1 + num_sizes}I", _read(stream, 4 + 4 * num_sizes, path))
+def _header(stream: _Stream, magic: int, num_sizes: int) -> tuple[int, ...]:
+    found, *sizes = struct.unpack(f">{1 + num_sizes}I", stream.read(4 + 4 * num_sizes))
     if found != magic:
-        message = f"{printable(str(path))}: starts with {found:#010x}, an IDX file of this name with {magic:#010x}"
+        message = (
+            f"{printable(str(stream.path))}: starts with {found:#010x}, an IDX file of this name with {magic:#010x}"
+        )
         raise BadInputError(message)
     return tuple(sizes)
 
@@ -122,12 +147,12 @@ def _check(images: Path) -> _Files:
     labels = next((path for name in (stem, plain, plain + ".gz") if (path := images.parent / name).exists()), None)
     if labels is None:
         raise BadInputError(f"{printable(str(images))}: its labels {stem} are missing; put them beside it")
-    with _stream(images) as stream:
-        count, height, width = _header(stream, images, _IMAGES_MAGIC, 3)
+    with _Stream(images) as stream:
+        count, height, width = _header(stream, _IMAGES_MAGIC, 3)
     if not (0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE):
         raise BadInputError(f"{printable(str(images))}: declares {width}x{height} px, 1 to {_MAX_SIDE} is expected")
-    with _stream(labels) as stream:
-        (num_labels,) = _header(stream, labels, _LABELS_MAGIC, 1)
+    with _Stream(labels) as stream:
+        (num_labels,) = _header(stream, _LABELS_MAGIC, 1)
     if count != num_labels:
         raise BadInputError(f"{printable(str(images))}: {count} images, but {labels.name} has {num_labels} labels")
     return _Files(images, labels, count, height, width)
@@ -135,22 +160,22 @@ def _check(images: Path) -> _Files:
 
 def _largest_label(files: _Files) -> int:
     largest, left = 0, files.num_images
-    with _stream(files.labels) as stream:
-        _header(stream, files.labels, _LABELS_MAGIC, 1)
+    with _Stream(files.labels) as stream:
+        _header(stream, _LABELS_MAGIC, 1)
         while left:
-            data = _read(stream, min(left, _CHUNK), files.labels)
+            data = stream.read(min(left, _CHUNK))
             largest, left = max(largest, max(data)), left - len(data)
     return largest
 
 
 def _records(files: _Files, class_names: tuple[str, ...]) -> Iterator[Record]:
-    with _stream(files.images) as images, _stream(files.labels) as labels:
-        _header(images, files.images, _IMAGES_MAGIC, 3)
-        _header(labels, files.labels, _LABELS_MAGIC, 1)
+    with _Stream(files.images) as images, _Stream(files.labels) as labels:
+        _header(images, _IMAGES_MAGIC, 3)
+        _header(labels, _LABELS_MAGIC, 1)
         for index in range(files.num_images):
-            pixels = np.frombuffer(_read(images, files.height * files.width, files.images), np.uint8)
-            label = _read(labels, 1, files.labels)[0]
+            pixels = np.frombuffer(images.read(files.height * files.width), np.uint8)
+            label = labels.read(1)[0]
             name = class_names[label] if class_names else None
             yield Record(f"{index:08d}", name, pixels.reshape(files.height, files.width))
-        if images.read(1) or labels.read(1):
-            raise BadInputError(f"{printable(str(files.images))}: more data than it declares; get it again")
+        images.expect_end()
+        labels.expect_end()

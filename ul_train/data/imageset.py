@@ -132,9 +132,7 @@ def load(folder: Path, index: Index, source: str, notes: tuple[str, ...]) -> Spl
     )
 
 
-def _load(
-    folder: Path, index: Index, name: str, part: PartIndex, source: str, notes: tuple[str, ...]
-) -> ImageSet:
+def _load(folder: Path, index: Index, name: str, part: PartIndex, source: str, notes: tuple[str, ...]) -> ImageSet:
     shape = (part.num_images, index.channels, index.size, index.size)
     return ImageSet(
         images=np.memmap(images_path(folder, name), np.uint8, "r", shape=shape),

@@ -93,7 +93,8 @@ def npz_source(path: Path, classes: Literal["auto", "none"]) -> Source:
         layout = _layout(images.shape)
         if images.dtype != np.uint8 or layout is None or not 0 < math.prod(images.shape[1:]) <= 4 * MAX_PIXELS:
             raise BadInputError(
-                f"{shown}: images is {images.dtype} {images.shape}; expected uint8 n h w, n h w c or n c h w, c = 1, 3 or 4"
+                f"{shown}: images is {images.dtype} {images.shape}; "
+                f"expected uint8 n h w, n h w c or n c h w with c = 1, 3 or 4"
             )
         labelled = "labels.npy" in names and classes == "auto"
         class_names = None
@@ -125,9 +126,7 @@ def _class_names(archive: zipfile.ZipFile, path: Path) -> tuple[str, ...]:
     return names
 
 
-def _records(
-    path: Path, layout: str, labelled: bool, class_names: tuple[str, ...] | None
-) -> Iterator[Record]:
+def _records(path: Path, layout: str, labelled: bool, class_names: tuple[str, ...] | None) -> Iterator[Record]:
     with _archive(path) as archive:
         images, pixels = _open_member(archive, "images", path)
         labels, values = _open_member(archive, "labels", path) if labelled else (None, None)

@@ -1,8 +1,8 @@
 """The files of a prepared set while they are written: rows of pixels, labels in order of appearance, hashes."""
 
 import hashlib
-import heapq
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -72,7 +72,7 @@ class Rows:
     """Image and label files of one part, appended to in order."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self.name = folder, name
+        self._folder = folder
         self.images = images_path(folder, name)
         self.labels = labels_path(folder, name)
         self.count = 0
@@ -91,17 +91,14 @@ class Rows:
             self._label_file.write(label.to_bytes(8, "little", signed=True))
         self.count += 1
 
-    def flush(self) -> None:
-        """Make what was appended readable through `row`."""
+    def read(self, index: int, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+        """Image and provisional label of a row appended before. OutputError."""
         with writing(self._folder):
             self._image_file.flush()
             self._label_file.flush()
-
-    def row(self, index: int, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
-        """Read back image and provisional label of a row that was flushed."""
-        size = int(np.prod(shape))
-        pixels = np.fromfile(self.images, np.uint8, size, offset=index * size).reshape(shape)
-        return pixels, int(np.fromfile(self.labels, "<i8", 1, offset=index * 8)[0])
+            size = math.prod(shape)
+            pixels = np.fromfile(self.images, np.uint8, size, offset=index * size).reshape(shape)
+            return pixels, int(np.fromfile(self.labels, "<i8", 1, offset=index * 8)[0])
 
     def close(self) -> None:
         """Close both files. OutputError."""
@@ -127,6 +124,12 @@ class Rows:
         fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         return fingerprint, {name: int(count) for name, count in zip(names, counts, strict=True)}
 
+    def rename(self, name: str) -> None:
+        """Give the files of this part another free name."""
+        with writing(self._folder):
+            self.images = self.images.rename(images_path(self._folder, name))
+            self.labels = self.labels.rename(labels_path(self._folder, name))
+
     def remove(self) -> None:
         """Close and delete both files."""
         self.close()
@@ -148,9 +151,7 @@ class Tally:
         if len(self.rejected) < MAX_LISTED:
             self.rejected.append(image)
 
-    def part(
-        self, rows: Rows, names: tuple[str, ...], final: np.ndarray, ignored: dict[str, int]
-    ) -> PartIndex:
+    def part(self, rows: Rows, names: tuple[str, ...], final: np.ndarray, ignored: dict[str, int]) -> PartIndex:
         """The part's entry of index.json; finishes the rows."""
         fingerprint, class_counts = rows.finish(names, final)
         return PartIndex(
@@ -163,42 +164,3 @@ class Tally:
             converted=dict(self.converted),
             ignored=ignored,
         )
-
-
-class HeldOut:
-    """Chooses held-out images by a hash of their names: about `SHARE` of all, at most `MAX`, at least one.
-
-    An image's hash never changes, so added images never move one from training to held-out below `MAX`.
-    """
-
-    SHARE = 0.05
-    MAX = 1000
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[int, int]] = []  # heap of (-rank, row among the candidates)
-        self.least = (1 << 64, -1)  # rank and row among the others, for when there is no candidate
-        self.surplus: list[int] = []
-
-    @staticmethod
-    def rank(name: str) -> int:
-        """Uniform in 0..2^64-1, a function of the name."""
-        return int.from_bytes(hashlib.sha256(b"heldout\0" + name.encode()).digest()[:8], "big")
-
-    def is_candidate(self, rank: int) -> bool:
-        """Whether the name's rank lies in the held-out share."""
-        return rank < int(self.SHARE * (1 << 64))
-
-    def add_candidate(self, rank: int, row: int, limit: int | None = None) -> None:
-        """Keep the candidate, or put the one of highest rank into `surplus`."""
-        heapq.heappush(self._kept, (-rank, row))
-        self.trim(self.MAX if limit is None else limit)
-
-    def trim(self, limit: int) -> None:
-        """Keep at most `limit` candidates, those of lowest rank."""
-        while len(self._kept) > limit:
-            self.surplus.append(heapq.heappop(self._kept)[1])
-
-    @property
-    def rows(self) -> list[int]:
-        """Candidates that stay held out, in their order."""
-        return sorted(row for _, row in self._kept)

@@ -54,7 +54,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """"s-{000..002}.tar" -> its three names; several ranges multiply. BadInputError above 100,000."""
+    """ "s-{000..002}.tar" -> its three names; several ranges multiply. BadInputError above 100,000."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]
@@ -110,7 +110,7 @@ def _records(shards: Sequence[Path], labelled: bool) -> Iterator[Record | Reject
 def _samples(tar: tarfile.TarFile, shard: str, labelled: bool) -> Iterator[Record | Rejected]:
     sample = _Sample("")
     while (member := tar.next()) is not None:
-        tar.members.clear()  # or tarfile keeps every header of the shard
+        tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps every header of the shard
         key, name, suffix = _split(member.name)
         if member.isdir() or name.startswith("."):
             continue

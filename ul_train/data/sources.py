@@ -18,8 +18,7 @@ from ul_train.data.shards import SHARD_SUFFIXES, expand_braces, find_shards, sha
 DIGITS = "sklearn-digits"
 _HELDOUT_FOLDERS = ("heldout", "val", "valid", "validation", "test")
 _KINDS = (
-    "a folder of images, a folder of IDX files, a .npz, WebDataset shards (.tar), "
-    f"hf:NAME_OR_PATH[:split] or {DIGITS}"
+    f"a folder of images, a folder of IDX files, a .npz, WebDataset shards (.tar), hf:NAME_OR_PATH[:split] or {DIGITS}"
 )
 
 

@@ -58,7 +58,8 @@ class SelfAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention and MLP, modulated by `modulation` `b 6 d` plus the block's own bias.
 
-    One modulation serves all blocks of a level (adaLN-single, Chen et al. 2023); gates start at zero (Peebles & Xie 2022).
+    One modulation serves all blocks of a level (adaLN-single, Chen et al. 2023);
+    gates start at zero (Peebles & Xie 2022).
     """
 
     def __init__(self, dim: int, head_dim: int, dropout: float) -> None:

@@ -1,4 +1,4 @@
-"""The diffusion decoder: a U-Net whose middle is a transformer on the latent's own grid (UViT, Hoogeboom et al. 2023)."""
+"""The diffusion decoder: a U-Net with a transformer on the latent grid in its middle (UViT, Hoogeboom et al. 2023)."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,20 @@ from torch.nn import functional as F  # noqa: N812
 
 from ul_train.networks.layers import LogsnrEmbedding, ResidualBlock, num_groups, to_grid, to_tokens
 from ul_train.networks.vit import Level
+
+
+class ConvStage(nn.Module):
+    """Residual blocks at one resolution, `in_channels` -> `channels`."""
+
+    def __init__(self, in_channels: int, channels: int, num_blocks: int, cond_dim: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * (num_blocks - 1)
+        self.blocks = nn.ModuleList(ResidualBlock(width, channels, cond_dim) for width in widths)
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h, cond)
+        return h
 
 
 class DecoderUViT(nn.Module):
@@ -37,32 +51,29 @@ class DecoderUViT(nn.Module):
         self.down, self.shrink, self.grow, self.up = (nn.ModuleList() for _ in range(4))
         below = [*channels[1:], width]
         for stage_width, next_width, blocks in zip(channels, below, num_blocks, strict=True):
-            self.down.append(nn.ModuleList(ResidualBlock(stage_width, stage_width, width) for _ in range(blocks)))
+            self.down.append(ConvStage(stage_width, stage_width, blocks, width))
             self.shrink.append(nn.Conv2d(4 * stage_width, next_width, 1))
             self.grow.append(nn.Conv2d(next_width, 4 * stage_width, 1))
-            first = [ResidualBlock(2 * stage_width, stage_width, width)]
-            rest = [ResidualBlock(stage_width, stage_width, width) for _ in range(blocks - 1)]
-            self.up.append(nn.ModuleList(first + rest))
+            self.up.append(ConvStage(2 * stage_width, stage_width, blocks, width))
         self.embed_z = nn.Linear(latent_channels, width)
         self.position = nn.Parameter(0.02 * torch.randn(self.latent_size**2, width))
         self.middle = Level(width, num_middle_blocks, head_dim, width, dropout)
         self.norm = nn.GroupNorm(num_groups(channels[0]), channels[0])
         self.out = nn.Conv2d(channels[0], image_channels * patch**2, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, logsnr: Tensor, z_0: Tensor) -> Tensor:
         cond = self.logsnr_embedding(logsnr)  # b d
         h = self.embed(F.pixel_unshuffle(x_t, self.patch))
         skips = []
-        for blocks, shrink in zip(self.down, self.shrink, strict=True):
-            for block in blocks:  # type: ignore[attr-defined]
-                h = block(h, cond)
+        for stage, shrink in zip(self.down, self.shrink, strict=True):
+            h = stage(h, cond)
             skips.append(h)
             h = shrink(F.pixel_unshuffle(h, 2))
         tokens = to_tokens(h) + self.embed_z(to_tokens(z_0)) + self.position  # b (h w) d
         h = to_grid(self.middle(tokens, cond), self.latent_size)
-        for grow, blocks, skip in zip(reversed(self.grow), reversed(self.up), reversed(skips), strict=True):  # type: ignore[call-overload]
-            h = torch.cat([F.pixel_shuffle(grow(h), 2), skip], dim=1)
-            for block in blocks:
-                h = block(h, cond)
+        for i in reversed(range(len(self.up))):
+            h = F.pixel_shuffle(self.grow[i](h), 2)
+            h = self.up[i](torch.cat([h, skips[i]], dim=1), cond)
         return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)  # b c H W

@@ -1,0 +1,227 @@
+"""Bundles: what is written opens; what is damaged, hostile or newer is refused with the right error."""
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_bundle import bundle_files, info_fields, write_tiny_bundle
+
+from ul_runtime.bundle import Bundle, parse_weights, write_bundle
+from ul_runtime.errors import BadInputError, UntrustedError, UsageError
+from ul_runtime.manifest import GRAPH_NAMES, BundleInfo
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_tiny_bundle(tmp_path / "b").path
+
+
+# --- what is written opens
+
+
+def test_a_written_bundle_opens_with_its_files_hash_and_weights(path: Path) -> None:
+    bundle = Bundle.open(path)
+    assert bundle.hash == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+    assert bundle.graph("encoder") == b"graph encoder"
+    assert bundle.manifest.num_classes == 2
+    np.testing.assert_array_equal(bundle.initializers("prior_step")["w"], np.full((2, 3), 1.5, np.float32))
+    assert bundle.take("encoder.onnx") == b"graph encoder"
+    with pytest.raises(KeyError):
+        bundle.read("encoder.onnx")
+
+
+def test_the_same_content_has_the_same_hash_whether_given_as_bytes_or_files(path: Path, tmp_path: Path) -> None:
+    files = {name: path / name for name in bundle_files()}
+    again = write_bundle(tmp_path / "c", BundleInfo.model_validate(info_fields()), files)
+    assert again.hash == Bundle.open(path).hash == Bundle.open(tmp_path / "c").hash
+    assert again.path == tmp_path / "c"
+
+
+def test_opening_for_one_graph_reads_only_its_files(path: Path) -> None:
+    flip(path / "prior.safetensors", 3)
+    bundle = Bundle.open(path, graphs=["encoder"])
+    assert bundle.initializers("encoder")["w"].shape == (2, 3)
+    with pytest.raises(KeyError):
+        bundle.graph("prior_step")
+
+
+def test_an_existing_bundle_is_replaced_only_when_asked(path: Path) -> None:
+    info = BundleInfo.model_validate(info_fields() | {"name": "second"})
+    with pytest.raises(UsageError, match="a bundle is there already"):
+        write_bundle(path, info, bundle_files())
+    write_bundle(path, info, bundle_files(), overwrite=True)
+    assert Bundle.open(path).manifest.name == "second"
+    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+
+
+def test_other_things_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"")
+    with pytest.raises(UsageError, match="not a bundle"):
+        write_bundle(tmp_path / "photos", BundleInfo.model_validate(info_fields()), bundle_files(), overwrite=True)
+
+
+def test_a_failed_write_leaves_the_old_bundle_and_nothing_else(path: Path) -> None:
+    before = Bundle.open(path).hash
+    files = bundle_files()
+    del files["prior.safetensors"]
+    with pytest.raises(BadInputError, match=r"prior\.safetensors is not in files"):
+        write_bundle(path, BundleInfo.model_validate(info_fields()), files, overwrite=True)
+    files["prior.safetensors"] = path.parent / "nowhere"
+    with pytest.raises(BadInputError, match="nowhere: cannot read"):
+        write_bundle(path, BundleInfo.model_validate(info_fields()), files, overwrite=True)
+    assert Bundle.open(path).hash == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+
+
+def test_bfloat16_weights_come_as_their_bits() -> None:
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes.fromhex("803f0040")
+    np.testing.assert_array_equal(parse_weights(data, "w")["w"], np.array([0x3F80, 0x4000], np.uint16))
+
+
+# --- damage
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << (bit % 8)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", sorted(bundle_files()))
+def test_a_flipped_bit_anywhere_in_a_file_is_refused_with_both_hashes(path: Path, name: str) -> None:
+    good = (path / name).read_bytes()
+    for bit in range(0, 8 * len(good), 97):
+        (path / name).write_bytes(good)
+        flip(path / name, bit)
+        found = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        expected = hashlib.sha256(good).hexdigest()
+        with pytest.raises(BadInputError, match=f"{name}: SHA-256 is {found}, the manifest says {expected}"):
+            Bundle.open(path)
+
+
+@pytest.mark.parametrize("graphs", [GRAPH_NAMES, ("prior_step",)])
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("name", ["encoder.onnx", "prior.safetensors"])
+def test_a_file_one_byte_off_is_refused(path: Path, name: str, change: int, graphs: Any) -> None:
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(data[:-1] if change < 0 else data + b"x")
+    with pytest.raises(BadInputError, match=f"{name}: {len(data) + change} bytes, the manifest says {len(data)}"):
+        Bundle.open(path, graphs=graphs)
+
+
+def test_a_missing_or_extra_file_is_refused(path: Path) -> None:
+    (path / "notes.txt").write_text("hi")
+    with pytest.raises(BadInputError, match=r"'notes.txt' is not in the manifest"):
+        Bundle.open(path)
+    (path / "notes.txt").unlink()
+    (path / "decoder_step.onnx").unlink()
+    with pytest.raises(BadInputError, match=r"decoder_step.onnx: missing"):
+        Bundle.open(path)
+
+
+def test_a_million_files_are_refused_without_listing_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        name = "x"
+
+    class Endless:
+        def __enter__(self) -> "Endless":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def __iter__(self) -> "Endless":
+            return self
+
+        def __next__(self) -> Entry:
+            return Entry()
+
+    monkeypatch.setattr(os, "scandir", lambda _: Endless())
+    with pytest.raises(BadInputError, match="more than 65 files"):
+        Bundle.open(path)
+
+
+def test_a_folder_without_manifest_a_file_and_nothing_are_no_bundles(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for name in (".", "file", "missing"):
+        with pytest.raises(BadInputError, match="bundle"):
+            Bundle.open(tmp_path / name)
+
+
+# --- attacks
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "encoder.safetensors", "manifest.json"])
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "directory symlink", "pipe", "directory", "device"])
+def test_anything_but_a_plain_file_with_one_name_is_not_trusted(path: Path, name: str, kind: str) -> None:
+    outside = path.parent / "outside"
+    os.rename(path / name, outside)
+    target = path / name
+    if kind == "symlink":
+        target.symlink_to(outside)
+    elif kind == "hard link":
+        os.link(outside, target)
+    elif kind == "directory symlink":
+        (path.parent / "folder").mkdir()
+        target.symlink_to(path.parent / "folder")
+    elif kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "directory":
+        target.mkdir()
+    else:
+        target.symlink_to("/dev/zero")
+    with pytest.raises(UntrustedError):
+        Bundle.open(path)
+
+
+def test_hard_links_of_an_installer_are_accepted_when_asked(path: Path) -> None:
+    os.link(path / "encoder.onnx", path.parent / "cache")
+    assert Bundle.open(path, allow_hard_links=True).graph("encoder") == b"graph encoder"
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_trusted(path: Path) -> None:
+    import pickletools  # only to be sure that the payload is one
+
+    payload = b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93\x8c\x04echo\x85R."
+    assert any(opcode.name == "REDUCE" for opcode, _, _ in pickletools.genops(payload))
+    for data in (payload, b"PK\x03\x04" + bytes(60)):
+        with pytest.raises(UntrustedError, match="pickle"):
+            parse_weights(data, "prior.safetensors")
+    with pytest.raises(BadInputError, match="not a safetensors file"):
+        parse_weights(b"\x00" * 20, "prior.safetensors")
+
+
+def test_a_manifest_of_a_gigabyte_is_refused_unread(path: Path) -> None:
+    os.truncate(path / "manifest.json", 2**30)
+    with pytest.raises(BadInputError, match="1073741824 bytes; at most"):
+        Bundle.open(path)
+
+
+def test_a_file_swapped_while_opening_is_never_returned_unverified(path: Path) -> None:
+    good, other = b"graph encoder", b"graph evil!!!"
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            for data in (other, good):
+                (path.parent / "swap").write_bytes(data)
+                os.replace(path.parent / "swap", path / "encoder.onnx")
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    outcomes = []
+    try:
+        for _ in range(300):
+            try:
+                outcomes.append(Bundle.open(path).graph("encoder"))
+            except BadInputError:
+                outcomes.append(b"refused")
+    finally:
+        stop.set()
+        thread.join()
+    assert set(outcomes) == {good, b"refused"}

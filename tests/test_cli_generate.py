@@ -1,0 +1,209 @@
+"""ul-generate: pictures, provenance, resume, and one clear line for each mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from analytic_bundle import MEANS, write_analytic_bundle
+from PIL import Image
+
+from ul_runtime.cli.generate import main
+
+FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_a_folder_gets_numbered_pngs_a_sheet_and_the_job(command, analytic_bundle, tmp_path):
+    result = command(main, analytic_bundle, "--out", tmp_path / "out", "--num-images", 7, *FAST)
+    assert result.code == 0, result
+    names = [f"{i:06d}.png" for i in range(7)]
+    assert sorted(tree(tmp_path / "out")) == [*names, "contact_sheet.png", "generate.json"]
+    assert "7 images" in result.out
+    job = json.loads((tmp_path / "out/generate.json").read_text())
+    assert (job["num_images"], job["job"]["prior_num_steps"], job["job"]["decoder_num_steps"]) == (7, 3, 2)
+
+
+def test_a_png_says_where_it_comes_from(command, analytic_bundle, tmp_path):
+    command(main, analytic_bundle, "--out", tmp_path / "out", "--num-images", 2, "--seed", 9, *FAST)
+    with Image.open(tmp_path / "out/000001.png") as picture:
+        text = picture.info
+    expected = {"index": "1", "seed": "9", "label": "green", "prior_sampler": "dpmpp2m", "prior_num_steps": "3"}
+    expected |= {"prior_grid": "uniform", "guidance": "1.0", "backend": "ort-cpu", "precision": "fp32"}
+    assert expected.items() <= text.items()
+    assert re.fullmatch(r"[0-9a-f]{64}", text["bundle"])
+    assert text["Software"].startswith("unified-latents ")
+
+
+def test_json_is_one_line_on_stdout(command, analytic_bundle, tmp_path):
+    result = command(main, analytic_bundle, "--out", tmp_path / "out", "--num-images", 2, "--json", *FAST)
+    assert result.out.count("\n") == 1
+    assert json.loads(result.out)["made"] == 2
+
+
+def test_resume_makes_only_what_is_missing_or_damaged_and_equals_an_unbroken_run(command, analytic_bundle, tmp_path):
+    out = tmp_path / "out"
+    arguments = (analytic_bundle, "--out", out, "--num-images", 9, "--sampler", "ancestral", *FAST)
+    command(main, *arguments)
+    unbroken = tree(out)
+    for index in (0, 4):
+        (out / f"{index:06d}.png").unlink()
+    (out / "000007.png").write_bytes(unbroken["000007.png"][:-40])
+    (out / "000008.png").write_bytes(unbroken["000001.png"])
+    kept = (out / "000003.png").stat().st_ino
+    result = command(main, *arguments, "--batch-size", 2, "--json")
+    assert json.loads(result.out)["made"] == 4
+    assert tree(out) == unbroken
+    assert (out / "000003.png").stat().st_ino == kept
+
+
+def test_a_job_may_be_extended_and_then_equals_a_fresh_run(command, analytic_bundle, tmp_path):
+    for out, counts in (("grown", (3, 6)), ("fresh", (6,))):
+        for count in counts:
+            assert command(main, analytic_bundle, "--out", tmp_path / out, "--num-images", count, *FAST).code == 0
+    assert tree(tmp_path / "grown") == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--seed", 1), "seed 0, now 1"),
+        (("--label", "red"), "labels all classes in turn, now ['red']"),
+        (("--guidance", 2), "guidance 1.0, now 2.0"),
+        (("--decoder-steps", 5), "decoder_num_steps 2, now 5"),
+        (("--num-images", 1), "holds a job of 2 images, now 1"),
+    ],
+)
+def test_a_folder_of_another_job_is_refused_naming_the_setting(command, analytic_bundle, tmp_path, changed, message):
+    out = tmp_path / "out"
+    command(main, analytic_bundle, "--out", out, "--num-images", 2, *FAST)
+    before = tree(out)
+    command.fails(main, 2, message, analytic_bundle, "--out", out, "--num-images", 2, *FAST, *changed)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--num-images", 0), 2, "--num-images is 0; expected 1 or more"),
+        (("--num-images", -4), 2, "--num-images is -4"),
+        (("--steps", 0), 2, "number of steps is 0"),
+        (("--decoder-steps", -1), 2, "number of steps is -1"),
+        (("--label", "gren"), 2, "label 'gren' is not a class of the bundle; did you mean 'green'?"),
+        (("--label", "car"), 2, "label 'car' is not a class of the bundle"),
+        (("--label", 7), 2, "label 7 is out of range; expected 0 to 2"),
+        (("--sampler", "euler"), 2, "sampler 'euler' is not known"),
+        (("--guidance-interval", "3"), 2, "expected LO,HI"),
+        (("--guidance-interval", "3,1"), 2, "expected LO below HI"),
+        (("--batch-size", 0), 2, "batch size is 0"),
+        (("--threads", 0), 2, "number of threads is 0"),
+        (("--seed", -1), 2, "the seed is -1"),
+        (("--backend", "cuda"), 2, "backend 'cuda' is not known; expected one of auto, ort-cpu"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(command, analytic_bundle, tmp_path, arguments, code, message):
+    command.fails(main, code, message, analytic_bundle, "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_is_missing_or_damaged_is_one_line(command, tmp_path):
+    command.fails(main, 65, "nowhere", tmp_path / "nowhere", "--out", tmp_path / "out")
+    bundle = write_analytic_bundle(tmp_path / "bundle").path
+    data = bytearray((bundle / "prior.safetensors").read_bytes())
+    data[-1] ^= 1
+    (bundle / "prior.safetensors").write_bytes(data)
+    command.fails(main, 65, "prior.safetensors", bundle, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_other_things_is_left_alone(command, analytic_bundle, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    command.fails(main, 2, "holds other things (notes.txt)", analytic_bundle, "--out", tmp_path, *FAST)
+    assert tree(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_pictures_of_someone_else_are_not_taken_for_a_job(command, analytic_bundle, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")
+    command.fails(main, 2, "holds images but no generate.json", analytic_bundle, "--out", tmp_path, *FAST)
+    assert sorted(tree(tmp_path)) == ["000000.png"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "unified-latents-images"}', "[" * 100000])
+def test_a_job_file_of_another_kind_is_refused(command, analytic_bundle, tmp_path, content):
+    (tmp_path / "generate.json").write_text(content)
+    command.fails(main, 65, "is not a job file", analytic_bundle, "--out", tmp_path, *FAST)
+
+
+def test_images_that_are_not_finite_are_never_written(command, tmp_path):
+    means = MEANS.copy()
+    means[1] = np.inf
+    bundle = write_analytic_bundle(tmp_path / "bundle", class_mean=means).path
+    out = tmp_path / "out"
+    command.fails(main, 76, "not finite and were left out: 1, 4", bundle, "--out", out, "--num-images", 6, *FAST)
+    assert sorted(tree(out)) == [*(f"{i:06d}.png" for i in (0, 2, 3, 5)), "contact_sheet.png", "generate.json"]
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_a_step_and_leaves_whole_files(analytic_bundle, tmp_path, number):
+    out = tmp_path / "out"
+    code = "from ul_runtime.cli.generate import main; main()"
+    process = start(code, analytic_bundle, "--out", out, "--num-images", 100000, "--batch-size", 4, *FAST)
+    deadline = time.monotonic() + 60
+    while not (out / "000003.png").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+    assert "run the same command again to go on" in err
+    assert not [name for name in os.listdir(out) if name.endswith(".tmp") or name == ".lock"]
+    for file in out.glob("*.png"):
+        with Image.open(file) as picture:
+            picture.load()
+
+
+def test_it_runs_without_torch_and_onnx(analytic_bundle, tmp_path):
+    code = """
+import sys
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "ul_train", "ul_export"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Forbidden())
+from ul_runtime.cli.generate import main
+main()
+assert "onnxruntime" in sys.modules
+"""
+    process = start(code, analytic_bundle, "--out", tmp_path / "out", "--num-images", 2, *FAST)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+def test_importing_the_runtime_imports_nothing_heavy():
+    code = """
+import sys, pkgutil, importlib
+import ul_runtime
+from ul_runtime.cli import generate, encode, decode
+heavy = {"torch", "onnx", "onnxruntime", "numpy", "PIL", "safetensors", "pydantic"} & set(sys.modules)
+assert not heavy, heavy
+for module in pkgutil.walk_packages(ul_runtime.__path__, "ul_runtime."):
+    importlib.import_module(module.name)
+heavy = {"torch", "onnx", "ul_train", "ul_export"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    process = start(code)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err

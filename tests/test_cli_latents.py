@@ -1,0 +1,153 @@
+"""ul-encode and ul-decode: pictures to latents with their bits, and back."""
+
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from analytic_bundle import CLASSES, write_analytic_bundle
+from PIL import Image
+
+import ul_runtime
+from ul_runtime.cli.decode import main as decode
+from ul_runtime.cli.encode import main as encode
+from ul_runtime.latents import latents_bytes, read_latents
+
+THREAD = ("--threads", 1)
+COLOURS = {"red": (220, 40, 40), "green": (40, 220, 40), "other": (128, 128, 128)}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for name, colour in COLOURS.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (20 + 4 * k, 16), colour).save(tmp_path / "photos" / name / f"{k}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_decode_of_encode_is_the_reconstruction(command, analytic_bundle, photos, tmp_path, suffix):
+    file, out = tmp_path / f"latents{suffix}", tmp_path / "out"
+    result = command(encode, analytic_bundle, photos, "--out", file, "--bits-samples", 4, *THREAD)
+    assert result.code == 0, result
+    assert "6 images" in result.out
+    assert "bits/pixel" in result.out
+    result = command(decode, analytic_bundle, file, "--out", out, "--mean-of", 8, "--decoder-steps", 10, *THREAD)
+    assert result.code == 0, result
+    files = sorted(photos.rglob("*.png"))
+    for index, file in enumerate(files):
+        with Image.open(out / f"{index:06d}.png") as picture:
+            pixels = np.asarray(picture).astype(float)
+            text = picture.info
+        assert np.abs(pixels.mean(axis=(0, 1)) - COLOURS[file.parent.name]).max() < 12
+        assert text["label"] == (file.parent.name if file.parent.name in CLASSES else "none")
+    assert (out / "contact_sheet.png").exists()
+    assert json.loads((out / "decode.json").read_text())["job"]["mean_of"] == 8
+
+
+def test_the_file_holds_both_latents_labels_bits_and_names(command, analytic_bundle, photos, tmp_path):
+    file = tmp_path / "latents.safetensors"
+    result = command(encode, analytic_bundle, photos, "--out", file, "--batch-size", 4, "--json", *THREAD)
+    latents = read_latents(file)
+    shapes = {name: array.shape for name, array in latents.arrays.items()}
+    assert shapes == {"z_0": (6, 4, 4, 4), "z_clean": (6, 4, 4, 4), "label": (6,), "bits": (6,)}
+    assert latents.arrays["label"].tolist() == [1, 1, 3, 3, 0, 0]
+    assert latents.info["names"] == [str(path) for path in sorted(photos.rglob("*.png"))]
+    printed = json.loads(result.out)
+    assert printed["bits_per_image"] == pytest.approx(latents.arrays["bits"].mean(), abs=1e-3)
+    assert printed["bits_per_pixel"] == pytest.approx(latents.arrays["bits"].mean() / 64, abs=1e-6)
+
+
+def test_bits_do_not_depend_on_the_batch(command, analytic_bundle, photos, tmp_path):
+    for batch in (1, 6):
+        command(encode, analytic_bundle, photos, "--out", tmp_path / f"{batch}.npz", "--batch-size", batch, *THREAD)
+    one, six = (read_latents(tmp_path / f"{batch}.npz").arrays for batch in (1, 6))
+    assert all(np.array_equal(one[name], six[name]) for name in one)
+
+
+def test_bits_of_a_known_latent_are_those_of_the_closed_form(analytic_bundle):
+    pipeline = ul_runtime.load(analytic_bundle, threads=1)
+    z_clean = np.random.default_rng(1).normal(0, 0.5, (32, 4, 4, 4)).astype(np.float32)
+    expected = 64 * 0.5 * math.log2(1 + 0.25 * math.exp(5))
+    assert pipeline.bits(z_clean, num_samples=16).mean() == pytest.approx(expected, rel=0.03)
+
+
+def test_what_cannot_be_encoded_is_one_line_and_writes_nothing(command, analytic_bundle, photos, tmp_path):
+    out = tmp_path / "latents.npz"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    command.fails(encode, 2, "nowhere: no such file or folder", analytic_bundle, tmp_path / "nowhere", "--out", out)
+    command.fails(encode, 65, "holds no pictures", analytic_bundle, tmp_path / "empty", "--out", out)
+    command.fails(encode, 65, "broken.png: cannot be read", analytic_bundle, tmp_path / "broken.png", "--out", out)
+    command.fails(encode, 2, "ends in .safetensors or .npz", analytic_bundle, photos, "--out", tmp_path / "latents.pt")
+    command.fails(encode, 2, "--bits-samples is 0", analytic_bundle, photos, "--out", out, "--bits-samples", 0)
+    command.fails(encode, 2, "--batch-size is 0", analytic_bundle, photos, "--out", out, "--batch-size", 0)
+    assert not out.exists()
+    out.write_bytes(b"mine")
+    command.fails(encode, 2, "latents.npz: exists", analytic_bundle, photos, "--out", out)
+    assert out.read_bytes() == b"mine"
+
+
+def test_latents_of_another_bundle_are_refused(command, analytic_bundle, photos, tmp_path):
+    command(encode, analytic_bundle, photos, "--out", tmp_path / "latents.npz", *THREAD)
+    other = write_analytic_bundle(tmp_path / "other", latent_std=0.7).path
+    command.fails(decode, 65, "made with bundle", other, tmp_path / "latents.npz", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def write(path: Path, **arrays: np.ndarray) -> Path:
+    path.write_bytes(latents_bytes(path.suffix, arrays, {}))
+    return path
+
+
+def test_a_file_with_nothing_but_z_0_can_be_decoded(command, analytic_bundle, tmp_path):
+    file = write(tmp_path / "z.npz", z_0=np.zeros((2, 4, 4, 4)))
+    assert command(decode, analytic_bundle, file, "--out", tmp_path / "out", *THREAD).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"z_0": np.zeros((2, 3, 4, 4), np.float32)}, "z_0 is [2, 3, 4, 4], the bundle expects ['n', 4, 4, 4]"),
+        ({"z_0": np.zeros((2, 4), np.float32)}, "has no z_0 of shape n c h w"),
+        ({"z_0": np.zeros((0, 4, 4, 4), np.float32)}, "has no z_0 of shape n c h w"),
+        ({"other": np.zeros((2, 4, 4, 4), np.float32)}, "has no z_0 of shape n c h w"),
+        ({"z_0": np.full((2, 4, 4, 4), np.nan, np.float32)}, "z_0 is not finite at [0, 1]"),
+        ({"z_0": np.zeros((1, 4, 4, 4), np.float32), "label": np.array([9])}, "label must be 1 numbers from 0 to 3"),
+        ({"z_0": np.zeros((1, 4, 4, 4), np.float32), "label": np.array([0, 1])}, "label must be 1 numbers"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_latents_that_do_not_fit_are_one_line(command, analytic_bundle, tmp_path, arrays, message, suffix):
+    file = write(tmp_path / f"z{suffix}", **arrays)
+    command.fails(decode, 65, message, analytic_bundle, file, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return Path.touch, (Path("canary"),)
+
+
+def test_a_pickle_in_a_file_of_latents_is_never_opened(command, analytic_bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("z.npz", z_0=np.array([Payload()], dtype=object))
+    command.fails(decode, 65, "is not a whole file of latents", analytic_bundle, "z.npz", "--out", "out")
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 64, b"{}" * 8])
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_damaged_files_of_latents_are_one_line(command, analytic_bundle, tmp_path, content, suffix):
+    (tmp_path / f"z{suffix}").write_bytes(content)
+    command.fails(decode, 65, "is not a whole file", analytic_bundle, tmp_path / f"z{suffix}", "--out", tmp_path / "o")
+
+
+def test_an_npz_that_would_expand_without_bound_is_refused(command, analytic_bundle, tmp_path):
+    with zipfile.ZipFile(tmp_path / "z.npz", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("z_0.npy", bytes(100_000_000))
+    message = "would expand to 100000000"
+    command.fails(decode, 65, message, analytic_bundle, tmp_path / "z.npz", "--out", tmp_path / "out")

@@ -1,0 +1,74 @@
+"""Hugging Face data sets on this disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_sources import contents, of, opened, png, put, reasons
+
+from ul_runtime.errors import BadInputError
+
+
+@pytest.fixture
+def datasets(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    return module
+
+
+def parquet(datasets: Any, path: Path, values: range, names: list[str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("string")
+    rows = {"picture": [{"bytes": png(v), "path": None} for v in values]}
+    rows["label"] = [v % 2 if names else f"c{v % 2}" for v in values]  # type: ignore[misc]
+    features = datasets.Features({"picture": datasets.Image(), "label": label})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def test_a_parquet_file_is_read(tmp_path: Path, datasets: Any) -> None:
+    parquet(datasets, tmp_path / "a.parquet", range(6))
+    assert of(opened(f"hf:{tmp_path}/a.parquet", tmp_path)) == {v: f"c{v % 2}" for v in range(6)}
+
+
+def test_a_local_data_set_gives_its_splits_and_class_names(tmp_path: Path, datasets: Any) -> None:
+    parquet(datasets, tmp_path / "in" / "train.parquet", range(6), ["zebra", "ant"])
+    parquet(datasets, tmp_path / "in" / "test.parquet", range(10, 14), ["zebra", "ant"])
+    splits = opened(f"hf:{tmp_path}/in", tmp_path)
+    assert splits.train.class_names == ("zebra", "ant")
+    assert contents(splits.train) == {v: ["zebra", "ant"][v % 2] for v in range(6)}
+    assert set(contents(splits.heldout)) == set(range(10, 14))
+    assert set(of(opened(f"hf:{tmp_path}/in:test", tmp_path))) == set(range(10, 14))
+    with pytest.raises(BadInputError, match="no split 'dev'; it has"):
+        opened(f"hf:{tmp_path}/in:dev", tmp_path)
+
+
+def test_a_hugging_face_image_folder_is_read_and_its_bad_images_listed(tmp_path: Path, datasets: Any) -> None:
+    for value, name in enumerate(["a/0.png", "a/1.png", "b/0.png", "b/1.png"]):
+        put(tmp_path / "in" / name, value)
+    (tmp_path / "in" / "b" / "2.png").write_bytes(b"%PDF")
+    splits = opened(f"hf:{tmp_path}/in", tmp_path)
+    assert of(splits) == {0: "a", 1: "a", 2: "b", 3: "b"}
+    assert list(reasons(splits.train).values()) == ["not an image of a known format"]
+
+
+def test_addresses_in_rows_are_not_fetched(tmp_path: Path, datasets: Any) -> None:
+    pyarrow = pytest.importorskip("pyarrow.parquet") and pytest.importorskip("pyarrow")
+    rows: dict[str, Any] = {"image": [{"bytes": png(v), "path": None} for v in range(3)]}
+    rows["image"].append({"bytes": None, "path": "http://169.254.169.254/image.png"})
+    schema = datasets.Features({"image": datasets.Image()}).arrow_schema
+    pyarrow.parquet.write_table(pyarrow.table(rows, schema=schema), tmp_path / "a.parquet")
+    splits = opened(f"hf:{tmp_path}/a.parquet", tmp_path)
+    assert list(reasons(splits.train).values()) == ["an address outside the data set"]
+
+
+@pytest.mark.parametrize("name", ["no/such-data-set", "missing/folder/here"])
+def test_an_unknown_data_set_is_bad_input(tmp_path: Path, datasets: Any, name: str) -> None:
+    with pytest.raises(BadInputError, match="cannot be read as a Hugging Face data set"):
+        opened(f"hf:{name}", tmp_path)
+
+
+def test_a_truncated_parquet_is_bad_input(tmp_path: Path, datasets: Any) -> None:
+    parquet(datasets, tmp_path / "a.parquet", range(6))
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
+    with pytest.raises(BadInputError, match="cannot be read"):
+        opened(f"hf:{tmp_path}/a.parquet", tmp_path)

@@ -1,0 +1,370 @@
+"""The prepared set: held-out choice, cache, order, concurrency, memory, what is said when it fails."""
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ul_runtime.errors import BadInputError, OutputError, UsageError
+from ul_train.data import Splits, open_data, prepare
+from ul_train.data.heldout import MAX_HELDOUT, SplitRows, in_share, rank
+from ul_train.data.imageset import images_path
+
+SIZE = 8
+
+
+def folder(path: Path, values: Any, size: int = SIZE) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for value in values:
+        Image.new("RGB", (size, size), (value % 256, value // 256, 0)).save(path / f"{value:05d}.png")
+    return path
+
+
+def values(images: np.ndarray) -> list[int]:
+    return [int(image[0, 0, 0]) + 256 * int(image[1, 0, 0]) for image in images]
+
+
+def opened(source: Path, tmp_path: Path, **options: Any) -> Splits:
+    defaults: dict[str, Any] = {"size": SIZE, "channels": 3, "cache_dir": tmp_path / "cache"}
+    return open_data(str(source), **(defaults | options))
+
+
+def fail(*_: object) -> Any:
+    raise AssertionError("prepared again")
+
+
+# held out
+
+
+def test_held_out_images_stay_held_out_when_images_are_added(tmp_path: Path) -> None:
+    before = opened(folder(tmp_path / "in", range(0, 400, 2)), tmp_path)
+    after = opened(folder(tmp_path / "in", range(400)), tmp_path)
+    assert len(before.heldout) >= 2
+    assert set(values(before.heldout.images)) <= set(values(after.heldout.images))
+    assert set(values(before.train.images)) <= set(values(after.train.images))
+    assert sorted(values(after.train.images) + values(after.heldout.images)) == list(range(400))
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=st.lists(st.text(max_size=8), min_size=2, max_size=60))
+def test_every_image_is_on_one_side_and_both_sides_have_one(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    split = SplitRows(tmp_path_factory.mktemp("split"), (1, 1, 1))
+    for value, name in enumerate(names):
+        split.append(name, np.full((1, 1, 1), value, dtype=np.uint8), value)
+    parts = split.finish()
+    for part in parts:
+        part.close()
+    sides = [np.fromfile(part.images, np.uint8).tolist() for part in parts]
+    labels = [np.fromfile(part.labels, np.int64).tolist() for part in parts]
+    assert sides == labels
+    assert all(side == sorted(side) for side in sides)
+    assert sides[0]
+    assert sides[1]
+    assert sorted(sides[0] + sides[1]) == list(range(len(names)))
+
+
+def test_at_most_the_maximum_is_held_out_and_it_has_the_lowest_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ul_train.data.heldout.MAX_HELDOUT", 5)
+    splits = opened(folder(tmp_path / "in", range(300)), tmp_path)
+    ranks = sorted((rank(f"{value:05d}.png"), value) for value in range(300))
+    assert sum(in_share(value) for value, _ in ranks) > 5
+    assert sorted(values(splits.heldout.images)) == sorted(value for _, value in ranks[:5])
+    assert sorted(values(splits.train.images)) == sorted(value for _, value in ranks[5:])
+
+
+def test_the_share_is_five_percent() -> None:
+    share = sum(in_share(rank(str(i))) for i in range(20_000)) / 20_000
+    assert abs(share - 0.05) < 0.005
+    assert MAX_HELDOUT == 1000
+
+
+# the cache
+
+
+def test_a_second_open_reuses_the_prepared_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "in", range(20))
+    first = opened(source, tmp_path)
+    monkeypatch.setattr(prepare, "_write", fail)
+    second = opened(source, tmp_path)
+    assert second.train.fingerprint == first.train.fingerprint
+    assert np.array_equal(second.train.images, first.train.images)
+    assert not isinstance(second.train.batch([0])[0], np.memmap)
+    assert not second.train.images.flags.writeable
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "size": {"size": 4},
+    "channels": {"channels": 1},
+    "background": {"background": "black"},
+    "fit": {"fit": "pad"},
+    "held-out source": {"heldout_source": "other"},
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "file added", "file changed", "file renamed"])
+def test_every_change_that_matters_prepares_another_set(tmp_path: Path, name: str) -> None:
+    source = folder(tmp_path / "in", range(20))
+    folder(tmp_path / "other", range(100, 103))
+    before = opened(source, tmp_path).train.index_path
+    if name == "file added":
+        folder(source, [50])
+    elif name == "file changed":
+        os.utime(source / "00003.png", ns=(1, 1))
+    elif name == "file renamed":
+        (source / "00003.png").rename(source / "00099.png")
+    options = dict(CHANGES.get(name, {}))
+    if "heldout_source" in options:
+        options["heldout_source"] = str(tmp_path / "other")
+    assert opened(source, tmp_path, **options).train.index_path != before
+    assert before.exists()
+
+
+def test_the_fingerprint_follows_pixels_labels_and_names(tmp_path: Path) -> None:
+    def fingerprint(name: str, classes: tuple[str, str], change: int = 0) -> str:
+        for number, label in enumerate(classes):
+            folder(tmp_path / name / label, [10 * number, 10 * number + 1 + change * number, 10 * number + 2])
+        other = tmp_path / "heldout" / name
+        folder(other / classes[0], [99])
+        return opened(tmp_path / name, tmp_path, heldout_source=str(other)).train.fingerprint
+
+    same = [fingerprint("one", ("a", "b")), fingerprint("two", ("a", "b"))]
+    assert same[0] == same[1]
+    assert fingerprint("three", ("a", "c")) != same[0]
+    assert fingerprint("four", ("a", "b"), change=5) != same[0]
+
+
+DAMAGES = {
+    "images cut": lambda path: os.truncate(images_path(path, "train"), 100),
+    "images missing": lambda path: images_path(path, "heldout").unlink(),
+    "index missing": lambda path: (path / "index.json").unlink(),
+    "index cut": lambda path: os.truncate(path / "index.json", 50),
+    "index of another set": lambda path: (path / "index.json").write_text(
+        (path / "index.json").read_text().replace(path.name, "0" * 64)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_prepared_set_is_prepared_again_and_it_is_said(tmp_path: Path, name: str) -> None:
+    source = folder(tmp_path / "in", range(20))
+    first = opened(source, tmp_path)
+    fingerprint = first.train.fingerprint
+    DAMAGES[name](first.train.index_path.parent)
+    again = opened(source, tmp_path)
+    assert again.train.fingerprint == fingerprint
+    assert values(again.train.images) == sorted(values(again.train.images))
+    assert any("damaged" in note for note in again.train.notes)
+    assert not any("damaged" in note for note in opened(source, tmp_path).train.notes)
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "in", range(20))
+
+    def full(*_: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ul_train.data.rows.Rows.finish", lambda *_: full())
+    with pytest.raises(OSError, match="No space"):
+        opened(source, tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.undo()
+    assert len(opened(source, tmp_path).train) > 0
+
+
+def test_a_full_disk_is_an_output_error_that_names_the_folder(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(40), size=64)
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from ul_train.data import open_data\n"
+        "from ul_runtime.errors import OutputError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "try: open_data(sys.argv[1], size=64, channels=3, cache_dir=Path(sys.argv[2]))\n"
+        "except OutputError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "cache")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "cannot write the prepared images" in said
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_too_little_space_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "in", range(20))
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(OutputError, match="20 prepared images take"):
+        opened(source, tmp_path)
+
+
+def _prepare(source: str, cache: str, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    splits = open_data(source, size=SIZE, channels=3, cache_dir=Path(cache))
+    results.put((splits.train.fingerprint, int(np.asarray(splits.train.images, dtype=np.int64).sum())))
+
+
+def test_processes_that_prepare_at_once_all_get_the_same_whole_set(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(150))
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    arguments = (str(source), str(tmp_path / "cache"), barrier, results)
+    processes = [context.Process(target=_prepare, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(found) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_set_of_the_faster_process_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "in", range(20))
+    write = prepare._write
+
+    def slow(*arguments: Any) -> Any:
+        index = write(*arguments)
+        monkeypatch.setattr(prepare, "_write", write)
+        opened(source, tmp_path)  # another one commits while we write
+        return index
+
+    monkeypatch.setattr(prepare, "_write", slow)
+    assert len(opened(source, tmp_path).train) > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+# determinism, memory, progress
+
+
+def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "in", range(100))
+    found = set()
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(prepare, "_THREADS", threads)
+        splits = opened(source, tmp_path, cache_dir=tmp_path / str(threads))
+        found.add((splits.train.fingerprint, splits.heldout.fingerprint))
+    assert len(found) == 1
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}.npz"
+        np.savez(path, images=np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8))
+        tracemalloc.start()
+        splits = opened(path, tmp_path, size=64)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(splits.train) + len(splits.heldout) == count
+        return most
+
+    peak(10)
+    small, large = peak(300), peak(3000)
+    assert large - small < 2 << 20  # of 33 MB more of pixels
+
+
+@pytest.mark.slow
+def test_resident_memory_stays_flat_while_preparing(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    opened(folder(tmp_path / "in", range(4000), size=64), tmp_path, size=64)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 << 10
+
+
+def test_progress_ends_with_all_images(tmp_path: Path) -> None:
+    calls: list[tuple[int, int | None]] = []
+    opened(folder(tmp_path / "in", range(30)), tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (30, 30)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+# what is set aside
+
+
+def test_too_many_rejected_images_are_an_error_that_names_three_and_the_list(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(5))
+    for value in range(6):
+        (source / f"bad{value}.png").write_bytes(b"nothing")
+    with pytest.raises(BadInputError) as error:
+        opened(source, tmp_path)
+    message = str(error.value)
+    assert "6 of 11 images are unusable, at most 50.0% may be" in message
+    assert message.count("not an image of a known format") == 3
+    listed = Path(next(word for word in message.split() if word.endswith("index.json;"))[:-1])
+    assert [entry["path"] for entry in json.loads(listed.read_text())["train"]["rejected"]] == [
+        f"bad{value}.png" for value in range(6)
+    ]
+    splits = opened(source, tmp_path, max_rejected_share=0.6)
+    assert splits.train.num_rejected == 6
+    assert splits.train.index_path == listed
+
+
+def test_the_list_of_rejected_images_is_bounded_but_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ul_train.data.rows.MAX_LISTED", 3)
+    source = folder(tmp_path / "in", range(20))
+    for value in range(6):
+        (source / f"bad{value}.png").write_bytes(b"")
+    train = opened(source, tmp_path).train
+    assert train.num_rejected == 6
+    assert len(train.rejected) == 3
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_usable_images_are_an_error(tmp_path: Path, count: int) -> None:
+    source = folder(tmp_path / "in", range(count))
+    (source / "bad.png").write_bytes(b"")
+    with pytest.raises(BadInputError, match=f"{count} usable images?, at least 2 expected; 1 set aside: bad.png: zero"):
+        opened(source, tmp_path)
+
+
+def test_only_images_smaller_than_the_model_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(5))
+    with pytest.raises(
+        BadInputError, match=r'all 5 images are smaller.*8x8, model 16x16.*image\.size.*image\.fit="pad"'
+    ):
+        opened(source, tmp_path, size=16)
+    assert len(opened(source, tmp_path, size=16, fit="pad").train) > 0
+
+
+def test_converted_images_are_counted_by_reason(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(10))
+    for number in range(3):
+        Image.new("RGBA", (SIZE, SIZE), (number, 0, 0, 0)).save(source / f"alpha{number}.png")
+    stream = io.BytesIO()
+    Image.new("CMYK", (SIZE, SIZE)).save(stream, "JPEG")
+    (source / "cmyk.jpg").write_bytes(stream.getvalue())
+    assert opened(source, tmp_path).train.converted == {"transparency": 3, "cmyk": 1}
+
+
+def test_images_of_an_unlabelled_training_set_hold_out_without_labels(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(4))
+    folder(tmp_path / "other" / "a", [9])
+    folder(tmp_path / "other" / "b", [10])
+    splits = opened(source, tmp_path, heldout_source=str(tmp_path / "other"))
+    assert splits.heldout.labels.tolist() == [-1, -1]
+    with pytest.raises(BadInputError, match="no class"):
+        opened(tmp_path / "other", tmp_path, heldout_source=str(source))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"size": 0}, {"channels": 4}, {"classes": "some"}, {"max_rejected_share": 2}, {"background": "x"}, {"fit": "x"}],
+)
+def test_impossible_options_are_usage_errors(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        opened(folder(tmp_path / "in", range(3)), tmp_path, **options)

@@ -1,0 +1,91 @@
+"""ul-generate: a bundle to images, PNG files and a labelled contact sheet."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ul_runtime.cli import options
+from ul_runtime.errors import run_command
+
+if TYPE_CHECKING:
+    from ul_runtime.settings import Settings
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: ul-generate bundle --num-images 64 --seed 0 --steps 32 --out pictures")
+def generate(
+    bundle: options.BundleArgument,
+    out: options.OutFolder,
+    num_images: Annotated[int, typer.Option("--num-images", metavar="COUNT", help="How many images.")] = 64,
+    seed: options.Seed = 0,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            metavar="NAME|INT|none",
+            help="Class of the images; repeat it for several in turn.",
+            show_default="all classes in turn",
+        ),
+    ] = None,
+    steps: options.Steps = None,
+    sampler: options.Sampler = None,
+    grid: options.Grid = None,
+    guidance: options.Guidance = None,
+    guidance_interval: options.GuidanceInterval = None,
+    decoder_steps: options.DecoderSteps = None,
+    decoder_sampler: options.DecoderSampler = None,
+    decoder_grid: options.DecoderGrid = None,
+    batch_size: options.BatchSize = None,
+    threads: options.Threads = None,
+    spinning: options.Spinning = True,
+    backend: options.BackendName = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Generate images from a bundle: PNG files and a contact sheet; the same command goes on where it stopped."""
+    options.check_count("--num-images", num_images)
+    interval = options.parse_interval(guidance_interval)
+    import ul_runtime
+    from ul_runtime.cli.fill import fill, job_of, summary
+    from ul_runtime.settings import NO_LABEL, Overrides, label_cycle
+
+    pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
+    overrides = Overrides(
+        steps=steps,
+        sampler=sampler,
+        grid=grid,
+        guidance=guidance,
+        guidance_interval=interval,
+        decoder_steps=decoder_steps,
+        decoder_sampler=decoder_sampler,
+        decoder_grid=decoder_grid,
+    )
+    settings = pipeline.settings(**overrides)
+    classes = [*pipeline.manifest.classes, NO_LABEL]
+    names = [classes[number] for number in label_cycle(label, pipeline.manifest.classes)]
+    labels = names if label else "all classes in turn"
+    result = fill(
+        out,
+        job_of(pipeline, "ul-generate", seed=seed, labels=labels, **settings.as_dict()),
+        num_images,
+        pipeline,
+        lambda missing, control: pipeline.generate(
+            missing, seed=seed, labels=label or None, batch_size=batch_size, control=control, **overrides
+        ),
+        _title(pipeline.manifest.name, seed, settings, names),
+        names if len(names) > 1 else (),
+    )
+    print(json.dumps(result) if as_json else summary(result))
+
+
+def _title(bundle: str, seed: int, settings: "Settings", names: list[str]) -> str:
+    loops = " + ".join(f"{loop.num_steps} {loop.sampler}" for loop in (settings.prior, settings.decoder))
+    only = f"{names[0]}, " if len(names) == 1 and names[0] != "none" else ""
+    guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1.0 else ""
+    return f"{bundle}, {only}seed {seed}, {loops} steps{guidance}"
+
+
+def main() -> None:
+    """Entry point of ul-generate."""
+    run_command(app, "ul-generate")

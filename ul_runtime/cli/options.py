@@ -1,0 +1,80 @@
+"""Options that several commands share, spelled once."""
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from ul_runtime.errors import UsageError
+
+_BUNDLES = "the bundle's"
+
+BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle of ul-export (a folder).")]
+OutFolder: TypeAlias = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder of the images: new, empty, or of the same job to go on.")
+]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of all noise.")]
+BatchSize: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="IMAGES", help="Images at a time; no effect on them.", show_default="by size"),
+]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option("--threads", metavar="COUNT", help="CPU threads.", show_default="one per core")
+]
+Spinning: TypeAlias = Annotated[
+    bool, typer.Option("--spinning/--no-spinning", help="Threads wait busily: faster, rude on a shared machine.")
+]
+BackendName: TypeAlias = Annotated[str, typer.Option("--backend", metavar="auto|ort-cpu", help="What runs the graphs.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
+DecoderSteps: TypeAlias = Annotated[
+    int | None, typer.Option("--decoder-steps", metavar="COUNT", help="Decoder steps.", show_default=_BUNDLES)
+]
+DecoderSampler: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--decoder-sampler", metavar="NAME", help="Sampler of the decoder.", show_default=_BUNDLES),
+]
+DecoderGrid: TypeAlias = Annotated[
+    str | None, typer.Option("--decoder-grid", metavar="NAME", help="Time grid of the decoder.", show_default=_BUNDLES)
+]
+Steps: TypeAlias = Annotated[
+    int | None, typer.Option("--steps", metavar="COUNT", help="Prior steps.", show_default=_BUNDLES)
+]
+Sampler: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler", metavar="NAME", help="Sampler of the prior: ddim, ancestral, dpmpp2m.", show_default=_BUNDLES
+    ),
+]
+Grid: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--grid", metavar="NAME", help="Time grid of the prior: uniform, cosine, mix.", show_default=_BUNDLES),
+]
+Guidance: TypeAlias = Annotated[
+    float | None,
+    typer.Option("--guidance", metavar="WEIGHT", help="Classifier-free guidance, 1 = off.", show_default=_BUNDLES),
+]
+GuidanceInterval: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance-interval", metavar="LO,HI", help="Guide where logsnr is in it; or all.", show_default=_BUNDLES
+    ),
+]
+
+
+def parse_interval(text: str | None) -> tuple[float, float] | None:
+    """`LO,HI` or `all` as two numbers; UsageError."""
+    if text is None:
+        return None
+    if text == "all":
+        return (float("-inf"), float("inf"))
+    try:
+        low, high = (float(end) for end in text.split(","))
+    except ValueError:
+        raise UsageError(f"--guidance-interval {text!r}: expected LO,HI in logsnr such as -3,1.5, or all") from None
+    return low, high
+
+
+def check_count(option: str, count: int) -> None:
+    """UsageError for a count below 1."""
+    if count < 1:
+        raise UsageError(f"{option} is {count}; expected 1 or more")

@@ -1,0 +1,76 @@
+"""A labelled sheet of small pictures: one column a class where classes come in turn, else a square."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MOST_TILES = 100
+_MOST_COLUMNS = 20
+_MIN_TILE, _MAX_TILE = 96, 256  # px: smaller pictures are enlarged by whole factors, larger ones reduced
+_GAP, _MARGIN = 4, 12
+_TEXT_PX, _LINE_PX = 14, 20
+_BACKGROUND, _INK = (255, 255, 255), (32, 32, 32)
+
+
+def _tile(image: np.ndarray) -> Image.Image:
+    """uint8 `h w c` as an RGB picture of the size of a tile."""
+    picture = to_picture(image)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*_BACKGROUND, 255)), picture)
+    picture = picture.convert("RGB")
+    longest = max(picture.size)
+    if longest > _MAX_TILE:
+        picture.thumbnail((_MAX_TILE, _MAX_TILE), Image.Resampling.LANCZOS)
+        return picture
+    factor = max(1, math.ceil(_MIN_TILE / longest))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """uint8 `h w c` with 1 (grey), 3 (RGB) or 4 (RGBA) channels as a picture."""
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
+
+
+def _fit(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, shortened with an ellipsis to at most `width` px."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
+) -> Image.Image:
+    """The first MOST_TILES of `images` (uint8 `h w c`, one size) under a title.
+
+    `columns`: one name a column, image i stands in column i mod len. `captions`: one line under each image.
+    """
+    if len(columns) > _MOST_COLUMNS:
+        columns, captions = (), captions or [columns[i % len(columns)] for i in range(len(images))]
+    tiles = [_tile(image) for image in images[:MOST_TILES]]
+    across = len(columns) or math.ceil(math.sqrt(len(tiles)))
+    down = math.ceil(len(tiles) / across)
+    width, height = tiles[0].size
+    cell_w, cell_h = width + _GAP, height + _GAP + (_LINE_PX if captions else 0)
+    top = _MARGIN + _LINE_PX + _GAP + (_LINE_PX if columns else 0)
+    sheet_w = max(2 * _MARGIN + across * cell_w - _GAP, 360)
+    sheet = Image.new("RGB", (sheet_w, top + down * cell_h + _MARGIN), _BACKGROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT_PX)
+    draw.text((_MARGIN, _MARGIN), _fit(title, sheet_w - 2 * _MARGIN, font), _INK, font)
+
+    def centred(text: str, column: int, y: int) -> None:
+        place = (_MARGIN + column * cell_w + width / 2, y)
+        draw.text(place, _fit(text, width, font), _INK, font, anchor="ma")
+
+    for column, name in enumerate(columns):
+        centred(name, column, top - _LINE_PX)
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, across)
+        sheet.paste(tile, (_MARGIN + column * cell_w, top + row * cell_h))
+        if captions:
+            centred(captions[i], column, top + row * cell_h + height + 2)
+    return sheet

@@ -1,0 +1,344 @@
+"""Every durable write of the project: whole or absent after a kill, a power loss or a full disk.
+
+The recipe (reliability.md, ALICE): write under a temporary name beside the target, fsync, close, rename,
+fsync the directory. An error of any step is an error of the write, and the temporary name is removed.
+All system calls go through `disk`, so that a test can record, fail or drop them.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ul_runtime.errors import OutputError, UsageError
+
+LOCK_NAME = ".lock"
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_ADVICE = {
+    errno.ENOSPC: "free space on this disk and run again",
+    errno.EDQUOT: "free space in your quota and run again",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+    errno.EROFS: "choose a folder on a writable disk",
+    errno.EIO: "the disk reports an error; write to another one",
+}
+
+
+class Disk:
+    """The system calls of a durable write; tests put a recording or failing one in `durable.disk`."""
+
+    def create(self, path: Path) -> int:
+        """Open a new file for writing; an existing name, links included, is an error."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def open(self, path: Path) -> int:
+        """Open an existing file or directory to sync it; never follows a link or waits for a pipe."""
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def open_to_append(self, path: Path) -> int:
+        """Open for appending and reading, made if missing."""
+        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """Write some of `data`; returns how many bytes."""
+        return os.write(fd, data)
+
+    def sync(self, fd: int) -> None:
+        """Make contents (of a directory: its names) survive a power loss."""
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        """Close; delayed write errors show here on some file systems."""
+        os.close(fd)
+
+    def make_directory(self, path: Path) -> None:
+        """Make one directory; it must not exist."""
+        path.mkdir()
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename in one step: over a file, or of a directory to a free name or an empty directory."""
+        os.rename(source, target)
+
+    def exchange(self, a: Path, b: Path) -> None:
+        """Swap two names in one step (Linux renameat2); ENOSYS where the system cannot."""
+        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if call is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(b))
+        if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+
+    def remove(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+
+
+disk = Disk()
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    """Turn the OSErrors of a block into one OutputError that names `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "check the folder and its permissions")
+        raise OutputError(f"{path}: cannot write: {error.strerror or error}; {advice}") from error
+
+
+def _temporary_name(final: Path) -> Path:
+    return final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def _remove_quietly(path: Path) -> None:
+    """Remove what a failed attempt left; what cannot be removed now, `sweep` removes later."""
+    with suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            disk.remove(path)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[disk.write(fd, view) :]
+
+
+def _sync(path: Path) -> None:
+    fd = disk.open(path)
+    try:
+        disk.sync(fd)
+    finally:
+        disk.close(fd)
+
+
+def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Create `path` with these bytes, synced and closed; its name is durable with its directory.
+
+    For files inside a temporary directory. An existing `path` or any failure: OutputError, nothing left.
+    """
+    with _as_output_error(path), ExitStack() as on_failure:
+        fd = disk.create(path)
+        on_failure.callback(_remove_quietly, path)
+        try:
+            for chunk in chunks:
+                _write_all(fd, chunk)
+            disk.sync(fd)
+        finally:
+            disk.close(fd)
+        on_failure.pop_all()
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, replacing a file there; at any crash, old or new, whole. OutputError."""
+    path = _absolute(path)
+    temporary = _temporary_name(path)
+    with ExitStack() as on_failure:
+        on_failure.callback(_remove_quietly, temporary)
+        write_file(temporary, [data])
+        with _as_output_error(path):
+            disk.rename(temporary, path)
+            on_failure.pop_all()
+            _sync(path.parent)
+
+
+def append_line(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append `text` and a newline; a half line left by a crash is ended first, a failed append is undone.
+
+    One writer at a time. With `sync`, the line survives a power loss. OutputError; ValueError on a newline.
+    """
+    if "\n" in text:
+        raise ValueError(f"{path}: one line expected, got {text.count(chr(10)) + 1}")
+    path = _absolute(path)
+    with _as_output_error(path):
+        fd = disk.open_to_append(path)
+        try:
+            size = os.fstat(fd).st_size
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            with ExitStack() as on_failure:
+                on_failure.callback(os.ftruncate, fd, size)
+                _write_all(fd, (("\n" if torn else "") + text + "\n").encode())
+                if sync:
+                    disk.sync(fd)
+                on_failure.pop_all()
+        finally:
+            disk.close(fd)
+        if sync and size == 0:
+            _sync(path.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Make `path` and its missing parents, names durable; an existing directory is fine. OutputError."""
+    path = _absolute(path)
+    with _as_output_error(path):
+        for directory in [*reversed(path.parents), path]:
+            if not directory.is_dir():
+                with suppress(FileExistsError):
+                    disk.make_directory(directory)
+                if not directory.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+                _sync(directory.parent)
+
+
+@contextmanager
+def temporary_directory_beside(final: Path) -> Iterator[Path]:
+    """A new directory `.<final>.<random>.tmp` on the disk of `final`, to fill and `commit_directory`.
+
+    Removed at the end unless committed. Locked while in use: `sweep` leaves a living attempt. OutputError.
+    """
+    final = _absolute(final)
+    make_directory(final.parent)
+    temporary = _temporary_name(final)
+    with ExitStack() as at_end:
+        with _as_output_error(final):
+            disk.make_directory(temporary)
+            at_end.callback(_remove_quietly, temporary)
+            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            at_end.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+
+
+def _sync_tree(directory: Path) -> None:
+    """Sync every file, then every directory above it; a link or a pipe in it is an error."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def commit_directory(temporary: Path, final: Path) -> None:
+    """Give a filled temporary directory its final name, whole and durable.
+
+    `final` must be free or an empty directory: UsageError; the first of two attempts wins. OutputError.
+    """
+    temporary, final = _absolute(temporary), _absolute(final)
+    with _as_output_error(final):
+        if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
+            raise UsageError(f"{final}: exists already; choose another name or remove it")
+        _sync_tree(temporary)
+        disk.rename(temporary, final)
+        _sync(final.parent)
+
+
+def replace_directory(temporary: Path, final: Path) -> None:
+    """As `commit_directory`, over the directory there; at any crash, old or new, whole. OutputError."""
+    temporary, final = _absolute(temporary), _absolute(final)
+    with _as_output_error(final):
+        _sync_tree(temporary)
+        try:
+            disk.exchange(temporary, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EOPNOTSUPP):
+                raise
+            message = f"{final}: this file system cannot replace a directory in one step; remove it first"
+            raise OutputError(message) from error
+        _sync(final.parent)
+    _remove_quietly(temporary)
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a living process holds this temporary directory."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def sweep(parent: Path, name: str) -> list[str]:
+    """Remove the temporary files and directories of dead attempts at `parent/name`; returns their names.
+
+    Directories of living attempts stay. For files, hold the directory lock. OutputError.
+    """
+    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
+    removed = []
+    with _as_output_error(parent):
+        names = sorted(os.listdir(parent)) if parent.is_dir() else []
+        for path in (parent / name for name in names if pattern.fullmatch(name)):
+            if not path.is_symlink() and not (path.is_dir() and _in_use(path)):
+                _remove_quietly(path)
+                removed.append(path.name)
+    return removed
+
+
+def check_output_directory(path: Path, allowed: Sequence[str] = ()) -> None:
+    """Refuse, before any work, a folder that is not writable or holds names that no pattern allows.
+
+    Our temporary names and lock are allowed; a missing folder is fine if it can be made (not made here).
+    UsageError: not a folder, or other things in it. OutputError: not writable.
+    """
+    path = _absolute(path)
+    with _as_output_error(path):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file, a folder is expected; choose another name")
+        ours = [*allowed, LOCK_NAME, ".*.tmp"]
+        names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+        foreign = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in ours)]
+        if foreign:
+            shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+            raise UsageError(f"{path}: holds other things ({shown}); choose an empty folder or remove them")
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        probe = _temporary_name(existing / "probe")
+        disk.close(disk.create(probe))
+        disk.remove(probe)
+
+
+def _claim_lock(file: Path) -> int:
+    """An fd that holds the lock of `file`; BlockingIOError when another has it."""
+    while True:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with ExitStack() as on_failure:
+            on_failure.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(file)):  # not just removed by its holder
+                    on_failure.pop_all()
+                    return fd
+
+
+def _holder(file: Path) -> str:
+    with suppress(OSError):
+        return file.read_text(errors="replace").strip() or "another process"
+    return "another process"
+
+
+@contextmanager
+def lock_directory(path: Path) -> Iterator[None]:
+    """Hold `path` (made if missing) for this process until the block ends or the process dies.
+
+    A second holder gets UsageError with pid and host of the first; the lock of a dead one is taken over.
+    """
+    path = _absolute(path)
+    make_directory(path)
+    file = path / LOCK_NAME
+    with ExitStack() as at_end:
+        with _as_output_error(path):
+            try:
+                fd = _claim_lock(file)
+            except BlockingIOError:
+                holder = _holder(file)
+                raise UsageError(f"{path}: in use by {holder}; wait or choose another folder") from None
+            at_end.callback(os.close, fd)
+            at_end.callback(_remove_quietly, file)
+            os.ftruncate(fd, 0)
+            _write_all(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield

@@ -1,0 +1,127 @@
+"""A folder of numbered PNG files that one job fills: resumable, and never mixed with another job's.
+
+job.json (the settings and their fingerprint, written first), 000000.png ..., contact_sheet.png
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from ul_runtime import durable
+from ul_runtime.contact_sheet import MOST_TILES, contact_sheet, to_picture
+from ul_runtime.errors import BadInputError, UsageError
+
+SHEET = "contact_sheet.png"
+_FORMAT = "unified-latents-images"
+
+
+def png_bytes(picture: Image.Image, text: Mapping[str, str]) -> bytes:
+    """A PNG file with these tEXt entries."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def fingerprint(job: Mapping[str, Any]) -> str:
+    """SHA-256 of the job's settings as canonical JSON."""
+    return hashlib.sha256(json.dumps(job, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class ImageFolder:
+    """The open folder of one job; made by `open_image_folder`."""
+
+    def __init__(self, path: Path, job: Mapping[str, Any], num_images: int) -> None:
+        self.path = path
+        self.job = job
+        self.num_images = num_images
+        self.fingerprint = fingerprint(job)
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"{index:06d}.png"
+
+    def _read(self, index: int) -> np.ndarray | None:
+        """Image `index` as uint8 `h w c` if it is there, whole and of this job."""
+        try:
+            with Image.open(self._file(index), formats=("PNG",)) as picture:
+                pixels = np.asarray(picture)
+                ours = picture.info.get("job") == self.fingerprint and picture.info.get("index") == str(index)
+        except (FileNotFoundError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return None
+        return (pixels[..., None] if pixels.ndim == 2 else pixels) if ours else None
+
+    def missing(self) -> list[int]:
+        """Indices still to be made: absent, damaged, or not this job's."""
+        return [index for index in range(self.num_images) if self._read(index) is None]
+
+    def write(self, index: int, image: np.ndarray, text: Mapping[str, str]) -> None:
+        """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its provenance. OutputError."""
+        text = {**text, "index": str(index), "job": self.fingerprint}
+        durable.atomic_write(self._file(index), png_bytes(to_picture(image), text))
+
+    def write_sheet(self, title: str, columns: Sequence[str]) -> Path | None:
+        """The contact sheet of the first images that are there; None if there are none. OutputError."""
+        found = [self._read(index) for index in range(min(self.num_images, MOST_TILES))]
+        example = next((image for image in found if image is not None), None)
+        if example is None:
+            return None
+        images = [np.full_like(example, 255) if image is None else image for image in found]
+        path = self.path / SHEET
+        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns), {"job": self.fingerprint}))
+        return path
+
+    def begin(self, job_file: Path) -> None:
+        """Write the job file, or check that the one there is of the same job. UsageError, BadInputError."""
+        if job_file.exists():
+            self._check_same(job_file, _read_job(job_file))
+        elif next(self.path.glob("*.png"), None):
+            raise UsageError(f"{self.path}: holds images but no {job_file.name}; choose an empty folder")
+        head = {"format": _FORMAT, "format_version": 1, "num_images": self.num_images}
+        content = {**head, "fingerprint": self.fingerprint, "job": self.job}
+        durable.atomic_write(job_file, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _check_same(self, job_file: Path, found: dict[str, Any]) -> None:
+        job, count = found["job"], found["num_images"]
+        wanted = json.loads(json.dumps(self.job))
+        for key in sorted(set(job) | set(wanted)):
+            if job.get(key) != wanted.get(key):
+                message = f"{job_file}: the images here were made with {key} {job.get(key)}, now {wanted.get(key)}"
+                raise UsageError(f"{message}; choose another folder, or the same settings to go on")
+        if count > self.num_images:
+            message = f"{job_file}: the folder holds a job of {count} images, now {self.num_images}"
+            raise UsageError(f"{message}; ask for at least as many, or choose another folder")
+
+
+def _read_job(job_file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(job_file.read_bytes())
+        if found["format"] == _FORMAT and isinstance(found["job"], dict) and isinstance(found["num_images"], int):
+            return found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise BadInputError(f"{job_file}: is not a job file of this toolkit; choose another folder")
+
+
+@contextmanager
+def open_image_folder(path: Path, job: Mapping[str, Any], num_images: int, job_name: str) -> Iterator[ImageFolder]:
+    """The folder `path`, held for this process: new, empty, or filled by the same job before.
+
+    `job` is everything the images depend on, but not how many there are: a job may be extended.
+    UsageError: other things in it, or another job. OutputError: not writable.
+    """
+    durable.check_output_directory(path, [job_name, SHEET, "[0-9]" * 6 + "*.png"])
+    with durable.lock_directory(path):
+        folder = ImageFolder(path, job, num_images)
+        folder.begin(path / job_name)
+        for name in [SHEET, job_name]:
+            durable.sweep(path, name)
+        yield folder

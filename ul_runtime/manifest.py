@@ -1,0 +1,325 @@
+"""manifest.json of a bundle: the one description of the file format, and a parser that fears nothing.
+
+Shapes are those of the step graphs: `b` (batch) and `g` (guidance branches) dynamic, float32 at the boundary.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from ul_runtime.errors import BadInputError, UntrustedError
+
+FORMAT: Final = "unified-latents-bundle"
+FORMAT_VERSION: Final = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 2**20
+MAX_DEPTH = 16
+MAX_FILES = 64
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ROW_SIZE = 8
+HISTORY = 2
+# Formats that run code when opened: never in a bundle, whatever the manifest says.
+CODE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".engine", ".plan", ".so", ".py")
+
+GraphName = Literal["encoder", "prior_step", "decoder_step"]
+GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "prior_step", "decoder_step")
+Shape = tuple[int | str, ...]
+
+FileName = Annotated[str, Field(pattern=f"^{FILE_NAME.pattern}$")]
+Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # safe to print
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1, le=65536)]
+Dimension = Count | Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImageFormat(_Part):
+    """Images the bundle makes: square, values in [-1, 1]; `background` fills transparent inputs."""
+
+    channels: Annotated[int, Field(ge=1, le=16)]
+    size: Count
+    background: Annotated[str, Field(pattern=r"^(white|black|#[0-9A-Fa-f]{6})$")] = "white"
+
+
+class LatentFormat(_Part):
+    """Latents between the networks: square."""
+
+    channels: Count
+    size: Count
+
+
+class LogsnrRange(_Part):
+    """Ends of a noise schedule, log(alpha^2 / sigma^2)."""
+
+    min: FiniteFloat
+    max: FiniteFloat
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min < self.max:
+            raise ValueError(f"min {self.min} must be below max {self.max}")
+        return self
+
+
+class DecoderDefaults(_Part):
+    """How the decoder is sampled unless asked otherwise."""
+
+    sampler: Text
+    grid: Text
+    num_steps: Count
+
+
+class PriorDefaults(DecoderDefaults):
+    """How the prior is sampled; guidance 1 = none, applied for logsnr in `guidance_interval` (None = everywhere)."""
+
+    guidance: FiniteFloat
+    guidance_interval: tuple[FiniteFloat, FiniteFloat] | None = None
+
+
+class Defaults(_Part):
+    """The sampling that the bundle was tuned for."""
+
+    prior: PriorDefaults
+    decoder: DecoderDefaults
+
+
+class TensorFormat(_Part):
+    """A graph input or output; a string in `shape` is a dynamic dimension."""
+
+    name: Text
+    dtype: Literal["float32", "int64"]
+    shape: Annotated[tuple[Dimension, ...], Field(max_length=8), FailFast()]
+
+
+class Graph(_Part):
+    """An ONNX graph without weights, and the safetensors file that holds its initializers."""
+
+    file: FileName
+    weights: FileName
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    opset: Annotated[int, Field(ge=1, le=1000)]
+    inputs: Annotated[tuple[TensorFormat, ...], Field(max_length=16), FailFast()]
+    outputs: Annotated[tuple[TensorFormat, ...], Field(max_length=16), FailFast()]
+
+
+class Provenance(_Part):
+    """Where the weights came from."""
+
+    run_id: Text
+    config_sha256: Sha256
+    data_fingerprint: Text
+    step: Annotated[int, Field(ge=0)]
+    weights: Text
+    code_version: Text
+    created: Text | None = None
+
+
+class FileEntry(_Part):
+    """A file of the bundle as it must be found; `size` in bytes."""
+
+    sha256: Sha256
+    size: Annotated[int, Field(ge=0, le=2**36)]
+
+
+class BundleInfo(_Part):
+    """All that an exporter says about a bundle; `write_bundle` adds the hashes."""
+
+    format: Literal["unified-latents-bundle"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    name: Text
+    image: ImageFormat
+    latent: LatentFormat
+    classes: Annotated[tuple[Text, ...], Field(max_length=65536), FailFast()]
+    logsnr_z: LogsnrRange
+    logsnr_x: LogsnrRange
+    defaults: Defaults
+    graphs: dict[GraphName, Graph]
+    provenance: Provenance
+    quality: dict[str, JsonValue] = {}
+    parity: dict[str, JsonValue] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 = unconditional."""
+        return len(self.classes)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: a name occurs twice")
+        for name in GRAPH_NAMES:
+            if name not in self.graphs:
+                raise ValueError(f"graphs: {name} is missing")
+            graph = self.graphs[name]
+            inputs, outputs = interface(name, self.image, self.latent)
+            _check_tensors(f"graphs.{name}.inputs", graph.inputs, inputs)
+            _check_tensors(f"graphs.{name}.outputs", graph.outputs, outputs)
+        return self
+
+
+class Manifest(BundleInfo):
+    """manifest.json, complete: `files` lists every file of the bundle but itself."""
+
+    files: Annotated[dict[FileName, FileEntry], Field(max_length=MAX_FILES)]
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        if len({name.casefold() for name in [*self.files, MANIFEST_NAME]}) != len(self.files) + 1:
+            raise ValueError("files: two names differ only in case, or the manifest lists itself")
+        for graph_name, graph in self.graphs.items():
+            for file in (graph.file, graph.weights):
+                if file not in self.files:
+                    raise ValueError(f"graphs.{graph_name}: {file} is not in files")
+        return self
+
+
+def interface(graph: GraphName, image: ImageFormat, latent: LatentFormat) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Tensor names and shapes (inputs, outputs) that a step graph of these formats has."""
+    x: Shape = ("b", image.channels, image.size, image.size)
+    z: Shape = ("b", latent.channels, latent.size, latent.size)
+    if graph == "encoder":
+        return {"x": x}, {"z_clean": z}
+    state: str
+    state, shape = ("z", z) if graph == "prior_step" else ("x", x)
+    inputs: dict[str, Shape] = {state: shape, "history": ("b", HISTORY, *shape[1:]), "noise": shape}
+    inputs["row"] = ("b", ROW_SIZE)
+    if graph == "prior_step":
+        inputs |= {"label": ("b", "g"), "weight": ("b", "g")}
+    else:
+        inputs["z_0"] = z
+    return inputs, {f"{state}_next": shape, "pred": shape}
+
+
+def _check_tensors(where: str, tensors: tuple[TensorFormat, ...], expected: dict[str, Shape]) -> None:
+    names = [tensor.name for tensor in tensors]
+    if sorted(names) != sorted(expected):
+        raise ValueError(f"{where}: names are {', '.join(names)}; expected {', '.join(expected)}")
+    for tensor in tensors:
+        want, dtype = expected[tensor.name], "int64" if tensor.name == "label" else "float32"
+        same = len(want) == len(tensor.shape) and all(
+            isinstance(given, str) if isinstance(wanted, str) else given == wanted
+            for given, wanted in zip(tensor.shape, want, strict=True)
+        )
+        if not same or tensor.dtype != dtype:
+            given = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{where}: {tensor.name} is {given}; image and latent need {dtype} {list(want)}")
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Refuse a name that could leave the bundle or run code (UntrustedError) or that is malformed (BadInputError)."""
+    if re.search(r"[/\\\0:]", name) or name.startswith(".."):
+        raise UntrustedError(f"{where}: file name {name[:200]!a} leaves the bundle; do not use this bundle")
+    if not FILE_NAME.fullmatch(name):
+        raise BadInputError(f"{where}: file name {name[:200]!a}; expected letters, digits, '.', '_', '-', at most 128")
+    if name.lower().endswith(CODE_SUFFIXES):
+        raise UntrustedError(
+            f"{where}: {name} is of a kind that can run code; a bundle holds onnx and safetensors only"
+        )
+
+
+def _check_depth(data: bytes) -> None:
+    """Linear scan for nesting, before the recursive parser sees the bytes."""
+    depth, in_string = 0, False
+    for match in re.finditer(rb'\\.|["\[\]{}]', data, re.DOTALL):
+        token = match.group()
+        if token == b'"':
+            in_string = not in_string
+        elif not in_string and token in (b"[", b"{"):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        elif not in_string and token in (b"]", b"}"):
+            depth -= 1
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:100]!a} occurs twice")
+    return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text[:40]} is not finite")
+    return value
+
+
+def _load_json(data: bytes) -> dict[str, Any]:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN, bounded depth; ValueError."""
+    _check_depth(data)
+    value = json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_finite)
+    if not isinstance(value, dict):
+        raise ValueError("a JSON object is expected")
+    return value
+
+
+def _check_names(value: dict[str, Any], where: str) -> None:
+    """Names first, so that an escape is called an escape."""
+    files = value.get("files")
+    if isinstance(files, dict):
+        if len(files) > MAX_FILES:
+            raise BadInputError(f"{where}: lists {len(files)} files; at most {MAX_FILES} are allowed")
+        for name in files:
+            check_file_name(name, where)
+    graphs = value.get("graphs")
+    for graph in graphs.values() if isinstance(graphs, dict) and len(graphs) <= MAX_FILES else ():
+        for key in ("file", "weights"):
+            if isinstance(graph, dict) and isinstance(graph.get(key), str):
+                check_file_name(graph[key], where)
+
+
+def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
+    """The manifest in these bytes. BadInputError: damaged, or of a newer version; UntrustedError: names that escape."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BadInputError(f"{where}: {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
+    try:
+        value = _load_json(data)
+        canonical = json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is an error here
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{where}: not readable: {error}; copy or export the bundle again") from error
+    if value.get("format") != FORMAT:
+        raise BadInputError(f"{where}: format is {str(value.get('format'))[:60]!a}; expected {FORMAT!r}")
+    version = value.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        message = f"format_version {version}, this program reads up to {FORMAT_VERSION}; upgrade unified-latents"
+        raise BadInputError(f"{where}: {message}")
+    _check_names(value, where)
+    try:
+        return Manifest.model_validate_json(canonical, strict=True)
+    except ValidationError as error:
+        raise BadInputError(f"{where}: {_first_error(error)}; export the bundle again") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ascii(".".join(str(part) for part in first["loc"]))[1:-1][:200]
+    given = f" (given {str(first['input'])[:60]!a})" if place else ""
+    return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')[:300]}{given}"
+
+
+def manifest_bytes(info: BundleInfo, files: Mapping[str, FileEntry]) -> bytes:
+    """The bytes of manifest.json, checked; their SHA-256 is the bundle's hash. Errors as `parse_manifest`."""
+    value = info.model_dump(mode="json") | {"files": {name: files[name].model_dump() for name in sorted(files)}}
+    data = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    parse_manifest(data)
+    return data

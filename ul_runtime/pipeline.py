@@ -1,0 +1,330 @@
+"""The three networks of a bundle as one thing: generate, encode, bits, decode. numpy in and out.
+
+Image i depends only on (bundle, seed, i, its label, settings, backend): not on batch size, position or order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Unpack
+
+import numpy as np
+
+from ul_runtime import noise
+from ul_runtime.backends import Backend
+from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
+from ul_runtime.bundle import Bundle
+from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
+from ul_runtime.loop import Step, never, run_steps
+from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
+from ul_runtime.samplers import LOGSNR, sampler_table
+from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
+
+_PIXELS_A_BATCH = 2**16  # of one default batch: 64 images of 32 px, 16 of 64 px, 1 of 256 px
+_SEEDS = 2**64
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def _ignore(images: float) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Control:
+    """`stop` is asked before each step (True: StoppedError); `progress` gets the share of images just done."""
+
+    stop: Callable[[], bool] = never
+    progress: Callable[[float], None] = _ignore
+
+    def check(self) -> None:
+        """StoppedError if asked to stop."""
+        if self.stop():
+            raise StoppedError("stopped; nothing was written")
+
+
+UNWATCHED = Control()
+
+
+@dataclass(frozen=True)
+class Images:
+    """One batch of finished images, all finite."""
+
+    indices: np.ndarray  # int64 b
+    labels: np.ndarray  # int64 b; len(classes) = no label
+    images: np.ndarray  # uint8 b h w c
+    x: np.ndarray  # float32 b c h w, before clipping to [-1, 1]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Latents of images: the encoder's output, and with its fixed noise, as the decoder wants it."""
+
+    z_clean: np.ndarray  # float32 b c h w
+    z_0: np.ndarray  # float32 b c h w
+
+
+class Pipeline:
+    """A bundle and a backend that runs its graphs."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.manifest = manifest = bundle.manifest
+        self.num_classes = len(manifest.classes)
+        self.image_shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
+        self.latent_shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
+        self.default_batch_size = min(64, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
+
+    def settings(self, **overrides: Unpack[Overrides]) -> Settings:
+        """The bundle's default settings with `overrides`; UsageError for what cannot be."""
+        return resolve_settings(self.manifest.defaults, overrides, conditional=self.num_classes > 0)
+
+    def generate(
+        self,
+        images: int | Sequence[int] | np.ndarray,
+        *,
+        seed: int = 0,
+        labels: Label | Sequence[Label] | None = None,
+        batch_size: int | None = None,
+        control: Control = UNWATCHED,
+        **overrides: Unpack[Overrides],
+    ) -> Iterator[Images]:
+        """Batches of the first `images` images, or of the images with these indices.
+
+        Labels go by index, in turn: image i has labels[i mod len]; None = all classes, "none" = no label.
+        Non-finite images are left out; after the last batch they raise NonFiniteError. Else UsageError, StoppedError.
+        """
+        _check_seed(seed)
+        indices = _indices(images)
+        settings = self.settings(**overrides)
+        cycle = np.array(label_cycle(labels, self.manifest.classes), np.int64)
+        if np.all(cycle == self.num_classes):
+            settings = replace(settings, guidance=1.0)
+        per_step = _per_step(control, settings.prior.num_steps + settings.decoder.num_steps)
+
+        def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            label = cycle[indices[part] % len(cycle)]
+            z_0 = self.sample_z_0(indices[part], label, seed, settings, per_step)
+            x = self.sample_x(z_0, indices[part], seed, settings.decoder, per_step)
+            return label, np.where(_finite(z_0)[:, None, None, None], x, np.float32(np.nan))
+
+        return self._batches(indices, batch_size, draw)
+
+    def decode(
+        self,
+        z_0: np.ndarray,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        mean_of: int = 1,
+        batch_size: int | None = None,
+        control: Control = UNWATCHED,
+        **overrides: Unpack[Overrides],
+    ) -> Iterator[Images]:
+        """Batches of images decoded from z_0 `n c h w`; `labels` `n` only travel with them.
+
+        `indices` `n` choose the decoder's noise (None = 0, 1, ...). `mean_of` K averages K decodes, of seed, seed + 1,
+        ...: closer to the original than one, which is a draw. Errors as for `generate`.
+        """
+        _check_seed(seed)
+        z_0 = _check_shape("z_0", z_0, self.latent_shape)
+        if mean_of < 1:
+            raise UsageError(f"the number of decodes to average is {mean_of}; expected 1 or more")
+        at = _indices(len(z_0) if indices is None else indices)
+        if not len(at) == len(z_0) == len(z_0 if labels is None else labels):
+            raise UsageError(f"{len(z_0)} latents need as many indices and labels; got {len(at)} indices")
+        sampler = self.settings(**overrides).decoder
+        label = np.full(len(at), self.num_classes) if labels is None else np.asarray(labels)
+        per_step = _per_step(control, sampler.num_steps * mean_of)
+
+        def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            total = self.sample_x(z_0[part], at[part], seed, sampler, per_step)
+            for k in range(1, mean_of):
+                total = total + self.sample_x(z_0[part], at[part], (seed + k) % _SEEDS, sampler, per_step)
+            return label[part], total / np.float32(mean_of)
+
+        return self._batches(at, batch_size, draw)
+
+    def encode(self, x: np.ndarray, *, seed: int = 0, indices: Sequence[int] | np.ndarray | None = None) -> Encoded:
+        """z_clean and z_0 of images x `b c h w` in [-1, 1], one batch; `indices` choose the fixed noise of z_0."""
+        _check_seed(seed)
+        x = _check_shape("x", x, self.image_shape)
+        at = _indices(len(x) if indices is None else indices)
+        z_clean = self.backend.run("encoder", {"x": x})["z_clean"]
+        logsnr_0 = self.manifest.logsnr_z.max
+        eps = noise.normals(seed, at, noise.ENCODER, self.latent_shape)
+        z_0 = np.float32(alpha(logsnr_0)) * z_clean + np.float32(sigma(logsnr_0)) * eps
+        return Encoded(z_clean, z_0)
+
+    def bits(
+        self,
+        z_clean: np.ndarray,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | np.ndarray | None = None,
+        num_samples: int = 16,
+        control: Control = UNWATCHED,
+    ) -> np.ndarray:
+        """Bits of each latent z_clean `b c h w`, float64 `b`: an estimate from `num_samples` noise levels an image.
+
+        An upper bound under the bundle's prior: that is the base, trained for pictures with a sigmoid weighting, so
+        the bound is valid but looser than the training log's, which is that of the prior of stage 1.
+        """
+        _check_seed(seed)
+        z_clean = _check_shape("z_clean", z_clean, self.latent_shape)
+        if num_samples < 1:
+            raise UsageError(f"the number of noise levels is {num_samples}; expected 1 or more")
+        at = _indices(len(z_clean) if indices is None else indices)
+        ends = self.manifest.logsnr_z
+        schedule = Schedule("linear", ends.min, ends.max)
+        latent = z_clean.astype(np.float64)
+        nats = kl_terminal(latent, ends.min)
+        per_step = _per_step(control, num_samples)
+        for k in range(num_samples):
+            t = (k + (at + 1) * _GOLDEN % 1.0) / num_samples  # one stratum a sample, shifted from image to image
+            logsnr = schedule.logsnr(t)
+            eps = noise.normals(seed, at, noise.prior_step(k), self.latent_shape)
+            pred = self._predict(diffuse(latent, eps, logsnr[:, None, None, None]), logsnr, per_step)
+            nats = nats + diffusion_term(latent, pred, logsnr, schedule.slope(t)) / num_samples
+        return nats / NATS_PER_BIT
+
+    def _predict(self, z: np.ndarray, logsnr: np.ndarray, control: Control) -> np.ndarray:
+        """The prior's clean-value prediction, without label, for z `b c h w` at logsnr `b`."""
+        control.check()
+        still = np.zeros_like(logsnr)
+        row = np.stack([logsnr, alpha(logsnr), sigma(logsnr), still, still + 1.0, still, still, still], axis=1)
+        step = self._prior_step(np.full(len(z), self.num_classes), Settings(*_ONE_STEP), control)
+        z = z.astype(np.float32)
+        history = np.zeros((len(z), 2, *self.latent_shape), np.float32)
+        return step(z, history, np.zeros_like(z), row.astype(np.float32))[1]
+
+    def _prior_step(self, label: np.ndarray, settings: Settings, control: Control) -> Step:
+        low, high = settings.guidance_interval or (-np.inf, np.inf)
+        weight = settings.guidance
+        plain = label[:, None], np.ones((len(label), 1), np.float32)
+        guided = (
+            np.stack([label, np.full_like(label, self.num_classes)], axis=1),
+            np.tile(np.array([weight, 1.0 - weight], np.float32), (len(label), 1)),
+        )
+
+        def step(z: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            inside = weight != 1.0 and low <= row[0, LOGSNR] <= high
+            labels, weights = guided if inside else plain
+            inputs = {"z": z, "history": history, "noise": eps, "row": row, "label": labels, "weight": weights}
+            out = self.backend.run("prior_step", inputs)
+            control.progress(len(z))
+            return out["z_next"], out["pred"]
+
+        return step
+
+    def sample_z_0(
+        self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings, control: Control = UNWATCHED
+    ) -> np.ndarray:
+        """z_0 `b c h w` from noise, for `indices` and `label` `b`: ends at the latent's own noise level, not clean."""
+        ends = self.manifest.logsnr_z
+        table = _table(settings.prior, ends.min, ends.max, ends_clean=False)
+        start = noise.normals(seed, indices, noise.PRIOR_START, self.latent_shape)
+
+        def fresh(k: int) -> np.ndarray:
+            return noise.normals(seed, indices, noise.prior_step(k), self.latent_shape)
+
+        return run_steps(self._prior_step(label, settings, control), table, start, fresh, control.stop)
+
+    def sample_x(
+        self, z_0: np.ndarray, indices: np.ndarray, seed: int, sampler: SamplerSettings, control: Control = UNWATCHED
+    ) -> np.ndarray:
+        """x `b c h w` from noise and z_0 `b c h w`: ends clean, not clipped."""
+        ends = self.manifest.logsnr_x
+        table = _table(sampler, ends.min, ends.max, ends_clean=True)
+        start = noise.normals(seed, indices, noise.DECODER_START, self.image_shape)
+
+        def fresh(k: int) -> np.ndarray:
+            return noise.normals(seed, indices, noise.decoder_step(k), self.image_shape)
+
+        def step(x: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            inputs = {"x": x, "history": history, "noise": eps, "row": row, "z_0": z_0}
+            out = self.backend.run("decoder_step", inputs)
+            control.progress(len(x))
+            return out["x_next"], out["pred"]
+
+        return run_steps(step, table, start, fresh, control.stop)
+
+    def _batches(
+        self,
+        indices: np.ndarray,
+        batch_size: int | None,
+        draw: Callable[[slice], tuple[np.ndarray, np.ndarray]],
+    ) -> Iterator[Images]:
+        """Checks now, yields later: the finite images of `draw`, batch by batch, then the error for the others."""
+        size = self.default_batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise UsageError(f"the batch size is {size}; expected 1 or more")
+
+        def run() -> Iterator[Images]:
+            failed: list[int] = []
+            for first in range(0, len(indices), size):
+                part = slice(first, first + size)
+                label, x = draw(part)
+                finite = _finite(x)
+                failed += indices[part][~finite].tolist()
+                if finite.any():
+                    x = x[finite]
+                    yield Images(indices[part][finite], label[finite], to_uint8(x), x)
+            if failed:
+                names = ", ".join(map(str, failed[:10])) + (" ..." if len(failed) > 10 else "")
+                message = f"{len(failed)} of {len(indices)} images are not finite and were left out: {names}"
+                raise NonFiniteError(f"{message}; lower the guidance, or check the bundle with ul-export")
+
+        return run()
+
+
+_ONE_STEP = SamplerSettings("ddim", "uniform", 1), SamplerSettings("ddim", "uniform", 1)
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """x `b c h w`, finite, clipped to [-1, 1] -> uint8 `b h w c`: round((x + 1) * 127.5)."""
+    return np.rint((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """Which rows of `b ...` have no NaN or Inf."""
+    return np.isfinite(array).reshape(len(array), -1).all(axis=1)
+
+
+def _table(sampler: SamplerSettings, logsnr_min: float, logsnr_max: float, *, ends_clean: bool) -> np.ndarray:
+    return sampler_table(
+        sampler.sampler,
+        sampler.grid,
+        sampler.num_steps,
+        logsnr_min=logsnr_min,
+        logsnr_max=logsnr_max,
+        ends_clean=ends_clean,
+    )
+
+
+def _per_step(control: Control, steps: int) -> Control:
+    """Control whose progress counts images when it is told of single steps, `steps` an image."""
+    return replace(control, progress=lambda images: control.progress(images / steps))
+
+
+def _indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    """A count (0, 1, ...) or a list of indices as int64; UsageError for none and for negative ones."""
+    if isinstance(images, (int, np.integer)):
+        if images < 1:
+            raise UsageError(f"the number of images is {images}; expected 1 or more")
+        return np.arange(images, dtype=np.int64)
+    indices = np.asarray(images, dtype=np.int64)
+    if indices.ndim != 1 or (indices < 0).any():
+        raise UsageError("image indices must be a flat list of numbers from 0 up")
+    return indices
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < _SEEDS:
+        raise UsageError(f"the seed is {seed}; expected 0 to {_SEEDS - 1}")
+
+
+def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.ndim != 4 or array.shape[1:] != shape:
+        raise UsageError(f"{name} has shape {list(array.shape)}; the bundle expects {['n', *shape]}")
+    return np.ascontiguousarray(array, dtype=np.float32)

@@ -1,0 +1,132 @@
+"""What a sampling run can be told: sampler settings over the bundle's defaults, and the labels of the images."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias, TypedDict
+
+from ul_runtime.errors import UsageError
+from ul_runtime.samplers import GRIDS, SAMPLERS
+
+NO_LABEL = "none"
+Label: TypeAlias = int | str
+
+
+class Overrides(TypedDict, total=False):
+    """Keyword arguments of generate and decode; what is absent or None comes from the bundle's manifest."""
+
+    steps: int | None  # of the prior
+    sampler: str | None
+    grid: str | None
+    guidance: float | None
+    guidance_interval: tuple[float, float] | None  # logsnr; (-inf, inf) = everywhere
+    decoder_steps: int | None
+    decoder_sampler: str | None
+    decoder_grid: str | None
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """One loop: which table, and how many steps."""
+
+    sampler: str
+    grid: str
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        for what, name, known in (("sampler", self.sampler, SAMPLERS), ("grid", self.grid, GRIDS)):
+            if name not in known:
+                raise UsageError(f"{what} {name!r} is not known; expected one of {', '.join(known)}")
+        if self.num_steps < 1:
+            raise UsageError(f"the number of steps is {self.num_steps}; expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but bundle, seed, index and label that a generated image depends on."""
+
+    prior: SamplerSettings
+    decoder: SamplerSettings
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None  # logsnr; None = everywhere
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"guidance is {self.guidance}; expected a finite number, 1 = off")
+        if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise UsageError(f"the guidance interval is {low},{high}; expected LO below HI, in logsnr")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, JSON-ready: prior_sampler, prior_grid, ... for provenance and fingerprints."""
+        interval = self.guidance_interval
+        return {
+            **{f"prior_{key}": value for key, value in asdict(self.prior).items()},
+            **{f"decoder_{key}": value for key, value in asdict(self.decoder).items()},
+            "guidance": self.guidance,
+            "guidance_interval": None if interval is None else [float(end) for end in interval],
+        }
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def resolve_settings(defaults: Any, given: Overrides, *, conditional: bool) -> Settings:
+    """The bundle's `defaults` (manifest) with `given` over them; UsageError for what cannot be."""
+    prior, decoder = defaults.prior, defaults.decoder
+    if not conditional and (given.get("guidance") or 1.0) != 1.0:
+        raise UsageError(f"guidance {given['guidance']} asks for classes, the bundle has none; leave it out")
+    interval = _first(given.get("guidance_interval"), prior.guidance_interval)
+    everywhere = interval is None or (math.isinf(interval[0]) and math.isinf(interval[1]))
+    guidance = float(_first(given.get("guidance"), prior.guidance, 1.0)) if conditional else 1.0
+    return Settings(
+        prior=SamplerSettings(
+            _first(given.get("sampler"), prior.sampler),
+            _first(given.get("grid"), prior.grid),
+            _first(given.get("steps"), prior.num_steps),
+        ),
+        decoder=SamplerSettings(
+            _first(given.get("decoder_sampler"), decoder.sampler),
+            _first(given.get("decoder_grid"), decoder.grid),
+            _first(given.get("decoder_steps"), decoder.num_steps),
+        ),
+        guidance=guidance,
+        guidance_interval=None if everywhere else (float(interval[0]), float(interval[1])),
+    )
+
+
+def label_index(label: Label, classes: Sequence[str]) -> int:
+    """A class name, a class number or `none` as a number; `none` is len(classes). UsageError for any other."""
+    if isinstance(label, str) and label in classes:
+        return list(classes).index(label)
+    if label == NO_LABEL:
+        return len(classes)
+    if not classes:
+        raise UsageError(f"label {label!r}: the bundle has no classes; leave the label out")
+    try:
+        number = int(label)
+    except ValueError:
+        near = difflib.get_close_matches(str(label).lower(), [name.lower() for name in classes], n=1, cutoff=0.5)
+        names = [name for name in classes if near and name.lower() == near[0]]
+        hint = f"did you mean {names[0]!r}?" if names else f"the classes are {_some(classes)}"
+        raise UsageError(f"label {label!r} is not a class of the bundle; {hint}") from None
+    if not 0 <= number < len(classes):
+        message = f"label {number} is out of range; expected 0 to {len(classes) - 1}, a class name or {NO_LABEL!r}"
+        raise UsageError(message)
+    return number
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def label_cycle(labels: Label | Sequence[Label] | None, classes: Sequence[str]) -> tuple[int, ...]:
+    """The labels that images take in turn: image i has entry i mod len. None = all classes, if there are any."""
+    if labels is None:
+        return tuple(range(len(classes))) or (0,)
+    given = [labels] if isinstance(labels, (int, str)) else list(labels)
+    if not given:
+        raise UsageError("the list of labels is empty; expected at least one, or None for all classes in turn")
+    return tuple(label_index(label, classes) for label in given)

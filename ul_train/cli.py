@@ -1,0 +1,152 @@
+"""ul-train: a recipe and images to a run directory; ul-train report: a finished run's held-out figures."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ul_runtime.errors import UsageError, run_command
+
+train_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE", help="Images: folder (class = sub-folder), IDX folder, .npz, hf:NAME, WebDataset shards."
+    ),
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where prepared images are kept; default $UL_CACHE or the user's cache."),
+]
+
+
+def cache_dir(given: Path | None) -> Path:
+    """The folder of prepared images."""
+    if given is not None:
+        return given
+    if os.environ.get("UL_CACHE"):
+        return Path(os.environ["UL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unified-latents"
+
+
+@train_app.command(epilog="Example: ul-train fashion-32 --data fashion-mnist/ --out runs/fashion")
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Preset name, TOML file, or a run directory to --resume.")
+    ],
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory to write.")] = None,
+    heldout: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Held-out images; default: the source's own, or 5 %.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
+    ] = None,
+    stage: Annotated[str, typer.Option(metavar="joint|base|all", help="Which stage to train.")] = "all",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD", help="A recipe field that --resume may change; repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")] = "auto",
+    threads: Threads = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the networks: a minute first, then faster.")
+    ] = False,
+    cache: Cache = None,
+    report_images: Annotated[int, typer.Option(metavar="N", min=1, help="Held-out images in the final report.")] = 512,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and the resolved recipe; write nothing.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
+) -> None:
+    """Train a Unified Latents model: encoder, prior and decoder together, then the base prior on their latents."""
+    from ul_train.config import load_config
+
+    run = Path(recipe) if (Path(recipe) / "config.toml").is_file() else None
+    if run is not None and not resume:
+        raise UsageError(f"{recipe}: is a run directory; add --resume to go on with it, or give a preset or TOML file")
+    config = load_config(str(run / "config.toml") if run else recipe, set_ or [])
+    if stage not in ("joint", "base", "all"):
+        raise UsageError(f"--stage {stage}: expected joint, base or all")
+    if dry_run:
+        _dry_run(config, json_)
+        return
+    from ul_train.command import TrainOptions, train_command
+
+    options = TrainOptions(
+        out=out or run,
+        data=data,
+        heldout=heldout,
+        stages=("joint", "base") if stage == "all" else (stage,),
+        resume=resume,
+        allow=allow or [],
+        device=device,
+        threads=threads,
+        compile=compile_,
+        cache=cache_dir(cache),
+        report_images=report_images,
+    )
+    _print(train_command(config, options), json_)
+
+
+@report_app.command(epilog="Example: ul-train report runs/fashion --images 10000 --mean-of 16")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory with a finished stage joint.")],
+    data: Data = None,
+    heldout: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Held-out images, as given to ul-train.")
+    ] = None,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="How many held-out images.")] = 1000,
+    mean_of: Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")] = 16,
+    decoder_steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Decoder steps; default: the recipe's.")
+    ] = None,
+    threads: Threads = None,
+    cache: Cache = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
+) -> None:
+    """Measure bits per pixel and reconstruction PSNR of a run on held-out images, beside the Gaussian bound."""
+    from ul_train.command import report_command
+
+    _print(report_command(run, data, heldout, images, mean_of, decoder_steps, threads, cache_dir(cache), device), json_)
+
+
+def _dry_run(config: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from ul_train.accounting import account, account_table
+    from ul_train.config import config_toml
+
+    figures = account(config, num_classes=10 if config.image.labels else 0)
+    if as_json:
+        print(json.dumps({"recipe": config.model_dump(mode="json"), "account": asdict(figures)}))
+        return
+    print(config_toml(config))
+    Console().print(account_table(figures))
+
+
+def _print(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:>20}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+def main() -> None:
+    """Console script: `ul-train report RUN` is a command of its own, all else trains."""
+    commands = {"report": report_app}
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        app = commands[sys.argv.pop(1)]
+        run_command(lambda: app(prog_name="ul-train report"), "ul-train report")
+    else:
+        run_command(lambda: train_app(prog_name="ul-train"), "ul-train")

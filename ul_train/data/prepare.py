@@ -1,0 +1,299 @@
+"""One pass over a source: every image converted once and written, in the source's order, to a prepared set."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+
+from ul_runtime import durable
+from ul_runtime.errors import BadInputError, OutputError, UsageError
+from ul_train.data.convert import SMALLER, Conversion, convert
+from ul_train.data.heldout import SplitRows
+from ul_train.data.imageset import INDEX_NAME, SCHEMA, Index, PartIndex, Splits, load, read_index
+from ul_train.data.records import ImageRejectedError, Record, Rejected, Source
+from ul_train.data.rows import Classes, Rows, Tally
+from ul_train.data.sources import recognise
+
+Progress = Callable[[int, int | None], None]
+_THREADS = min(4, max(2, os.cpu_count() or 2))
+_PROGRESS_SECONDS = 0.1
+_TOO_SMALL = '--set image.size=N with N at most their shorter side, or --set image.fit="pad"'
+_Outcome = tuple[np.ndarray, tuple[str, ...]] | Rejected
+
+
+def open_data(
+    source: str,
+    *,
+    size: int,
+    channels: int,
+    cache_dir: Path,
+    background: str = "white",
+    fit: Literal["crop", "pad"] = "crop",
+    heldout_source: str | None = None,
+    classes: Literal["auto", "none"] = "auto",
+    max_rejected_share: float = 0.5,
+    progress: Progress | None = None,
+) -> Splits:
+    """Images of `source` as uint8 channels size size, prepared in `cache_dir` on the first call, mapped after.
+
+    `progress(done, total or None)` is called about ten times a second while preparing.
+    BadInputError: nothing to train on, more than `max_rejected_share` (0 to 1) set aside, a damaged source.
+    UsageError: impossible values. OutputError: `cache_dir` cannot be written.
+    """
+    to = Conversion(size, channels, background, fit)
+    if not 0 <= max_rejected_share <= 1:
+        raise UsageError(f"data.max_rejected_share={max_rejected_share}: 0 to 1 is expected")
+    train, heldout, notes = _parts(source, heldout_source, classes)
+    key = _key(to, train, heldout)
+    folder = cache_dir / key
+    index = read_index(folder, key) if folder.exists() else None
+    if not isinstance(index, Index):
+        if index is not None:
+            notes = (*notes, f"{folder}: the prepared images were damaged ({index}) and were prepared again")
+        index = _build(folder, key, to, train, heldout, progress)
+    _check_rejected(folder, index, train, heldout, max_rejected_share)
+    return load(folder, index, source, notes)
+
+
+def _parts(
+    source: str, heldout_source: str | None, classes: Literal["auto", "none"]
+) -> tuple[Source, Source | None, tuple[str, ...]]:
+    if classes not in ("auto", "none"):
+        raise UsageError(f"data.classes={classes!r}: 'auto' or 'none' is expected")
+    train, heldout = recognise(source, classes)
+    notes: tuple[str, ...] = ()
+    if heldout_source is not None:
+        if heldout is not None:
+            notes = (f"{source}: its own held-out images are not used; {heldout_source} is",)
+        heldout, second = recognise(heldout_source, classes)
+        if second is not None:
+            raise UsageError(f"{heldout_source}: has splits of its own; name the one to hold out")
+    if heldout is not None and heldout.identity == train.identity:
+        raise UsageError(f"{heldout_source}: is the training set; name other images to hold out")
+    return train, heldout, notes
+
+
+def _key(to: Conversion, train: Source, heldout: Source | None) -> str:
+    facts = {
+        "schema": SCHEMA,
+        "conversion": [to.size, to.channels, to.background, to.fit],
+        "train": train.identity,
+        "heldout": heldout.identity if heldout else None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _build(
+    folder: Path, key: str, to: Conversion, train: Source, heldout: Source | None, progress: Progress | None
+) -> Index:
+    """Prepare the set beside `folder` and give it its name; whoever is first wins, both get a whole set."""
+    durable.sweep(folder.parent, folder.name)
+    with durable.temporary_directory_beside(folder) as temporary:
+        _check_space(temporary, to, train, heldout)
+        index = _write(temporary, key, to, train, heldout, progress)
+        try:
+            if folder.exists() and not isinstance(read_index(folder, key), Index):
+                durable.replace_directory(temporary, folder)
+            else:
+                durable.commit_directory(temporary, folder)
+        except (UsageError, OutputError):
+            theirs = read_index(folder, key)
+            if not isinstance(theirs, Index):
+                raise
+            return theirs
+    return index
+
+
+def _check_space(temporary: Path, to: Conversion, train: Source, heldout: Source | None) -> None:
+    count = (train.num_records or 0) + (heldout.num_records or 0 if heldout else 0)
+    needed = count * (to.channels * to.size * to.size + 8)
+    free = shutil.disk_usage(temporary).free
+    if needed > free:
+        raise OutputError(
+            f"{temporary.parent}: {count:,} prepared images take {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free; free space or choose another cache folder"
+        )
+
+
+def _write(
+    folder: Path, key: str, to: Conversion, train: Source, heldout: Source | None, progress: Progress | None
+) -> Index:
+    classes = Classes(train.class_names)
+    report = _Report(progress, train, heldout)
+    tally, heldout_tally = Tally(), Tally()
+    if heldout is None:
+        rows, heldout_rows = _write_split(folder, to, train, classes, tally, report)
+    else:
+        rows = _write_part(folder, "train", to, train, classes, tally, report)
+        classes.close()
+        heldout_rows = _write_part(folder, "heldout", to, heldout, classes, heldout_tally, report)
+    report.end()
+    rows.close()
+    heldout_rows.close()
+    names, final = classes.final()
+    train_part = tally.part(rows, names, final, dict(train.ignored))
+    index = Index(
+        format="unified-latents-images",
+        schema_number=SCHEMA,
+        key=key,
+        source=train.where,
+        heldout_source=heldout.where if heldout else f"{train.where} (held out by name)",
+        channels=to.channels,
+        size=to.size,
+        background=train.background or to.background,
+        fit=to.fit,
+        class_names=list(names),
+        notes=_notes(train, heldout, train_part),
+        train=train_part,
+        heldout=heldout_tally.part(heldout_rows, names, final, dict(heldout.ignored) if heldout else {}),
+    )
+    durable.write_file(folder / INDEX_NAME, [index.model_dump_json(indent=1).encode()])
+    return index
+
+
+def _write_part(
+    folder: Path, name: str, to: Conversion, source: Source, classes: Classes, tally: Tally, report: "_Report"
+) -> Rows:
+    rows = Rows(folder, name)
+    for _, pixels, label in _accepted(source, to, classes, tally, report):
+        rows.append(pixels, label)
+    _check_count(source, tally, rows.count, 1)
+    return rows
+
+
+def _write_split(
+    folder: Path, to: Conversion, source: Source, classes: Classes, tally: Tally, report: "_Report"
+) -> tuple[Rows, Rows]:
+    split = SplitRows(folder, (to.channels, to.size, to.size))
+    for name, pixels, label in _accepted(source, to, classes, tally, report):
+        split.append(name, pixels, label)
+    _check_count(source, tally, split.count, 2)
+    return split.finish()
+
+
+def _notes(train: Source, heldout: Source | None, part: PartIndex) -> list[str]:
+    notes = [*train.notes, *(heldout.notes if heldout else ())]
+    names = list(part.class_counts)
+    if len(names) == 1:
+        notes.append(f"{train.where}: one class only ({names[0]}); every image has the same label")
+    empty = [name for name, count in part.class_counts.items() if count == 0]
+    if empty:
+        shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        notes.append(f"{train.where}: no training image of {len(empty)} of {len(names)} classes ({shown})")
+    return notes
+
+
+class _Report:
+    """Passes the number of images done to the caller's progress display."""
+
+    def __init__(self, progress: Progress | None, train: Source, heldout: Source | None) -> None:
+        counts = [train.num_records] + ([heldout.num_records] if heldout else [])
+        self._total = None if None in counts else sum(count or 0 for count in counts)
+        self._progress, self._done, self._last = progress, 0, 0.0
+
+    def add(self) -> None:
+        """One more image."""
+        self._done += 1
+        now = time.monotonic()
+        if self._progress is not None and now - self._last >= _PROGRESS_SECONDS:
+            self._last = now
+            self._progress(self._done, self._total)
+
+    def end(self) -> None:
+        """All images are done."""
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _accepted(
+    source: Source, to: Conversion, classes: Classes, tally: Tally, report: _Report
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Name, pixels and provisional class of every usable image, in the source's order; counts the others."""
+    to = replace(to, background=source.background or to.background, enlarge=source.enlarge)
+    for record, outcome in _converted(source, to):
+        report.add()
+        if isinstance(record, Rejected) or isinstance(outcome, Rejected):
+            tally.reject(record if isinstance(record, Rejected) else cast(Rejected, outcome))
+            continue
+        pixels, changes = outcome
+        try:
+            label = classes.number(record.label)
+        except ImageRejectedError as problem:
+            tally.reject(problem.at(record.name))
+            continue
+        tally.converted.update(changes)
+        yield record.name, pixels, label
+
+
+def _converted(source: Source, to: Conversion) -> Iterator[tuple[Record | Rejected, _Outcome]]:
+    """Decode in a few threads, at most two images a thread ahead, results in order."""
+    waiting: deque[tuple[Record | Rejected, Future[_Outcome] | Rejected]] = deque()
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS, "decode") as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is counted
+        for record in source.records():
+            task = record if isinstance(record, Rejected) else pool.submit(_convert, record, to)
+            waiting.append((record, task))
+            if len(waiting) > 2 * _THREADS:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+
+
+def _convert(record: Record, to: Conversion) -> _Outcome:
+    try:
+        return convert(record.image, to)
+    except ImageRejectedError as problem:
+        return problem.at(record.name)
+
+
+def _result(
+    entry: tuple[Record | Rejected, Future[_Outcome] | Rejected],
+) -> tuple[Record | Rejected, _Outcome]:
+    record, task = entry
+    return record, task if isinstance(task, Rejected) else task.result()
+
+
+def _check_count(source: Source, tally: Tally, count: int, expected: int) -> None:
+    """BadInputError when too few images are usable to go on at all."""
+    if count >= expected:
+        return
+    rejected = tally.reasons.total()
+    if count == 0 and rejected and tally.reasons[SMALLER] == rejected:
+        first = tally.rejected[0]
+        raise BadInputError(f"{source.where}: all {rejected} images are {SMALLER} (first: {first}); {_TOO_SMALL}")
+    found = f"{count} usable image{'s' * (count != 1)}, at least {expected} expected"
+    raise BadInputError(f"{source.where}: {found}{_examples(tally.rejected, rejected)}")
+
+
+def _examples(rejected: list[Rejected], count: int) -> str:
+    if not rejected:
+        return ""
+    return f"; {count} set aside: " + "; ".join(map(str, rejected[:3])) + ("; ..." if count > 3 else "")
+
+
+def _check_rejected(
+    folder: Path, index: Index, train: Source, heldout: Source | None, max_rejected_share: float
+) -> None:
+    """BadInputError when too large a share of the images of a part was set aside."""
+    for source, part in ((train, index.train), (heldout, index.heldout)):
+        usable = part.num_images + (index.heldout.num_images if heldout is None else 0)
+        if source is None or part.num_rejected <= max_rejected_share * (part.num_rejected + usable):
+            continue
+        rejected = [Rejected(entry.path, entry.reason, entry.detail) for entry in part.rejected]
+        small = part.reasons.get(SMALLER, 0) > part.num_rejected / 2
+        raise BadInputError(
+            f"{source.where}: {part.num_rejected} of {part.num_rejected + usable} images are unusable, at most "
+            f"{max_rejected_share:.1%} may be{_examples(rejected, part.num_rejected)}; all are listed in "
+            f"{folder / INDEX_NAME}; {_TOO_SMALL if small else 'repair them'} "
+            f"or raise --set data.max_rejected_share"
+        )

@@ -1,0 +1,151 @@
+"""What a model does on held-out images: bits, reconstruction error, and the yardstick at that rate."""
+
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from ul_runtime.contact_sheet import contact_sheet
+from ul_runtime.manifest import BundleInfo
+from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
+from ul_train.data import ImageSet
+from ul_train.model import TorchBackend
+from ul_train.rate_distortion import gaussian_psnr_db, image_covariance_eigenvalues, psnr_db
+
+DEAD_BITS_PER_VALUE = 0.05  # below this rate a latent carries next to nothing
+MOST_DIMENSIONS = 4096  # of an image, for its covariance
+
+
+@dataclass(frozen=True)
+class HeldoutFigures:
+    """Figures of `num_images` images. PSNRs are of the mean squared error over all of them, in dB."""
+
+    num_images: int
+    bits_per_image: float  # the prior's bound, terminal KL included
+    bits_per_pixel: float
+    bits_per_value: float
+    latent_std: float
+    decoder_steps: int
+    psnr_db: float  # one decode: a draw
+    mean_of: int
+    psnr_mean_db: float  # of the mean of `mean_of` decodes: the distortion
+    gaussian_psnr_db: float | None  # Gaussian rate-distortion function at bits_per_image
+
+    @property
+    def latent_died(self) -> bool:
+        """Whether the encoder has stopped to say anything."""
+        return self.bits_per_value < DEAD_BITS_PER_VALUE
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures that are known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def torch_pipeline(
+    info: BundleInfo,
+    encoder: nn.Module,
+    prior: nn.Module,
+    decoder: nn.Module,
+    device: torch.device,
+    precision: str,
+) -> Pipeline:
+    """The runtime's own pipeline over torch networks; `prior` is the base, or the prior of stage 1 for its bits."""
+    return Pipeline(SimpleNamespace(manifest=info), TorchBackend(encoder, prior, decoder, device, precision))  # type: ignore[arg-type]
+
+
+def from_uint8(images: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1], any shape."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def measure(
+    pipeline: Pipeline,
+    images: ImageSet,
+    num_images: int,
+    *,
+    mean_of: int = 4,
+    bits_samples: int = 16,
+    eigenvalues: np.ndarray | None = None,
+    control: Control = UNWATCHED,
+) -> HeldoutFigures:
+    """Figures of the first `num_images` images, batch by batch. `pipeline.backend` must hold the prior of stage 1."""
+    num_images = min(num_images, len(images))
+    batch, bits, squares, one, mean = pipeline.default_batch_size, 0.0, 0.0, 0.0, 0.0
+    num_values = int(np.prod(pipeline.latent_shape))
+    for first in range(0, num_images, batch):
+        ids = np.arange(first, min(first + batch, num_images))
+        x = from_uint8(images.batch(ids)[0])
+        latent = pipeline.encode(x, indices=ids)
+        bits += float(pipeline.bits(latent.z_clean, indices=ids, num_samples=bits_samples).sum())
+        squares += float(np.square(latent.z_clean, dtype=np.float64).sum())
+        total = np.zeros(x.shape, np.float64)
+        for k in range(mean_of):
+            (decoded,) = pipeline.decode(latent.z_0, seed=k, indices=ids, batch_size=batch, control=control)
+            total += decoded.x.clip(-1.0, 1.0)
+            if k == 0:
+                one += float(np.square(total - x).sum())
+        mean += float(np.square(total / mean_of - x).sum())
+    pixels, values = pipeline.image_shape[1] * pipeline.image_shape[2], num_images * int(np.prod(pipeline.image_shape))
+    bits_per_image = bits / num_images
+    return HeldoutFigures(
+        num_images=num_images,
+        bits_per_image=bits_per_image,
+        bits_per_pixel=bits_per_image / pixels,
+        bits_per_value=bits_per_image / num_values,
+        latent_std=float(np.sqrt(squares / (num_images * num_values))),
+        decoder_steps=pipeline.settings().decoder.num_steps,
+        psnr_db=psnr_db(one / values),
+        mean_of=mean_of,
+        psnr_mean_db=psnr_db(mean / values),
+        gaussian_psnr_db=None if eigenvalues is None else gaussian_psnr_db(eigenvalues, bits_per_image),
+    )
+
+
+def yardstick(heldout: ImageSet, train: ImageSet, num_images: int) -> tuple[np.ndarray | None, str]:
+    """(covariance eigenvalues, of which images): of the images measured, or of the training images if those are few.
+
+    None where an image has more than MOST_DIMENSIONS values, or there are fewer than four images a dimension.
+    """
+    size = int(np.prod(heldout.images.shape[1:]))
+    if size > MOST_DIMENSIONS:
+        return None, f"not computed: {size} values an image, at most {MOST_DIMENSIONS}"
+    for what, images in (
+        (f"{num_images} held-out images", heldout.images[:num_images]),
+        ("training images", train.images),
+    ):
+        if len(images) >= 4 * size:
+            return image_covariance_eigenvalues(images), what
+    return None, f"not computed: fewer than {4 * size} images"
+
+
+def reconstruction_sheet(pipeline: Pipeline, images: ImageSet, title: str, num_images: int = 32) -> bytes:
+    """PNG: originals, each beside its reconstruction."""
+    ids = np.arange(min(num_images, len(images)))
+    pixels = images.batch(ids)[0]
+    latent = pipeline.encode(from_uint8(pixels), indices=ids)
+    decoded = [image for batch in pipeline.decode(latent.z_0, indices=ids) for image in batch.images]
+    pairs = [
+        side
+        for original, other in zip(pixels.transpose(0, 2, 3, 1), decoded, strict=True)
+        for side in (original, other)
+    ]
+    return contact_sheet_png(pairs, title, ("original", "decoded") * 4)
+
+
+def sample_sheet(pipeline: Pipeline, title: str, rows: int = 8, **settings: int) -> bytes:
+    """PNG: `rows` samples of each of the first ten classes, or 64 without classes."""
+    names = pipeline.manifest.classes[:10]
+    num = rows * len(names) if names else 64
+    labels = list(range(len(names))) if names else None
+    batches = pipeline.generate(num, labels=labels, **settings)  # type: ignore[arg-type]
+    return contact_sheet_png([image for batch in batches for image in batch.images], title, names)
+
+
+def contact_sheet_png(images: list[np.ndarray], title: str, columns: tuple[str, ...]) -> bytes:
+    """The sheet as PNG bytes."""
+    buffer = BytesIO()
+    contact_sheet(images, title, columns).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,247 @@
+"""A run from recipe and images to trained networks: its directory, its stages, resume, previews and held-out report.
+
+RUN/  config.toml  run.json  checkpoints/  log.jsonl  tensorboard/  previews/  report.json
+"""
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ul_runtime import __version__, durable
+from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
+from ul_train import checkpoint as ckpt
+from ul_train.config import Config, config_hash, config_toml, load_config
+from ul_train.data import Splits
+from ul_train.describe import describe
+from ul_train.heldout import HeldoutFigures, measure, reconstruction_sheet, sample_sheet, torch_pipeline, yardstick
+from ul_train.model import make_base, make_decoder, make_encoder, make_prior
+from ul_train.runlog import RunLog, drop_lines_after
+from ul_train.stages import Stage, base_stage, joint_stage
+from ul_train.trainer import Trainer
+
+RUN_FORMAT, RUN_FORMAT_VERSION = "unified-latents-run", 1
+OPSET_UNEXPORTED = 18  # of a description that no export has filled in yet
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """run.json: what a run is, apart from its recipe."""
+
+    run_id: str
+    data: str
+    data_fingerprint: str
+    class_names: tuple[str, ...]
+    created: str
+    code_version: str
+
+
+def read_run(run: Path) -> tuple[Config, RunInfo]:
+    """Recipe and run.json of a run directory; BadInputError if it is none."""
+    file = run / "run.json"
+    try:
+        record = json.loads(file.read_text())
+        if record.pop("format") != RUN_FORMAT:
+            raise BadInputError(f"{file}: not a run of unified-latents")
+        version = record.pop("format_version")
+        if version > RUN_FORMAT_VERSION:
+            raise BadInputError(f"{file}: format version {version}, this program reads {RUN_FORMAT_VERSION}; upgrade")
+        info = RunInfo(**{**record, "class_names": tuple(record["class_names"])})
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInputError(f"{run}: no run.json in it; expected the directory that ul-train --out wrote") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{file}: not readable ({error}); expected the file that ul-train wrote") from None
+    return load_config(str(run / "config.toml"), []), info
+
+
+def create_run(run: Path, config: Config, data: str, splits: Splits) -> RunInfo:
+    """Write config.toml and run.json of a new run."""
+    info = RunInfo(
+        run_id=str(uuid.uuid4()),
+        data=data,
+        data_fingerprint=splits.train.fingerprint,
+        class_names=splits.train.class_names,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        code_version=__version__,
+    )
+    for folder in (run, run / "previews", run / "checkpoints"):
+        durable.make_directory(folder)
+    durable.atomic_write(run / "config.toml", config_toml(config).encode())
+    record = {"format": RUN_FORMAT, "format_version": RUN_FORMAT_VERSION, **vars(info)}
+    durable.atomic_write(run / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+    return info
+
+
+def check_resumable(run: Path, config: Config, splits: Splits, allow: list[str]) -> RunInfo:
+    """The run's own facts; UsageError naming every recipe key, or the data, that is not the run's."""
+    old, info = read_run(run)
+    flat_old, flat_new = (_flatten(c.model_dump(mode="json")) for c in (old, config))
+    differing = [key for key in flat_new if flat_new[key] != flat_old.get(key) and key not in allow]
+    if differing:
+        shown = ", ".join(f"{key} (run {flat_old.get(key)!r}, now {flat_new[key]!r})" for key in differing)
+        raise UsageError(f"{run}: the recipe is not the run's: {shown}; use the run's, or --allow KEY")
+    if info.data_fingerprint != splits.train.fingerprint:
+        raise UsageError(
+            f"{run}: the data is not the run's: fingerprint {splits.train.fingerprint[:12]}..., "
+            f"the run has {info.data_fingerprint[:12]}... of {info.data}; give the same images, or start a new run"
+        )
+    if flat_old != flat_new:
+        durable.atomic_write(run / "config.toml", config_toml(config).encode())
+    return info
+
+
+def _flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def finished_joint(run: Path, config: Config) -> Path:
+    """The last checkpoint of a completed stage 1; BadInputError without one."""
+    found = ckpt.list_checkpoints(run / "checkpoints", "joint")
+    if not found or ckpt.read_state(found[-1])[0].step < config.joint.steps:
+        done = ckpt.read_state(found[-1])[0].step if found else 0
+        raise BadInputError(
+            f"{run}: stage joint is at step {done} of {config.joint.steps}; finish it with ul-train {run} --resume"
+        )
+    return found[-1]
+
+
+def load_ema(path: Path, modules: dict[str, nn.Module], device: torch.device) -> ckpt.Checkpoint:
+    """Put the averaged weights of a checkpoint into `modules`, frozen, in evaluation mode."""
+    saved = ckpt.load_checkpoint(path)
+    ckpt.load_tensors(modules, saved.ema, str(path))
+    for module in modules.values():
+        module.to(device).eval().requires_grad_(False)
+    return saved
+
+
+@dataclass
+class Session:
+    """A run in progress."""
+
+    run: Path
+    config: Config
+    info: RunInfo
+    splits: Splits
+    device: torch.device
+    precision: str
+    compile: bool
+    stop: Callable[[], bool]
+    log: RunLog
+
+    def pipeline(self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, precision: str) -> Pipeline:
+        """The runtime's pipeline over torch networks."""
+        info = self.info
+        described = describe(self.config, info.class_names, info.run_id, info.data_fingerprint, 0, OPSET_UNEXPORTED)
+        return torch_pipeline(described, encoder, prior, decoder, self.device, precision)
+
+    def run_stage(self, name: str) -> None:
+        """Train one stage from where its checkpoints stand; a finished stage is left as it is."""
+        folder = self.run / "checkpoints"
+        encoder_checkpoint = None
+        if name == "joint":
+            stage = joint_stage(self.config, self.device, self.precision)
+        else:
+            frozen: dict[str, nn.Module] = {
+                "encoder": make_encoder(self.config),
+                "prior": make_prior(self.config),
+                "decoder": make_decoder(self.config),
+            }
+            encoder_checkpoint = load_ema(finished_joint(self.run, self.config), frozen, self.device).state_hash
+            num_classes = len(self.info.class_names)
+            stage = base_stage(self.config, num_classes, self.device, self.precision, frozen)
+        trainer = Trainer(stage, self.splits.train, self.run, self.log, self.stop, self.evaluate, encoder_checkpoint)
+        found = ckpt.list_checkpoints(folder, name)
+        if found:
+            trainer.restore(found[-1])
+            drop_lines_after(self.run, name, trainer.step)
+            if trainer.step >= stage.settings.steps:
+                self.log.say(f"stage {name} is finished at step {trainer.step}")
+                return
+            self.log.say(f"stage {name} goes on from {found[-1].name}")
+        if self.compile:
+            stage.compute = {key: torch.compile(module) for key, module in stage.modules.items()}  # type: ignore[misc]
+        trainer.train()
+
+    def evaluate(self, stage: Stage, step: int) -> None:
+        """Held-out figures and preview pictures of the averaged weights."""
+        joint = stage.name == "joint"
+        nets = stage.ema if joint else {**stage.frozen, **stage.ema}
+        encoder, decoder, prior = nets["encoder"], nets["decoder"], nets["prior" if joint else "base"]
+        pipeline = self.pipeline(encoder, prior, decoder, self.precision)
+        preview = self.run / "previews" / f"{stage.name}-{step:06d}.png"
+        if joint:
+            figures = measure(pipeline, self.splits.heldout, self.config.run.eval_images, mean_of=1, bits_samples=4)
+            self.log.evaluation("joint", step, figures.as_dict())
+            ramped = step > self.config.objective.prior_ramp_steps
+            if figures.latent_died and ramped:
+                self.log.warn(
+                    f"the latent has died: {figures.bits_per_value:.4f} bits a value, standard deviation "
+                    f"{figures.latent_std:.3f}; raise objective.loss_factor, bias or prior_ramp_steps"
+                )
+            title = f"step {step}: {figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
+            picture = reconstruction_sheet(pipeline, self.splits.heldout, title)
+        else:
+            picture = sample_sheet(pipeline, f"samples at step {step}")
+        durable.atomic_write(preview, picture)
+
+    def report(self, num_images: int, mean_of: int, control: Control = UNWATCHED) -> HeldoutFigures:
+        """Held-out figures of the finished stage 1 in float32, written to report.json with a picture."""
+        nets: dict[str, nn.Module] = {
+            "encoder": make_encoder(self.config),
+            "prior": make_prior(self.config),
+            "decoder": make_decoder(self.config),
+        }
+        load_ema(finished_joint(self.run, self.config), nets, self.device)
+        pipeline = self.pipeline(nets["encoder"], nets["prior"], nets["decoder"], "fp32")
+        num_images = min(num_images, len(self.splits.heldout))
+        eigenvalues, of_what = yardstick(self.splits.heldout, self.splits.train, num_images)
+        figures = measure(
+            pipeline, self.splits.heldout, num_images, mean_of=mean_of, eigenvalues=eigenvalues, control=control
+        )
+        record = {**figures.as_dict(), "gaussian_of": of_what, "run_id": self.info.run_id}
+        durable.atomic_write(self.run / "report.json", (json.dumps(record, indent=1) + "\n").encode())
+        title = f"{figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
+        durable.atomic_write(self.run / "report.png", reconstruction_sheet(pipeline, self.splits.heldout, title))
+        return figures
+
+
+def load_networks(run: Path) -> tuple[Config, RunInfo, dict[str, nn.Module], int]:
+    """(recipe, run, averaged networks `encoder`, `prior` = base, `decoder`, base step) of a finished run, on the CPU.
+
+    BadInputError where a stage is missing, or the base was trained on the latents of another encoder.
+    """
+    config, info = read_run(run)
+    joint_path = finished_joint(run, config)
+    nets: dict[str, nn.Module] = {"encoder": make_encoder(config), "decoder": make_decoder(config)}
+    cpu = torch.device("cpu")
+    joint = load_ema(joint_path, nets, cpu)
+    found = ckpt.list_checkpoints(run / "checkpoints", "base")
+    if not found:
+        raise BadInputError(
+            f"{run}: has no base stage, so nothing to sample from; run ul-train {run} --resume --stage base"
+        )
+    base: dict[str, nn.Module] = {"base": make_base(config, len(info.class_names))}
+    saved = load_ema(found[-1], base, cpu)
+    if saved.state.encoder_checkpoint != joint.state_hash:
+        raise BadInputError(
+            f"{found[-1]}: was trained on the latents of another encoder than {joint_path.name}; train stage base again"
+        )
+    if {joint.state.config_sha256, saved.state.config_sha256} - {config_hash(config)}:
+        raise BadInputError(
+            f"{run}/config.toml: is not the recipe of the checkpoints; restore the file that ul-train wrote"
+        )
+    return (
+        config,
+        info,
+        {"encoder": nets["encoder"], "prior": base["base"], "decoder": nets["decoder"]},
+        saved.state.step,
+    )

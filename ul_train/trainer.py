@@ -1,0 +1,141 @@
+"""The training loop of either stage: seeded by (seed, step), guarded against non-finite updates, resumable."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ul_runtime.errors import NonFiniteError, StoppedError
+from ul_train import checkpoint as ckpt
+from ul_train.config import StageConfig, config_hash
+from ul_train.data import ImageSet, sample_ids
+from ul_train.ema import ema_decay_at, update_ema
+from ul_train.randomness import step_generator
+from ul_train.runlog import RunLog
+from ul_train.stages import Stage
+
+MOST_BAD_STEPS = 3  # non-finite steps in a row before training stops
+
+
+def learning_rate_at(step: int, settings: StageConfig) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine from learning_rate to its final share at the last step."""
+    warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    done = min(1.0, step / settings.steps)
+    decay = settings.final_learning_rate + (1.0 - settings.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * warm * decay
+
+
+@dataclass
+class Trainer:
+    """One stage on one data set, writing into one run directory. `evaluate(stage, step)` is called now and then."""
+
+    stage: Stage
+    images: ImageSet
+    run: Path
+    log: RunLog
+    stop: Callable[[], bool]
+    evaluate: Callable[[Stage, int], None]
+    encoder_checkpoint: str | None = None
+    step: int = 0
+    counters: dict[str, int] = field(default_factory=lambda: {"skipped": 0, "skipped_in_a_row": 0})
+
+    def __post_init__(self) -> None:
+        settings = self.stage.settings
+        self.parameters = self.stage.parameters
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def train(self) -> None:
+        """Train to the last step. StoppedError (75) on a signal, NonFiniteError (76) after three bad steps in a row."""
+        settings, run = self.stage.settings, self.stage.config.run
+        with self.log.stage(self.stage.name, settings.steps, settings.batch_size, self.step):
+            while self.step < settings.steps:
+                figures = self.train_step()
+                self.step += 1
+                self.log.step(self.stage.name, self.step, figures)
+                last = self.step == settings.steps
+                stopping = self.stop()
+                if last or (self.step % run.eval_every == 0 and not stopping):
+                    self.evaluate(self.stage, self.step)
+                if last or stopping or self.step % run.checkpoint_every == 0:
+                    self.save()
+                if stopping and not last:
+                    raise StoppedError(
+                        f"stopped at step {self.step} of {settings.steps} of stage {self.stage.name}, saved; "
+                        f"go on with --resume --out {self.run}"
+                    )
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step, or none when loss or gradient is not finite: the weights never take such an update."""
+        settings, device = self.stage.settings, self.stage.device
+        ids = sample_ids(len(self.images.images), self.stage.config.seed, self.step, settings.batch_size)
+        batch = self.stage.batch(self.images, ids, self.step)
+        torch.manual_seed(step_generator(self.stage.config.seed, self.stage.name, self.step).initial_seed())  # dropout
+        figures: dict[str, float] = {}
+        for index in range(settings.accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+                loss, part = self.stage.loss(batch.part(index, settings.accumulate), self.step)
+            (loss / settings.accumulate).backward()
+            part["loss"] = loss.item()
+            figures = {name: figures.get(name, 0.0) + value / settings.accumulate for name, value in part.items()}
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip).item()
+        figures["gradient_norm"] = norm
+        figures["learning_rate"] = learning_rate_at(self.step, settings)
+        if math.isfinite(figures["loss"]) and math.isfinite(norm):
+            self._update(figures["learning_rate"])
+        else:
+            self._skip(figures["loss"], norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return figures
+
+    def _update(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.counters["skipped_in_a_row"] = 0
+        decay = ema_decay_at(self.step, self.stage.settings.ema_decay)
+        for name, module in self.stage.modules.items():
+            update_ema(self.stage.ema[name], module, decay)
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self.counters["skipped"] += 1
+        self.counters["skipped_in_a_row"] += 1
+        where = f"stage {self.stage.name}, step {self.step}"
+        if self.counters["skipped_in_a_row"] >= MOST_BAD_STEPS:
+            raise NonFiniteError(
+                f"{where}: loss {loss}, gradient norm {norm}, {MOST_BAD_STEPS} steps in a row; weights unchanged; "
+                "lower the learning rate, or use --set run.precision=fp32, and start again"
+            )
+        self.log.warn(f"{where}: loss {loss}, gradient norm {norm}; this step was skipped")
+
+    def save(self) -> None:
+        """Commit a checkpoint and remove those that the policy does not keep."""
+        config, folder = self.stage.config, self.run / "checkpoints"
+        state = ckpt.State(
+            stage=self.stage.name,
+            step=self.step,
+            seed=config.seed,
+            config_sha256=config_hash(config),
+            data_fingerprint=self.images.fingerprint,
+            counters=self.counters,
+            encoder_checkpoint=self.encoder_checkpoint,
+        )
+        optimizer = ckpt.optimizer_tensors(self.optimizer, list(self.parameters))
+        weights, ema = ckpt.tensors_of(self.stage.modules), ckpt.tensors_of(self.stage.ema)
+        ckpt.save_checkpoint(folder, state, weights, ema, optimizer)
+        ckpt.prune(folder, self.stage.name, config.run.keep_checkpoints)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint of this stage."""
+        saved = ckpt.load_checkpoint(path)
+        ckpt.load_tensors(self.stage.modules, saved.weights, str(path))
+        ckpt.load_tensors(self.stage.ema, saved.ema, str(path))
+        ckpt.load_optimizer(self.optimizer, list(self.parameters), saved.optimizer)
+        self.step, self.counters = saved.state.step, dict(saved.state.counters)
