@@ -86,7 +86,7 @@ def test_at_most_the_maximum_is_held_out_and_it_has_the_lowest_ranks(
     splits = opened(folder(tmp_path / "in", range(300)), tmp_path)
     ranks = sorted((rank(f"{value:05d}.png"), value) for value in range(300))
     assert sum(in_share(value) for value, _ in ranks) > 5
-    assert sorted(values(splits.heldout.images)) == sorted(value for _, value in ranks[:5])
+    assert values(splits.heldout.images) == sorted(value for _, value in ranks[:5])
     assert sorted(values(splits.train.images)) == sorted(value for _, value in ranks[5:])
 
 
@@ -231,6 +231,15 @@ def test_processes_that_prepare_at_once_all_get_the_same_whole_set(tmp_path: Pat
         assert process.exitcode == 0
     assert len(found) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_an_attempt_that_was_killed_is_swept(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(20))
+    final = opened(source, tmp_path).train.index_path.parent
+    left = final.parent / f".{final.name}.0123456789abcdef.tmp"
+    final.rename(left)
+    opened(source, tmp_path)
+    assert list(final.parent.iterdir()) == [final]
 
 
 def test_the_set_of_the_faster_process_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

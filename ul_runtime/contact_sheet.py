@@ -11,6 +11,7 @@ _MOST_COLUMNS = 20
 _MIN_TILE, _MAX_TILE = 96, 256  # px: smaller pictures are enlarged by whole factors, larger ones reduced
 _GAP, _MARGIN = 4, 12
 _TEXT_PX, _LINE_PX = 14, 20
+_MOST_TITLE = 720  # px: a longer title is shortened rather than widen the sheet
 _BACKGROUND, _INK = (255, 255, 255), (32, 32, 32)
 
 
@@ -57,9 +58,10 @@ def contact_sheet(
     width, height = tiles[0].size
     cell_w, cell_h = width + _GAP, height + _GAP + (_LINE_PX if captions else 0)
     top = _MARGIN + _LINE_PX + _GAP + (_LINE_PX if columns else 0)
-    sheet_w = max(2 * _MARGIN + across * cell_w - _GAP, 360)
+    font = ImageFont.load_default(_TEXT_PX)
+    sheet_w = 2 * _MARGIN + max(across * cell_w - _GAP, min(math.ceil(font.getlength(title)), _MOST_TITLE))
     sheet = Image.new("RGB", (sheet_w, top + down * cell_h + _MARGIN), _BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT_PX)
+    draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN), _fit(title, sheet_w - 2 * _MARGIN, font), _INK, font)
 
     def centred(text: str, column: int, y: int) -> None:

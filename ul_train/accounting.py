@@ -22,6 +22,7 @@ from ul_train.model import make_base, make_decoder, make_encoder, make_prior
 FLOAT32 = 4  # bytes: weights, gradients, optimiser state and averages at either precision
 JOINT, BASE = ("encoder", "prior", "decoder"), ("base",)  # the networks that each stage trains
 Networks = dict[str, nn.Module]
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def _loss(config: Config, networks: Networks, trained: tuple[str, ...], num: int
     """The scalar that a stage minimises, for `num` images."""
     x, draws, objective = torch.empty(num, *config.image_shape), _draws(config, num), config.make_objective()
     if trained == JOINT:
-        nats_prior, nats_decoder, _ = ul.joint_nats(*(networks[name] for name in JOINT), x, draws, objective)
+        encoder, prior, decoder = (networks[name] for name in JOINT)
+        nats_prior, nats_decoder, _ = ul.joint_nats(encoder, prior, decoder, x, draws, objective)
         return ul.total_loss(nats_prior, nats_decoder, math.prod(config.image_shape))
     with torch.no_grad():
         z_clean = networks["encoder"](x).float()
@@ -225,12 +227,11 @@ def account_table(figures: Account) -> Group:
 
 
 def si(value: float, unit: str) -> str:
-    """Three digits with a decimal prefix: 1.23 G, 45.6 MB."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if value < 999.5:
-            break
-        value /= 1000.0
-    return f"{value:.3g} {prefix}{unit}".rstrip()
+    """Three digits with a decimal prefix: 45.6 MB."""
+    power = 0
+    while value >= 999.5 and power < len(PREFIXES) - 1:
+        value, power = value / 1000.0, power + 1
+    return f"{value:.3g} {PREFIXES[power]}{unit}"
 
 
 def _network_table(figures: Account) -> Table:
@@ -273,7 +274,9 @@ def _facts_table(figures: Account) -> Table:
     shape = " x ".join(map(str, figures.latent_shape))
     table = Table(title="sampling, latent, disk", title_justify="left", show_header=False)
     steps = f"{sampling.prior_steps} steps of the base, {sampling.guided_steps} of them guided"
-    table.add_row("an image", f"{steps}, {sampling.decoder_steps} of the decoder: {si(sampling.flops_per_image, 'FLOP')}")
+    table.add_row(
+        "an image", f"{steps}, {sampling.decoder_steps} of the decoder: {si(sampling.flops_per_image, 'FLOP')}"
+    )
     table.add_row("latent, c x h x w", f"{shape} = {latent.num_values:,} values")
     per_pixel = f"{latent.bits_per_value:.2f} bits a value, {latent.bits_per_pixel:.3f} a pixel"
     table.add_row("unit Gaussian latent", f"{per_pixel}, {latent.bits_per_image:,.0f} an image")

@@ -212,7 +212,8 @@ class Config(Section):
         if decoder_downsampling != self.downsampling:
             raise ValueError(
                 f"decoder: its middle is at 1/{decoder_downsampling} of the image, the latent at "
-                f"1/{self.downsampling}: give the decoder as many stages as the encoder has downsamplings after its patching"
+                f"1/{self.downsampling}; "
+                "give the decoder as many stages as the encoder has downsamplings after its patching"
             )
         for name, vit in (("prior", self.prior), ("base", self.base)):
             if self.latent_size % 2 ** (len(vit.widths) - 1):
@@ -259,7 +260,9 @@ def _read_recipe(recipe: str) -> tuple[str, str]:
     if not path.is_file():
         near = difflib.get_close_matches(recipe, preset_names(), 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"recipe {recipe!r} is neither a preset nor a file; {hint}presets: {', '.join(preset_names())}")
+        raise UsageError(
+            f"recipe {recipe!r} is neither a preset nor a file; {hint}presets: {', '.join(preset_names())}"
+        )
     try:
         return path.read_text(encoding="utf-8"), recipe
     except UnicodeDecodeError:
@@ -273,7 +276,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        value = text.strip()  # a bare word is a string
     *sections, field = key.strip().split(".")
     table = values
     for section in sections:

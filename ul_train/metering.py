@@ -1,4 +1,4 @@
-"""FLOPs and activation memory of torch code, counted on the meta device: operators run, nothing is computed or allocated."""
+"""FLOPs and activation memory of torch code, counted on the meta device: nothing is computed, nothing allocated."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def read(call: Callable[[], Tensor], parameters: Iterable[Tensor], *, bf16: bool
         for parameter in parameters:
             kept.pop(_storage(parameter), None)
         if backward:
-            result.backward()  # type: ignore[no-untyped-call]
+            result.backward()
     return Reading(counter.get_total_flops(), sum(kept.values()), copies)
 
 

@@ -51,16 +51,9 @@ def generate(
     from ul_runtime.settings import NO_LABEL, Overrides, label_cycle
 
     pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
-    overrides = Overrides(
-        steps=steps,
-        sampler=sampler,
-        grid=grid,
-        guidance=guidance,
-        guidance_interval=interval,
-        decoder_steps=decoder_steps,
-        decoder_sampler=decoder_sampler,
-        decoder_grid=decoder_grid,
-    )
+    prior = Overrides(steps=steps, sampler=sampler, grid=grid, guidance=guidance, guidance_interval=interval)
+    decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
+    overrides = prior | decoder
     settings = pipeline.settings(**overrides)
     classes = [*pipeline.manifest.classes, NO_LABEL]
     names = [classes[number] for number in label_cycle(label, pipeline.manifest.classes)]

@@ -1,5 +1,6 @@
 """One pass over a source: every image converted once and written, in the source's order, to a prepared set."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
@@ -97,8 +99,11 @@ def _build(
     folder: Path, key: str, to: Conversion, train: Source, heldout: Source | None, progress: Progress | None
 ) -> Index:
     """Prepare the set beside `folder` and give it its name; whoever is first wins, both get a whole set."""
-    durable.sweep(folder.parent, folder.name)
-    with durable.temporary_directory_beside(folder) as temporary:
+    with ExitStack() as at_end:
+        with _sweeping_alone(folder.parent):
+            with suppress(OutputError):  # another attempt's folder may go away under the sweep
+                durable.sweep(folder.parent, folder.name)
+            temporary = at_end.enter_context(durable.temporary_directory_beside(folder))
         _check_space(temporary, to, train, heldout)
         index = _write(temporary, key, to, train, heldout, progress)
         try:
@@ -112,6 +117,18 @@ def _build(
                 raise
             return theirs
     return index
+
+
+@contextmanager
+def _sweeping_alone(cache_dir: Path) -> Iterator[None]:
+    """Wait for the other processes in this block: a new temporary folder is swept by none before it is locked."""
+    durable.make_directory(cache_dir)
+    fd = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _check_space(temporary: Path, to: Conversion, train: Source, heldout: Source | None) -> None:

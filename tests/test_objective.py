@@ -1,0 +1,259 @@
+"""The terms of the objective, their weights, their dimensions, and where their gradients go."""
+
+import math
+
+import pytest
+import torch
+from exact_denoisers import LATENT_SCHEDULE
+from torch import nn
+
+from ul_runtime.noise_process import Schedule, alpha, sigma, sigmoid
+from ul_train import objective as ul
+from ul_train.config import load_config
+from ul_train.stages import Batch, base_stage
+
+OBJECTIVE = ul.Objective(
+    LATENT_SCHEDULE, Schedule("cosine", -10.0, 10.0, 1.0), loss_factor=1.5, bias=-1.0, base_bias=2.0
+)
+
+
+def random_draws(num: int = 4, latent=(2, 2, 2), image=(1, 4, 4), seed: int = 0) -> ul.Draws:
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(num, *shape, generator=generator) for shape in (latent, latent, image)]
+    times = [torch.rand(num, generator=generator) for _ in range(2)]
+    return ul.Draws(t_z=times[0], eps_prior=noise[0], eps_z=noise[1], t_x=times[1], eps_x=noise[2])
+
+
+def constant_v(value: float):
+    return lambda z_t, logsnr, *given: torch.full_like(z_t, value)
+
+
+def test_every_term_is_summed_over_dimensions_and_given_per_example():
+    t = torch.tensor([0.2, 0.7])
+    one = torch.full((2, 1, 1, 1), 0.3), torch.full((2, 1, 1, 1), -0.4)
+    many = [values.expand(2, 3, 4, 5) for values in one]
+    z_0, label = torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.long)
+    terms = {
+        "prior": lambda x, eps: ul.prior_nats(constant_v(0.1), x, eps, t, LATENT_SCHEDULE),
+        "decoder": lambda x, eps: ul.decoder_nats(constant_v(0.1), x, z_0, eps, t, OBJECTIVE),
+        "base": lambda x, eps: ul.base_nats(constant_v(0.1), x, label, eps, t, OBJECTIVE),
+    }
+    for term in terms.values():
+        assert torch.allclose(term(*many), 60 * term(*one), rtol=1e-5)
+        assert term(*many).shape == (2,)
+
+
+def test_every_term_is_positive():
+    x, eps = torch.randn(64, 1, 2, 2), torch.randn(64, 1, 2, 2)
+    t, label = torch.linspace(0, 1, 64), torch.zeros(64, dtype=torch.long)
+    assert (ul.denoising_nats(constant_v(0.0), x, eps, t, LATENT_SCHEDULE) > 0).all()
+    assert (ul.prior_nats(constant_v(0.0), x, eps, t, LATENT_SCHEDULE) > 0).all()
+    assert (ul.decoder_nats(constant_v(0.0), x, x, eps, t, OBJECTIVE) > 0).all()
+    assert (ul.base_nats(constant_v(0.0), x, label, eps, t, OBJECTIVE) > 0).all()
+
+
+def test_a_denoising_term_is_half_the_slope_times_alpha_squared_v_error():
+    x, eps, t = torch.randn(8, 2, 3, 3).double(), torch.randn(8, 2, 3, 3).double(), torch.linspace(0.0, 1.0, 8).double()
+    schedule = OBJECTIVE.schedule_x
+    level = schedule.logsnr(t).reshape(-1, 1, 1, 1)
+    error = alpha(level) ** 2 * (alpha(level) * eps - sigma(level) * x - 0.25) ** 2
+    expected = -0.5 * schedule.slope(t) * error.sum((1, 2, 3))
+    assert torch.allclose(ul.denoising_nats(constant_v(0.25), x, eps, t, schedule), expected, rtol=1e-9)
+
+
+def test_a_network_is_called_once_with_the_noisy_value_and_its_logsnr():
+    seen = []
+
+    def network(z_t, logsnr):
+        seen.append((z_t, logsnr))
+        return torch.zeros_like(z_t)
+
+    x, eps, t = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.0, 0.5, 1.0])
+    ul.denoising_nats(network, x, eps, t, LATENT_SCHEDULE)
+    ((z_t, logsnr),) = seen
+    assert logsnr.tolist() == [5.0, -2.5, -10.0]
+    assert torch.equal(z_t, alpha(logsnr)[:, None, None, None] * x + sigma(logsnr)[:, None, None, None] * eps)
+
+
+def test_a_bfloat16_network_leaves_the_loss_in_float32():
+    x, eps, t = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.rand(3)
+    nats = ul.prior_nats(lambda z_t, logsnr: 0.1 * z_t.bfloat16(), x, eps, t, LATENT_SCHEDULE)
+    assert nats.dtype == torch.float32
+
+
+def test_decoder_weight_is_loss_factor_times_sigmoid_of_bias_minus_logsnr():
+    logsnr = torch.linspace(-30.0, 30.0, 61, dtype=torch.float64)
+    expected = 1.7 / (1.0 + torch.exp(logsnr - 0.5))
+    assert torch.allclose(ul.decoder_weight(logsnr, 1.7, 0.5), expected, rtol=1e-12)
+
+
+def test_decoder_weight_on_x_mse_is_the_sigmoid_the_other_way_round():
+    logsnr = torch.linspace(-20.0, 20.0, 41, dtype=torch.float64)
+    on_mse = ul.decoder_weight(logsnr, 1.5, -1.0) * torch.exp(logsnr)
+    assert torch.allclose(on_mse, 1.5 * math.exp(-1.0) * sigmoid(logsnr + 1.0), rtol=1e-12)
+
+
+def test_negative_control_the_swapped_sigmoid_is_not_the_decoder_weight():
+    logsnr = torch.linspace(-20.0, 20.0, 41, dtype=torch.float64)
+    swapped = 1.5 * sigmoid(logsnr + 1.0)
+    assert not torch.allclose(ul.decoder_weight(logsnr, 1.5, -1.0), swapped, rtol=0.1)
+
+
+def test_a_nat_in_the_latent_and_in_the_decoder_cost_the_same_at_b_plus_log_c_minus_1():
+    loss_factor, bias = 1.5, -1.0
+    level = torch.tensor(bias + math.log(loss_factor - 1.0), dtype=torch.float64)
+    assert float(ul.decoder_weight(level, loss_factor, bias)) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_coarse_noise_levels_weigh_more_than_fine_ones_and_never_more_than_loss_factor():
+    weight = ul.decoder_weight(torch.linspace(-30.0, 30.0, 61), 1.5, -1.0)
+    assert (weight.diff() <= 0).all()
+    assert float(weight[0]) == pytest.approx(1.5)
+    assert float(weight[-1]) < 1e-10
+
+
+def test_decoder_and_base_terms_are_the_denoising_term_times_their_weights():
+    x, eps, t = torch.randn(8, 1, 2, 2), torch.randn(8, 1, 2, 2), torch.rand(8)
+    z_0, label = torch.randn(8, 1, 1, 1), torch.zeros(8, dtype=torch.long)
+    for nats, schedule, scale, bias in (
+        (ul.decoder_nats(constant_v(0.1), x, z_0, eps, t, OBJECTIVE), OBJECTIVE.schedule_x, 1.5, -1.0),
+        (ul.base_nats(constant_v(0.1), x, label, eps, t, OBJECTIVE), OBJECTIVE.schedule_z, 1.0, 2.0),
+    ):
+        plain = ul.denoising_nats(constant_v(0.1), x, eps, t, schedule)
+        weight = scale / (1.0 + torch.exp(schedule.logsnr(t) - bias))
+        assert torch.allclose(nats, plain * weight, rtol=1e-5)
+
+
+def test_the_decoder_is_given_z_0_and_the_base_its_label():
+    given = []
+
+    def network(x_t, logsnr, condition):
+        given.append(condition)
+        return torch.zeros_like(x_t)
+
+    x, t, z_0, label = torch.randn(2, 1, 4, 4), torch.rand(2), torch.randn(2, 1, 2, 2), torch.tensor([3, 1])
+    ul.decoder_nats(network, x, z_0, x, t, OBJECTIVE)
+    ul.base_nats(network, x, label, x, t, OBJECTIVE)
+    assert given[0] is z_0
+    assert given[1] is label
+
+
+def test_both_terms_of_the_total_are_divided_by_the_same_number():
+    prior, decoder = torch.tensor([1.0, 3.0]), torch.tensor([10.0, 30.0])
+    assert float(ul.total_loss(prior, decoder, 8)) == pytest.approx((2.0 + 20.0) / 8)
+
+
+def test_negative_control_means_per_element_would_weigh_the_prior_by_the_ratio_of_dimensions():
+    prior, decoder, image_values, latent_values = torch.tensor([5.0]), torch.tensor([7.0]), 24.0 * 32, 32.0
+    per_element = prior.mean() / latent_values + decoder.mean() / image_values
+    share = (per_element - decoder.mean() / image_values) / (prior.mean() / image_values)
+    assert float(share) == pytest.approx(24.0)  # f = 16, c = 32
+    assert float(ul.total_loss(prior, decoder, int(image_values))) < 0.1 * float(per_element)
+
+
+@pytest.mark.parametrize("logsnr_max", [3.0, 5.0, 10.0])
+def test_z_0_has_the_noise_at_which_the_prior_ends(logsnr_max):
+    schedule = Schedule("linear", -10.0, logsnr_max)
+    z_clean, eps = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    expected = alpha(logsnr_max) * z_clean + sigma(logsnr_max) * eps
+    assert torch.allclose(ul.noisy_latent(z_clean, eps, schedule), expected, rtol=1e-12)
+
+
+def joint_parts(share: float = 1.0):
+    """(encoder, prior, decoder) with one weight each, and the joint nats of one batch."""
+    torch.manual_seed(0)
+    encoder, prior, decoder = nn.Conv2d(1, 2, 2, stride=2), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
+
+    def decode(x_t, logsnr, z_0):
+        return nn.functional.interpolate(decoder(z_0), scale_factor=2) + 0.1 * x_t
+
+    x = torch.randn(4, 1, 4, 4)
+    nats = ul.joint_nats(encoder, lambda z, logsnr: prior(z), decode, x, random_draws(), OBJECTIVE, share)
+    return (encoder, prior, decoder), nats, x
+
+
+def test_joint_nats_are_the_prior_and_decoder_terms_of_one_encoding():
+    (encoder, prior, decoder), (nats_prior, nats_decoder, z_clean), x = joint_parts()
+    draws = random_draws()
+    z_0 = ul.noisy_latent(z_clean, draws.eps_z, LATENT_SCHEDULE)
+
+    def decode(x_t, logsnr, z):
+        return nn.functional.interpolate(decoder(z), scale_factor=2) + 0.1 * x_t
+
+    expected = ul.prior_nats(lambda z, logsnr: prior(z), encoder(x), draws.eps_prior, draws.t_z, LATENT_SCHEDULE)
+    assert torch.equal(nats_prior, expected)
+    assert torch.equal(nats_decoder, ul.decoder_nats(decode, x, z_0, draws.eps_x, draws.t_x, OBJECTIVE))
+
+
+def gradients(loss, *modules):
+    return [torch.autograd.grad(loss.sum(), m.weight, retain_graph=True, allow_unused=True)[0] for m in modules]
+
+
+def test_the_decoder_loss_reaches_encoder_and_decoder_and_not_the_prior():
+    modules, (_, nats_decoder, _), _ = joint_parts()
+    encoder, prior, decoder = gradients(nats_decoder, *modules)
+    assert encoder.abs().min() > 0
+    assert decoder.abs().min() > 0
+    assert prior is None
+
+
+def test_the_prior_loss_reaches_the_encoder_through_the_target_and_through_the_input():
+    """No stop-gradient: the gradient is that of prior_nats as a function of z_clean, by finite differences."""
+    z_clean, eps, t = (
+        torch.randn(1, 1, 1, 1).double().requires_grad_(),
+        torch.ones(1, 1, 1, 1).double(),
+        torch.tensor([0.4]),
+    )
+
+    def nats(z):
+        return ul.prior_nats(lambda z_t, logsnr: torch.tanh(z_t), z, eps, t.double(), LATENT_SCHEDULE)
+
+    (gradient,) = torch.autograd.grad(nats(z_clean).sum(), z_clean)
+    step = 1e-2  # the prediction is rounded to float32
+    with torch.no_grad():
+        difference = (nats(z_clean + step) - nats(z_clean - step)) / (2 * step)
+    assert float(gradient) == pytest.approx(float(difference), rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_prior_share_scales_what_the_prior_loss_sends_into_the_encoder_and_nothing_else(share):
+    full_modules, (full_prior, full_decoder, _), _ = joint_parts(1.0)
+    modules, (nats_prior, nats_decoder, _), _ = joint_parts(share)
+    full, ramped = gradients(full_prior, *full_modules[:2]), gradients(nats_prior, *modules[:2])
+    assert torch.allclose(ramped[0], share * full[0], rtol=1e-5, atol=1e-12)
+    assert torch.equal(ramped[1], full[1])
+    assert torch.equal(nats_prior, full_prior)
+    decoder_gradients = gradients(nats_decoder, modules[0], modules[2])
+    for given, expected in zip(
+        decoder_gradients, gradients(full_decoder, full_modules[0], full_modules[2]), strict=True
+    ):
+        assert torch.equal(given, expected)
+
+
+def base_inputs(z_clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what stage 2 shows its network at t = 0, the noise it drew) for an encoder that returns z_clean."""
+    config = load_config("tiny", [])
+    stage = base_stage(config, 2, torch.device("cpu"), "fp32", {"encoder": lambda x: z_clean})
+    seen = []
+
+    def record(z_t, logsnr, label):
+        seen.append(z_t)
+        return torch.zeros_like(z_t)
+
+    stage.compute["base"] = record
+    draws = random_draws(len(z_clean), config.latent_shape, config.image_shape)
+    draws = ul.Draws(**vars(draws) | {"t_z": torch.zeros(len(z_clean))})
+    stage.loss(Batch(torch.zeros(len(z_clean), *config.image_shape), torch.zeros(len(z_clean)).long(), draws), 0)
+    return seen[0], draws.eps_prior
+
+
+def test_stage_2_noises_the_clean_latent_once():
+    z_clean = torch.randn(3, 2, 4, 4)
+    z_t, eps = base_inputs(z_clean)
+    assert torch.allclose(z_t, ul.noisy_latent(z_clean, eps, LATENT_SCHEDULE), rtol=1e-6)
+
+
+def test_negative_control_a_z_0_noised_again_in_stage_2_is_seen():
+    z_clean = torch.randn(3, 2, 4, 4)
+    z_t, eps = base_inputs(ul.noisy_latent(z_clean, torch.randn_like(z_clean), LATENT_SCHEDULE))
+    assert not torch.allclose(z_t, ul.noisy_latent(z_clean, eps, LATENT_SCHEDULE), atol=1e-2)

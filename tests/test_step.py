@@ -1,0 +1,167 @@
+"""The step modules that are exported: the linear update, the guidance, and whole walks over a table."""
+
+import numpy as np
+import pytest
+import torch
+from exact_denoisers import gaussian_v
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+from ul_runtime.loop import run_steps
+from ul_runtime.noise_process import alpha, sigma, x_from_v
+from ul_runtime.samplers import B_0, B_1, B_2, SAMPLERS, A, S, sampler_table
+from ul_train.networks import DecoderUViT, LatentViT
+from ul_train.step import DecoderStep, PriorStep, clean_value, update
+
+BATCH, NO_LABEL = 3, 4
+
+
+class LabelledGaussian(nn.Module):
+    """An exact v-prediction for N(0, 0.5^2) latents that shifts with the label."""
+
+    def forward(self, z_t: Tensor, logsnr: Tensor, label: Tensor) -> Tensor:
+        return gaussian_v(0.5)(z_t, logsnr) + 0.1 * label[:, None, None, None]
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval()
+
+
+def prior_network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(LatentViT(2, 4, (32,), (1,), 16, NO_LABEL))
+
+
+def state_inputs(shape: tuple[int, ...] = (2, 4, 4)) -> dict[str, Tensor]:
+    """state, history, noise and one row of a different level for every example."""
+    generator = torch.Generator().manual_seed(2)
+    rows = np.array([[level, alpha(level), sigma(level), 0.9, 0.3, -0.2, 0.1, 0.5] for level in (-9.0, 0.0, 4.0)])
+    return {
+        "state": torch.randn(BATCH, *shape, generator=generator),
+        "history": torch.randn(BATCH, 2, *shape, generator=generator),
+        "noise": torch.randn(BATCH, *shape, generator=generator),
+        "row": torch.from_numpy(rows).float(),
+    }
+
+
+def prior_step(network: nn.Module, label: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    given = state_inputs()
+    return PriorStep(network)(given["state"], given["history"], given["noise"], given["row"], label, weight)
+
+
+def guided(network: nn.Module, label: Tensor, weight: float) -> Tensor:
+    labels = torch.stack([label, torch.full_like(label, NO_LABEL)], dim=1)
+    return prior_step(network, labels, torch.tensor([[weight, 1.0 - weight]]).expand(BATCH, 2))[1]
+
+
+def branch(network: nn.Module, label: Tensor) -> Tensor:
+    return prior_step(network, label[:, None], torch.ones(BATCH, 1))[1]
+
+
+def test_update_is_the_linear_formula_of_the_row():
+    given = {name: value.numpy() for name, value in state_inputs().items()}
+    pred = np.random.default_rng(0).normal(size=given["state"].shape).astype(np.float32)
+    column = [given["row"][:, k].reshape(-1, 1, 1, 1) for k in range(8)]
+    expected = column[A] * given["state"] + column[B_0] * pred + column[S] * given["noise"]
+    expected = expected + column[B_1] * given["history"][:, 0] + column[B_2] * given["history"][:, 1]
+    result = update(**state_inputs(), pred=torch.from_numpy(pred))
+    assert np.allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clean_value_is_the_conversion_of_the_noise_process():
+    given = state_inputs()
+    v_pred, level = torch.randn_like(given["state"]), given["row"][:, 0].reshape(-1, 1, 1, 1)
+    expected = x_from_v(given["state"], v_pred, level)
+    assert torch.allclose(clean_value(given["state"], v_pred, given["row"]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prior_step_returns_the_update_by_its_own_prediction():
+    given, label = state_inputs(), torch.tensor([0, 1, 2])
+    z_next, pred = prior_step(prior_network(), label[:, None], torch.ones(BATCH, 1))
+    assert torch.allclose(z_next, update(**given, pred=pred), rtol=1e-6)
+
+
+def test_prior_step_predicts_with_the_rows_logsnr_and_the_label():
+    network, given, label = prior_network(), state_inputs(), torch.tensor([0, 1, 2])
+    v_pred = network(given["state"], given["row"][:, 0], label)
+    expected = clean_value(given["state"], v_pred, given["row"])
+    assert torch.allclose(branch(network, label), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1.5, 7.0])
+def test_guidance_is_the_unconditional_prediction_plus_weight_times_the_difference(weight):
+    network, label = prior_network(), torch.tensor([0, 3, 2])
+    conditional, unconditional = branch(network, label), branch(network, torch.full_like(label, NO_LABEL))
+    expected = unconditional + weight * (conditional - unconditional)
+    assert torch.allclose(guided(network, label, weight), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_branch_equals_two_of_which_the_second_has_no_weight():
+    network, label = prior_network(), torch.tensor([0, 3, 2])
+    assert torch.allclose(guided(network, label, 1.0), branch(network, label), rtol=1e-5, atol=1e-6)
+
+
+def test_negative_control_guidance_changes_the_prediction():
+    network, label = prior_network(), torch.tensor([0, 3, 2])
+    assert not torch.allclose(guided(network, label, 1.5), branch(network, label), atol=1e-2)
+
+
+def test_branches_keep_to_their_own_example():
+    label = torch.tensor([[0, NO_LABEL], [1, NO_LABEL], [2, NO_LABEL]])
+    weight = torch.tensor([[1.0, 0.0], [1.5, -0.5], [4.0, -3.0]])
+    given = state_inputs()
+    _, pred = PriorStep(LabelledGaussian())(
+        given["state"], given["history"], given["noise"], given["row"], label, weight
+    )
+    shift = 0.1 * (weight * label).sum(1)
+    plain = gaussian_v(0.5)(given["state"], given["row"][:, 0])
+    expected = clean_value(given["state"], plain + shift[:, None, None, None], given["row"])
+    assert torch.allclose(pred, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decoder_step_predicts_with_z_0_and_returns_the_update():
+    torch.manual_seed(0)
+    network = randomised(DecoderUViT(1, 8, 2, 2, (16,), (1,), width=32, num_middle_blocks=1, head_dim=16))
+    given, z_0 = state_inputs((1, 8, 8)), torch.randn(BATCH, 2, 2, 2)
+    x_next, pred = DecoderStep(network)(given["state"], given["history"], given["noise"], given["row"], z_0)
+    v_pred = network(given["state"], given["row"][:, 0], z_0)
+    assert torch.allclose(pred, clean_value(given["state"], v_pred, given["row"]), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(x_next, update(**given, pred=pred), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_whole_walk_of_the_step_module_is_the_closed_form_of_gaussian_latents(sampler):
+    """Every walk over N(0, 0.5^2) latents is linear: the same numbers by a recursion in float64."""
+    table = sampler_table(sampler, "mix", 12, logsnr_min=-10.0, logsnr_max=5.0, ends_clean=False)
+    rng = np.random.default_rng(0)
+    start, noises = rng.normal(size=(2, 1, 2, 2)), rng.normal(size=(12, 2, 1, 2, 2))
+    module, label, weight = PriorStep(LabelledGaussian()), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+
+    def step(*arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z_next, pred = module(*(torch.from_numpy(array) for array in arrays), label, weight)
+        return z_next.numpy(), pred.numpy()
+
+    result = run_steps(step, table, start.astype(np.float32), lambda k: noises[k].astype(np.float32))
+    z, pred_1 = start, np.zeros_like(start)
+    for k, (_, signal, noise, a, b_0, b_1, _, s) in enumerate(table):
+        pred = 0.25 * signal / (0.25 * signal**2 + noise**2) * z
+        z = a * z + b_0 * pred + b_1 * pred_1 + s * noises[k]
+        pred_1 = pred
+    assert np.allclose(result, z, rtol=1e-4, atol=1e-5)
+
+
+def test_both_steps_export_with_any_batch_size_and_number_of_branches():
+    batch, branches = Dim("b", min=1, max=64), Dim("g", min=1, max=4)
+    given, label, weight = state_inputs(), torch.tensor([[0, 4], [1, 4], [2, 4]]), torch.full((BATCH, 2), 0.5)
+    module = PriorStep(prior_network())
+    arguments = (given["state"], given["history"], given["noise"], given["row"], label, weight)
+    shapes = (*[{0: batch}] * 4, {0: batch, 1: branches}, {0: batch, 1: branches})
+    program = export(module, arguments, dynamic_shapes=shapes).module()
+    for rows, columns in ((BATCH, 2), (1, 1), (2, 1)):
+        part = [value[:rows] for value in arguments[:4]] + [value[:rows, :columns] for value in arguments[4:]]
+        for result, expected in zip(program(*part), module(*part), strict=True):
+            assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
