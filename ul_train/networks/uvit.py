@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ul_train.networks.layers import LogsnrEmbedding, ResidualBlock, num_groups, to_grid, to_tokens
+from ul_train.networks.layers import LogsnrEmbedding, ResidualBlock, grid_positions, num_groups, to_grid, to_tokens
 from ul_train.networks.vit import Level
 
 
@@ -56,7 +56,7 @@ class DecoderUViT(nn.Module):
             self.grow.append(nn.Conv2d(next_width, 4 * stage_width, 1))
             self.up.append(ConvStage(2 * stage_width, stage_width, blocks, width))
         self.embed_z = nn.Linear(latent_channels, width)
-        self.position = nn.Parameter(0.02 * torch.randn(self.latent_size**2, width))
+        self.position = nn.Parameter(grid_positions(self.latent_size, width))
         self.middle = Level(width, num_middle_blocks, head_dim, width, dropout)
         self.norm = nn.GroupNorm(num_groups(channels[0]), channels[0])
         self.out = nn.Conv2d(channels[0], image_channels * patch**2, 3, padding=1)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ul_train.networks.layers import LogsnrEmbedding, Modulation, TransformerBlock, to_grid, to_tokens
+from ul_train.networks.layers import LogsnrEmbedding, Modulation, TransformerBlock, grid_positions, to_grid, to_tokens
 
 
 class Level(nn.Module):
@@ -47,7 +46,7 @@ class LatentViT(nn.Module):
         self.logsnr_embedding = LogsnrEmbedding(cond_dim)
         self.label_embedding = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
         self.embed = nn.Linear(channels, widths[0])
-        self.position = nn.Parameter(0.02 * torch.randn(size**2, widths[0]))
+        self.position = nn.Parameter(grid_positions(size, widths[0]))
         self.down, self.merge, self.up, self.split = (nn.ModuleList() for _ in range(4))
         for i, (width, blocks) in enumerate(zip(widths[:-1], num_blocks[:-1], strict=True)):
             self.down.append(Level(width, (blocks + 1) // 2, head_dim, cond_dim, dropout))
