@@ -1,6 +1,8 @@
 """Fixtures of several test files."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import Runner
@@ -20,3 +22,50 @@ def analytic_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Runner:
     """Runs a console script's main() and returns exit code, stdout and stderr."""
     return Runner(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def image_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of blobs.npz and of its prepared images; the cache may be written."""
+    from tiny_run import write_npz
+
+    path = tmp_path_factory.mktemp("image_store")
+    write_npz(path / "blobs.npz")
+    return path
+
+
+@pytest.fixture
+def train_options(image_store: Path, tmp_path: Path) -> list[Any]:
+    """ul-train's options for a new run at tmp_path/run."""
+    return ["--data", image_store / "blobs.npz", "--cache", image_store / "cache", "--out", tmp_path / "run"]
+
+
+@pytest.fixture(scope="session")
+def finished_once(image_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of ul-train; read only."""
+    from tiny_run import SHORT
+
+    from ul_train.cli import main
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [
+            "tiny",
+            "--data",
+            image_store / "blobs.npz",
+            "--cache",
+            image_store / "cache",
+            "--out",
+            run,
+            *SHORT,
+        ]
+        patch.setattr("sys.argv", ["ul-train", *map(str, arguments)])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    return run
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, at tmp_path/run."""
+    return Path(shutil.copytree(finished_once, tmp_path / "run"))

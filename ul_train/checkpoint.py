@@ -1,11 +1,13 @@
 """Checkpoints: a directory of safetensors and one JSON file, whole or absent, hashed. No pickle.
 
 checkpoints/joint-001400/   weights.safetensors  ema.safetensors  optimizer.safetensors  state.json
+state.json holds the SHA-256 of the tensor files, and of itself with that hash written as zeros.
 """
 
 import hashlib
 import json
 import re
+import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +22,9 @@ from ul_runtime.errors import BadInputError
 
 FORMAT, FORMAT_VERSION = "unified-latents-checkpoint", 1
 NAME = re.compile(r"(joint|base)-(\d{6,})")
+UNFINISHED = re.compile(rf"\.({NAME.pattern})\.[0-9a-f]{{16}}\.tmp")
+_NO_HASH = "0" * 64
+_INSTEAD = "remove {} and resume from the checkpoint before"
 TENSOR_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
@@ -65,6 +70,9 @@ def load_tensors(modules: dict[str, nn.Module], tensors: dict[str, Tensor], wher
     """Put tensors back into the networks; BadInputError if a name or shape differs."""
     for network, module in modules.items():
         own = module.state_dict()
+        foreign = {name for name in tensors if name.startswith(f"{network}.")} - {f"{network}.{name}" for name in own}
+        if foreign:
+            raise BadInputError(f"{where}: {min(foreign)} is not in the recipe's network; use the run's own recipe")
         for name, target in own.items():
             given = tensors.get(f"{network}.{name}")
             if given is None or given.shape != target.shape:
@@ -86,13 +94,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`. A fused optimiser walks memory, so its averages get the weight's layout."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, parameter in zip(names, parameters, strict=True):
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-        optimizer.state[parameter] = {
-            key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
-        }
+        if f"step.{name}" not in tensors:  # of a weight that has not been updated yet
+            continue
+        step = tensors[f"step.{name}"].to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
+        averages = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        for key, average in averages.items():
+            average.copy_(tensors[f"{key}.{name}"])
+        optimizer.state[parameter] = {"step": step, **averages}
 
 
 def save_checkpoint(
@@ -101,14 +112,14 @@ def save_checkpoint(
     """Write `folder/<stage>-<step>`, whole or absent; an existing one of this name is replaced. OutputError."""
     final = folder / name_of(state.stage, state.step)
     files: dict[str, dict[str, Any]] = {}
-    durable.sweep(folder, final.name)
+    _sweep(folder)
     with durable.temporary_directory_beside(final) as temporary:
         for file, tensors in zip(TENSOR_FILES, (weights, ema, optimizer), strict=True):
             data = save(tensors)
             durable.write_file(temporary / file, [data])
             files[file] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         record = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(state), "files": files}
-        durable.write_file(temporary / "state.json", [(json.dumps(record, indent=1) + "\n").encode()])
+        durable.write_file(temporary / "state.json", [_sealed(record)])
         if final.exists():
             durable.replace_directory(temporary, final)
         else:
@@ -116,17 +127,32 @@ def save_checkpoint(
     return final
 
 
+def _sealed(record: dict[str, Any]) -> bytes:
+    """JSON whose last value is the SHA-256 of all of it, taken with zeros in that place."""
+    data = (json.dumps({**record, "sha256": _NO_HASH}, indent=1) + "\n").encode()
+    return data.replace(_NO_HASH.encode(), hashlib.sha256(data).hexdigest().encode())
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves and prunings that were killed have left."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for name in {match[1] for name in names if (match := UNFINISHED.fullmatch(name))}:
+        durable.sweep(folder, name)
+
+
 def list_checkpoints(folder: Path, stage: str) -> list[Path]:
     """Committed checkpoints of a stage, oldest first."""
-    names = folder.iterdir() if folder.is_dir() else ()
-    found = [(int(match[2]), path) for path in names if (match := NAME.fullmatch(path.name)) and match[1] == stage]
+    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    found = [(int(match[2]), path) for path in paths if (match := NAME.fullmatch(path.name)) and match[1] == stage]
     return [path for _, path in sorted(found)]
 
 
 def prune(folder: Path, stage: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of a stage."""
+    """Remove all but the newest `keep` checkpoints of a stage, each whole until it is gone."""
     for path in list_checkpoints(folder, stage)[:-keep]:
-        shutil.rmtree(path)
+        leaving = folder / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        durable.disk.rename(path, leaving)
+        shutil.rmtree(leaving)
 
 
 def read_state(path: Path) -> tuple[State, dict[str, Any], str]:
@@ -134,20 +160,29 @@ def read_state(path: Path) -> tuple[State, dict[str, Any], str]:
     file = path / "state.json"
     try:
         data = file.read_bytes()
-        record = json.loads(data)
+        record = dict(json.loads(data))
         version = record.pop("format_version")
         if record.pop("format") != FORMAT:
-            raise BadInputError(f"{file}: not a checkpoint of unified-latents")
+            raise BadInputError(f"{file}: not a checkpoint of unified-latents; choose another one")
         if version > FORMAT_VERSION:
             raise BadInputError(f"{file}: format version {version}, this program reads up to {FORMAT_VERSION}; upgrade")
+        if "sha256" in record:
+            _check_hash(file, data.replace(record["sha256"].encode(), _NO_HASH.encode()), record.pop("sha256"))
         files = record.pop("files")
         return State(**record), files, hashlib.sha256(data).hexdigest()
     except FileNotFoundError:
         raise BadInputError(f"{file}: missing; this is no checkpoint, choose another one") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInputError(f"{file}: not readable ({error}); {_INSTEAD.format(path.name)}") from None
+
+
+def _check_hash(file: Path, data: bytes, expected: str) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != expected:
         raise BadInputError(
-            f"{file}: not readable ({error}); remove this checkpoint and resume from the one before"
-        ) from None
+            f"{file}: SHA-256 is {digest[:16]}..., state.json says {expected[:16]}...; the file was changed or "
+            f"damaged: {_INSTEAD.format(file.parent.name)}"
+        )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -156,13 +191,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tensors: dict[str, dict[str, Tensor]] = {}
     for file in TENSOR_FILES:
         if file not in files or not (path / file).is_file():
-            raise BadInputError(f"{path / file}: missing; remove {path.name} and resume from the checkpoint before")
+            raise BadInputError(f"{path / file}: missing; {_INSTEAD.format(path.name)}")
         data = (path / file).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != files[file]["sha256"]:
-            raise BadInputError(
-                f"{path / file}: SHA-256 is {digest[:16]}..., state.json says {files[file]['sha256'][:16]}...; "
-                f"the file was changed or damaged: remove {path.name} and resume from the checkpoint before"
-            )
+        _check_hash(path / file, data, files[file]["sha256"])
         tensors[file.partition(".")[0]] = load(data)
     return Checkpoint(state=state, state_hash=state_hash, **tensors)

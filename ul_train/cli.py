@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.errors import BadInputError, UsageError, run_command
 
 train_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -68,9 +68,7 @@ def train(
     """Train a Unified Latents model: encoder, prior and decoder together, then the base prior on their latents."""
     from ul_train.config import load_config
 
-    run = Path(recipe) if (Path(recipe) / "config.toml").is_file() else None
-    if run is not None and not resume:
-        raise UsageError(f"{recipe}: is a run directory; add --resume to go on with it, or give a preset or TOML file")
+    run = _run_named(recipe, out, resume)
     config = load_config(str(run / "config.toml") if run else recipe, set_ or [])
     if stage not in ("joint", "base", "all"):
         raise UsageError(f"--stage {stage}: expected joint, base or all")
@@ -110,12 +108,38 @@ def report(
     threads: Threads = None,
     cache: Cache = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to compute.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|bf16", help="What the networks compute in; bf16 is faster where it is native.")
+    ] = "fp32",
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Measure bits per pixel and reconstruction PSNR of a run on held-out images, beside the Gaussian bound."""
     from ul_train.command import report_command
 
-    _print(report_command(run, data, heldout, images, mean_of, decoder_steps, threads, cache_dir(cache), device), json_)
+    figures = report_command(
+        run, data, heldout, images, mean_of, decoder_steps, threads, cache_dir(cache), device, precision
+    )
+    _print(figures, json_)
+
+
+def _run_named(recipe: str, out: Path | None, resume: bool) -> Path | None:
+    """The run directory that `recipe` names, None if it names a recipe; UsageError for other folders."""
+    from ul_train.config import preset_names
+
+    run = Path(recipe)
+    if not run.is_dir() or (recipe in preset_names() and not resume):
+        return None
+    if not (run / "run.json").is_file():
+        if recipe in preset_names():
+            return None
+        raise UsageError(f"{recipe}: is a folder that holds no run; give a preset, a TOML file or a run directory")
+    if not resume:
+        raise UsageError(f"{recipe}: is a run directory; add --resume to go on with it, or give a preset or TOML file")
+    if not (run / "config.toml").is_file():
+        raise BadInputError(f"{run}/config.toml: missing; restore the file that ul-train wrote")
+    if out is not None and out.resolve() != run.resolve():
+        raise UsageError(f"--out {out}: {recipe} goes on in its own directory; leave out --out")
+    return run
 
 
 def _dry_run(config: Any, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """What a model does on held-out images: bits, reconstruction error, and the yardstick at that rate."""
 
+import math
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from types import SimpleNamespace
@@ -33,15 +34,24 @@ class HeldoutFigures:
     mean_of: int
     psnr_mean_db: float  # of the mean of `mean_of` decodes: the distortion
     gaussian_psnr_db: float | None  # Gaussian rate-distortion function at bits_per_image
-
-    @property
-    def latent_died(self) -> bool:
-        """Whether the encoder has stopped to say anything."""
-        return self.bits_per_value < DEAD_BITS_PER_VALUE
+    latent_died: bool  # the latent carries next to nothing
 
     def as_dict(self) -> dict[str, float]:
-        """The figures that are known, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The figures that are known and finite, by name; `latent_died` only if it did."""
+        known = {name: value for name, value in asdict(self).items() if value is not None and math.isfinite(value)}
+        return known if self.latent_died else {name: known[name] for name in known if name != "latent_died"}
+
+    def obituary(self) -> str:
+        """What to say and do when the latent has died."""
+        return (
+            f"the latent has died: {self.bits_per_value:.4f} bits a value, standard deviation {self.latent_std:.3f}; "
+            "raise objective.loss_factor, bias or prior_ramp_steps"
+        )
+
+
+def latent_capacity_bits(latent_std: float, logsnr_0: float) -> float:
+    """1/2 log2(1 + std^2 e^logsnr_0): most bits that a value of z_0 can carry, whatever the prior (Shannon 1948)."""
+    return 0.5 * math.log2(1.0 + latent_std**2 * math.exp(logsnr_0))
 
 
 def torch_pipeline(
@@ -73,14 +83,16 @@ def measure(
 ) -> HeldoutFigures:
     """Figures of the first `num_images` images, batch by batch. `pipeline.backend` must hold the prior of stage 1."""
     num_images = min(num_images, len(images))
-    batch, bits, squares, one, mean = pipeline.default_batch_size, 0.0, 0.0, 0.0, 0.0
+    batch, bits, one, mean = pipeline.default_batch_size, 0.0, 0.0, 0.0
+    sums = np.zeros(2)  # of the latent's values and their squares
     num_values = int(np.prod(pipeline.latent_shape))
+    quiet = Control(stop=control.stop)  # progress counts decodes
     for first in range(0, num_images, batch):
         ids = np.arange(first, min(first + batch, num_images))
         x = from_uint8(images.batch(ids)[0])
         latent = pipeline.encode(x, indices=ids)
-        bits += float(pipeline.bits(latent.z_clean, indices=ids, num_samples=bits_samples).sum())
-        squares += float(np.square(latent.z_clean, dtype=np.float64).sum())
+        bits += float(pipeline.bits(latent.z_clean, indices=ids, num_samples=bits_samples, control=quiet).sum())
+        sums += latent.z_clean.sum(dtype=np.float64), np.square(latent.z_clean, dtype=np.float64).sum()
         total = np.zeros(x.shape, np.float64)
         for k in range(mean_of):
             (decoded,) = pipeline.decode(latent.z_0, seed=k, indices=ids, batch_size=batch, control=control)
@@ -90,17 +102,21 @@ def measure(
         mean += float(np.square(total / mean_of - x).sum())
     pixels, values = pipeline.image_shape[1] * pipeline.image_shape[2], num_images * int(np.prod(pipeline.image_shape))
     bits_per_image = bits / num_images
+    latent_mean, latent_square = sums / (num_images * num_values)
+    latent_std = math.sqrt(max(0.0, latent_square - latent_mean**2))
+    capacity = latent_capacity_bits(latent_std, pipeline.manifest.logsnr_z.max)
     return HeldoutFigures(
         num_images=num_images,
         bits_per_image=bits_per_image,
         bits_per_pixel=bits_per_image / pixels,
         bits_per_value=bits_per_image / num_values,
-        latent_std=float(np.sqrt(squares / (num_images * num_values))),
+        latent_std=latent_std,
         decoder_steps=pipeline.settings().decoder.num_steps,
         psnr_db=psnr_db(one / values),
         mean_of=mean_of,
         psnr_mean_db=psnr_db(mean / values),
         gaussian_psnr_db=None if eigenvalues is None else gaussian_psnr_db(eigenvalues, bits_per_image),
+        latent_died=min(bits_per_image / num_values, capacity) < DEAD_BITS_PER_VALUE,
     )
 
 

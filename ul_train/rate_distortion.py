@@ -38,8 +38,8 @@ def image_covariance_eigenvalues(images: np.ndarray, chunk: int = 4096) -> np.nd
 
 
 def psnr_db(mean_squared_error: float) -> float:
-    """10 log10(4 / mse) for values in [-1, 1]."""
-    return float(10.0 * np.log10(4.0 / mean_squared_error))
+    """10 log10(4 / mse) for values in [-1, 1]; infinite without error."""
+    return float(10.0 * np.log10(4.0 / mean_squared_error)) if mean_squared_error > 0 else float("inf")
 
 
 def gaussian_psnr_db(eigenvalues: np.ndarray, bits: float) -> float:

@@ -1,19 +1,38 @@
 """What a run says: progress on stderr, log.jsonl, TensorBoard events. All three from one stream of figures."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ul_runtime import durable
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 _LINE_EVERY_S = 10.0
+_ON_SCREEN = {  # name in the log: how the screen says it
+    "prior_nats": "prior {:.4g} nats",
+    "decoder_nats": "decoder {:.4g} nats",
+    "base_nats": "base {:.4g} nats",
+    "bits_per_pixel": "{:.3g} bits/pixel",
+    "psnr_db": "PSNR {:.2f} dB",
+    "images_per_s": "{:.3g} images/s",
+}
+
+
+def on_screen(figures: dict[str, float]) -> str:
+    """The figures that matter while one waits, in short."""
+    return "  ".join(text.format(figures[name]) for name, text in _ON_SCREEN.items() if name in figures)
 
 
 class RunLog:
@@ -21,67 +40,76 @@ class RunLog:
 
     def __init__(self, run: Path, log_every: int) -> None:
         self.run, self.log_every = run, log_every
-        self.console = Console(stderr=True, highlight=False)
-        self.writer = SummaryWriter(str(run / "tensorboard"))
-        self.shown: dict[str, float] = {}
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.sums: dict[str, list[float]] = {}
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._writer: SummaryWriter | None = None
+        self._bar: Progress | None = None  # on a terminal: a bar, and two rows of figures below it
+        self._figures: Progress
+        self._tasks: tuple[TaskID, TaskID, TaskID]  # bar, training figures, held-out figures
         self._started = self._last_line = 0.0
         self._first_step = self._steps = self._batch_size = 0
 
     @contextmanager
     def stage(self, name: str, steps: int, batch_size: int, first_step: int) -> Iterator[None]:
         """Progress of one stage, from `first_step` to `steps`."""
-        self.sums, self.shown = {}, {}
+        self.sums = {}
         self._steps, self._batch_size, self._first_step = steps, batch_size, first_step
         self._started = self._last_line = time.monotonic()
         if not sys.stderr.isatty():
             yield
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}"),
-        )
-        columns += (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))  # type: ignore[assignment]
-        with Progress(*columns, console=self.console, speed_estimate_period=60.0) as bar:
-            self._bar, self._task = bar, bar.add_task(name, total=steps, completed=first_step, figures="")
+        text = TextColumn("{task.description}")
+        count = TextColumn("{task.completed}/{task.total}, left:")
+        bar = Progress(text, BarColumn(20), count, TimeRemainingColumn(), speed_estimate_period=60.0)
+        figures = Progress(text)
+        self._bar, self._figures = bar, figures
+        first_row = bar.add_task(name, total=steps, completed=first_step)
+        self._tasks = first_row, figures.add_task(""), figures.add_task("", visible=False)
+        with Live(Group(bar, figures), console=self.console, refresh_per_second=4):
             try:
                 yield
             finally:
                 self._bar = None
 
     def step(self, stage: str, step: int, figures: dict[str, float]) -> None:
-        """Figures of one training step; written every `log_every` steps as means."""
+        """Figures of one training step; written every `log_every` steps as means over those that are finite."""
         for name, value in figures.items():
-            self.sums.setdefault(name, []).append(value)
+            self.sums.setdefault(name, []).extend([value] if math.isfinite(value) else [])
+        if self._bar is not None:
+            self._bar.update(self._tasks[0], completed=step)
         if step % self.log_every and step != self._steps:
             return
-        means = {name: sum(values) / len(values) for name, values in self.sums.items()}
+        means = {name: sum(values) / len(values) for name, values in self.sums.items() if values}
         self.sums = {}
-        rate = (step - self._first_step) * self._batch_size / (time.monotonic() - self._started)
-        self.write(stage, step, {**means, "images_per_s": rate})
-        self.shown |= {k: v for k, v in means.items() if k.endswith("_nats") or k == "bits_per_pixel"}
-        self.shown["images_per_s"] = rate
-        self._show(stage, step)
+        now = time.monotonic()
+        figures = {**means, "images_per_s": (step - self._first_step) * self._batch_size / (now - self._started)}
+        self.write(stage, step, figures)
+        if self._bar is not None:
+            self._figures.update(self._tasks[1], description=on_screen(figures))
+        elif now - self._last_line >= _LINE_EVERY_S or step == self._steps:
+            self._last_line = now
+            left = (self._steps - step) * (now - self._started) / (step - self._first_step)
+            self.say(f"{stage} {step}/{self._steps}  {on_screen(figures)}  {timedelta(seconds=round(left))} left")
 
     def write(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """One JSON line, and one TensorBoard scalar a figure."""
         line = {"stage": stage, "step": step, **{name: float(f"{value:.7g}") for name, value in figures.items()}}
-        durable.append_line(self.run / "log.jsonl", json.dumps(line))
+        durable.append_line(self.run / "log.jsonl", json.dumps(line, allow_nan=False))
         for name, value in figures.items():
-            self.writer.add_scalar(f"{stage}/{name}", value, step)
+            self._tensorboard().add_scalar(f"{stage}/{name}", value, step)
 
     def evaluation(self, stage: str, step: int, figures: dict[str, float]) -> None:
-        """Held-out figures: logged and kept on screen until the next ones."""
+        """Held-out figures: logged, and kept below the bar until the next ones."""
         self.write(stage, step, {f"heldout_{name}": value for name, value in figures.items()})
-        self.shown |= {f"heldout_{name}": value for name, value in figures.items()}
-        self._show(stage, step, now=True)
+        text = f"held-out {on_screen(figures)}"
+        if self._bar is None:
+            self.say(f"{stage} {step}/{self._steps}  {text}")
+        else:
+            self._figures.update(self._tasks[2], description=f"{text} at step {step}", visible=True)
 
     def say(self, text: str) -> None:
         """One line on stderr, above the progress bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning on stderr and in the log."""
@@ -90,19 +118,15 @@ class RunLog:
 
     def close(self) -> None:
         """Flush TensorBoard."""
-        self.writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
-    def _show(self, stage: str, step: int, now: bool = False) -> None:
-        text = "  ".join(f"{name.replace('heldout_', 'held-out ')} {value:.4g}" for name, value in self.shown.items())
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, figures=text)
-            return
-        time_now = time.monotonic()
-        if now or time_now - self._last_line >= _LINE_EVERY_S or step == self._steps:
-            self._last_line = time_now
-            done = step - self._first_step
-            left = (self._steps - step) * (time_now - self._started) / max(done, 1)
-            self.say(f"{stage} {step}/{self._steps}  {left:.0f} s left  {text}")
+    def _tensorboard(self) -> "SummaryWriter":
+        if self._writer is None:  # no events file for a run that logs nothing
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.run / "tensorboard"))
+        return self._writer
 
 
 def drop_lines_after(run: Path, stage: str, step: int) -> None:

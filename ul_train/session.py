@@ -3,10 +3,12 @@
 RUN/  config.toml  run.json  checkpoints/  log.jsonl  tensorboard/  previews/  report.json
 """
 
+import difflib
+import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import torch
 from torch import nn
 
 from ul_runtime import __version__, durable
-from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.errors import BadInputError, StoppedError, UsageError
 from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
 from ul_train import checkpoint as ckpt
-from ul_train.config import Config, config_hash, config_toml, load_config
+from ul_train.config import Config, config_toml, load_config
 from ul_train.data import Splits
 from ul_train.describe import describe
 from ul_train.heldout import HeldoutFigures, measure, reconstruction_sheet, sample_sheet, torch_pipeline, yardstick
@@ -40,27 +42,32 @@ class RunInfo:
     class_names: tuple[str, ...]
     created: str
     code_version: str
+    heldout: str | None = None  # --heldout
+    earlier_recipes: tuple[str, ...] = ()  # SHA-256 of each config.toml that --resume --allow has replaced
 
 
 def read_run(run: Path) -> tuple[Config, RunInfo]:
     """Recipe and run.json of a run directory; BadInputError if it is none."""
     file = run / "run.json"
     try:
-        record = json.loads(file.read_text())
+        record = dict(json.loads(file.read_text()))
         if record.pop("format") != RUN_FORMAT:
-            raise BadInputError(f"{file}: not a run of unified-latents")
+            raise BadInputError(f"{file}: not a run of unified-latents; expected the file that ul-train wrote")
         version = record.pop("format_version")
         if version > RUN_FORMAT_VERSION:
             raise BadInputError(f"{file}: format version {version}, this program reads {RUN_FORMAT_VERSION}; upgrade")
-        info = RunInfo(**{**record, "class_names": tuple(record["class_names"])})
+        lists = {key: tuple(record.get(key, ())) for key in ("class_names", "earlier_recipes")}
+        info = RunInfo(**{**record, **lists})
     except (FileNotFoundError, NotADirectoryError):
         raise BadInputError(f"{run}: no run.json in it; expected the directory that ul-train --out wrote") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{file}: not readable ({error}); expected the file that ul-train wrote") from None
+    if not (run / "config.toml").is_file():
+        raise BadInputError(f"{run}/config.toml: missing; restore the file that ul-train wrote")
     return load_config(str(run / "config.toml"), []), info
 
 
-def create_run(run: Path, config: Config, data: str, splits: Splits) -> RunInfo:
+def create_run(run: Path, config: Config, data: str, heldout: str | None, splits: Splits) -> RunInfo:
     """Write config.toml and run.json of a new run."""
     info = RunInfo(
         run_id=str(uuid.uuid4()),
@@ -69,30 +76,54 @@ def create_run(run: Path, config: Config, data: str, splits: Splits) -> RunInfo:
         class_names=splits.train.class_names,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         code_version=__version__,
+        heldout=heldout,
     )
-    for folder in (run, run / "previews", run / "checkpoints"):
-        durable.make_directory(folder)
+    durable.make_directory(run)
     durable.atomic_write(run / "config.toml", config_toml(config).encode())
-    record = {"format": RUN_FORMAT, "format_version": RUN_FORMAT_VERSION, **vars(info)}
-    durable.atomic_write(run / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+    _write_info(run, info)
+    for folder in (run / "previews", run / "checkpoints"):
+        durable.make_directory(folder)
     return info
 
 
-def check_resumable(run: Path, config: Config, splits: Splits, allow: list[str]) -> RunInfo:
-    """The run's own facts; UsageError naming every recipe key, or the data, that is not the run's."""
+def _write_info(run: Path, info: RunInfo) -> None:
+    record = {"format": RUN_FORMAT, "format_version": RUN_FORMAT_VERSION, **vars(info)}
+    durable.atomic_write(run / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
+def check_recipe(run: Path, config: Config, allow: list[str]) -> RunInfo:
+    """The run's own facts; UsageError naming every recipe key that is not the run's and not in `allow`."""
     old, info = read_run(run)
     flat_old, flat_new = (_flatten(c.model_dump(mode="json")) for c in (old, config))
+    for key in allow:
+        if key not in flat_new:
+            near = difflib.get_close_matches(key, list(flat_new), 1)
+            raise UsageError(f"--allow {key}: the recipe has no such key" + (f"; did you mean {near[0]}?" * len(near)))
     differing = [key for key in flat_new if flat_new[key] != flat_old.get(key) and key not in allow]
     if differing:
         shown = ", ".join(f"{key} (run {flat_old.get(key)!r}, now {flat_new[key]!r})" for key in differing)
         raise UsageError(f"{run}: the recipe is not the run's: {shown}; use the run's, or --allow KEY")
+    return info
+
+
+def check_data(run: Path, info: RunInfo, splits: Splits) -> None:
+    """UsageError if the training images are not the run's."""
     if info.data_fingerprint != splits.train.fingerprint:
         raise UsageError(
             f"{run}: the data is not the run's: fingerprint {splits.train.fingerprint[:12]}..., "
             f"the run has {info.data_fingerprint[:12]}... of {info.data}; give the same images, or start a new run"
         )
-    if flat_old != flat_new:
-        durable.atomic_write(run / "config.toml", config_toml(config).encode())
+
+
+def adopt_recipe(run: Path, config: Config, info: RunInfo) -> RunInfo:
+    """Make a recipe that `check_recipe` let pass the run's own; checkpoints of the earlier one stay known."""
+    file, text = run / "config.toml", config_toml(config).encode()
+    before = file.read_bytes()
+    if before == text:
+        return info
+    info = replace(info, earlier_recipes=(*info.earlier_recipes, hashlib.sha256(before).hexdigest()))
+    _write_info(run, info)
+    durable.atomic_write(file, text)
     return info
 
 
@@ -106,8 +137,8 @@ def _flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:
 def finished_joint(run: Path, config: Config) -> Path:
     """The last checkpoint of a completed stage 1; BadInputError without one."""
     found = ckpt.list_checkpoints(run / "checkpoints", "joint")
-    if not found or ckpt.read_state(found[-1])[0].step < config.joint.steps:
-        done = ckpt.read_state(found[-1])[0].step if found else 0
+    done = ckpt.read_state(found[-1])[0].step if found else 0
+    if done < config.joint.steps:
         raise BadInputError(
             f"{run}: stage joint is at step {done} of {config.joint.steps}; finish it with ul-train {run} --resume"
         )
@@ -143,9 +174,8 @@ class Session:
         described = describe(self.config, info.class_names, info.run_id, info.data_fingerprint, 0, OPSET_UNEXPORTED)
         return torch_pipeline(described, encoder, prior, decoder, self.device, precision)
 
-    def run_stage(self, name: str) -> None:
-        """Train one stage from where its checkpoints stand; a finished stage is left as it is."""
-        folder = self.run / "checkpoints"
+    def run_stage(self, name: str) -> bool:
+        """Train one stage from where its checkpoints stand; False if it was finished, it is then left as it is."""
         encoder_checkpoint = None
         if name == "joint":
             stage = joint_stage(self.config, self.device, self.precision)
@@ -159,17 +189,18 @@ class Session:
             num_classes = len(self.info.class_names)
             stage = base_stage(self.config, num_classes, self.device, self.precision, frozen)
         trainer = Trainer(stage, self.splits.train, self.run, self.log, self.stop, self.evaluate, encoder_checkpoint)
-        found = ckpt.list_checkpoints(folder, name)
+        found = ckpt.list_checkpoints(self.run / "checkpoints", name)
         if found:
             trainer.restore(found[-1])
-            drop_lines_after(self.run, name, trainer.step)
             if trainer.step >= stage.settings.steps:
                 self.log.say(f"stage {name} is finished at step {trainer.step}")
-                return
+                return False
             self.log.say(f"stage {name} goes on from {found[-1].name}")
+        drop_lines_after(self.run, name, trainer.step)
         if self.compile:
             stage.compute = {key: torch.compile(module) for key, module in stage.modules.items()}  # type: ignore[misc]
         trainer.train()
+        return True
 
     def evaluate(self, stage: Stage, step: int) -> None:
         """Held-out figures and preview pictures of the averaged weights."""
@@ -179,35 +210,47 @@ class Session:
         pipeline = self.pipeline(encoder, prior, decoder, self.precision)
         preview = self.run / "previews" / f"{stage.name}-{step:06d}.png"
         if joint:
-            figures = measure(pipeline, self.splits.heldout, self.config.run.eval_images, mean_of=1, bits_samples=4)
+            watch = Control(stop=self.stop)
+            images, num_images = self.splits.heldout, self.config.run.eval_images
+            figures = measure(pipeline, images, num_images, mean_of=1, bits_samples=4, control=watch)
             self.log.evaluation("joint", step, figures.as_dict())
             ramped = step > self.config.objective.prior_ramp_steps
             if figures.latent_died and ramped:
-                self.log.warn(
-                    f"the latent has died: {figures.bits_per_value:.4f} bits a value, standard deviation "
-                    f"{figures.latent_std:.3f}; raise objective.loss_factor, bias or prior_ramp_steps"
-                )
+                self.log.warn(figures.obituary())
             title = f"step {step}: {figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
             picture = reconstruction_sheet(pipeline, self.splits.heldout, title)
         else:
             picture = sample_sheet(pipeline, f"samples at step {step}")
         durable.atomic_write(preview, picture)
 
-    def report(self, num_images: int, mean_of: int, control: Control = UNWATCHED) -> HeldoutFigures:
-        """Held-out figures of the finished stage 1 in float32, written to report.json with a picture."""
+    def report(
+        self, num_images: int, mean_of: int, control: Control = UNWATCHED, precision: str = "fp32"
+    ) -> HeldoutFigures:
+        """Held-out figures of the finished stage 1, written to report.json with a picture.
+
+        StoppedError when asked to stop; BadInputError before stage 1 is finished.
+        """
         nets: dict[str, nn.Module] = {
             "encoder": make_encoder(self.config),
             "prior": make_prior(self.config),
             "decoder": make_decoder(self.config),
         }
         load_ema(finished_joint(self.run, self.config), nets, self.device)
-        pipeline = self.pipeline(nets["encoder"], nets["prior"], nets["decoder"], "fp32")
+        pipeline = self.pipeline(nets["encoder"], nets["prior"], nets["decoder"], precision)
         num_images = min(num_images, len(self.splits.heldout))
         eigenvalues, of_what = yardstick(self.splits.heldout, self.splits.train, num_images)
-        figures = measure(
-            pipeline, self.splits.heldout, num_images, mean_of=mean_of, eigenvalues=eigenvalues, control=control
-        )
-        record = {**figures.as_dict(), "gaussian_of": of_what, "run_id": self.info.run_id}
+        try:
+            figures = measure(
+                pipeline, self.splits.heldout, num_images, mean_of=mean_of, eigenvalues=eigenvalues, control=control
+            )
+        except StoppedError:
+            raise StoppedError(
+                f"{self.run}: stopped in the held-out report, stage joint is saved; go on with ul-train {self.run} "
+                f"--resume or ul-train report {self.run}"
+            ) from None
+        if figures.latent_died:
+            self.log.warn(figures.obituary())
+        record = {**figures.as_dict(), "gaussian_of": of_what, "precision": precision, "run_id": self.info.run_id}
         durable.atomic_write(self.run / "report.json", (json.dumps(record, indent=1) + "\n").encode())
         title = f"{figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
         durable.atomic_write(self.run / "report.png", reconstruction_sheet(pipeline, self.splits.heldout, title))
@@ -235,7 +278,8 @@ def load_networks(run: Path) -> tuple[Config, RunInfo, dict[str, nn.Module], int
         raise BadInputError(
             f"{found[-1]}: was trained on the latents of another encoder than {joint_path.name}; train stage base again"
         )
-    if {joint.state.config_sha256, saved.state.config_sha256} - {config_hash(config)}:
+    recipe = hashlib.sha256((run / "config.toml").read_bytes()).hexdigest()
+    if {joint.state.config_sha256, saved.state.config_sha256} - {recipe, *info.earlier_recipes}:
         raise BadInputError(
             f"{run}/config.toml: is not the recipe of the checkpoints; restore the file that ul-train wrote"
         )

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ul_runtime.errors import NonFiniteError, StoppedError
+from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
 from ul_train import checkpoint as ckpt
 from ul_train.config import StageConfig, config_hash
 from ul_train.data import ImageSet, sample_ids
@@ -29,7 +30,10 @@ def learning_rate_at(step: int, settings: StageConfig) -> float:
 
 @dataclass
 class Trainer:
-    """One stage on one data set, writing into one run directory. `evaluate(stage, step)` is called now and then."""
+    """One stage on one data set, writing into one run directory.
+
+    `evaluate(stage, step)` is called now and then, and may raise StoppedError when `stop()` is true.
+    """
 
     stage: Stage
     images: ImageSet
@@ -61,15 +65,16 @@ class Trainer:
                 self.step += 1
                 self.log.step(self.stage.name, self.step, figures)
                 last = self.step == settings.steps
+                if last or (self.step % run.eval_every == 0 and not self.stop()):
+                    with suppress(StoppedError):  # asked to stop in the middle of it: save, then stop
+                        self.evaluate(self.stage, self.step)
                 stopping = self.stop()
-                if last or (self.step % run.eval_every == 0 and not stopping):
-                    self.evaluate(self.stage, self.step)
                 if last or stopping or self.step % run.checkpoint_every == 0:
                     self.save()
                 if stopping and not last:
                     raise StoppedError(
                         f"stopped at step {self.step} of {settings.steps} of stage {self.stage.name}, saved; "
-                        f"go on with --resume --out {self.run}"
+                        f"go on with ul-train {self.run} --resume"
                     )
 
     def train_step(self) -> dict[str, float]:
@@ -77,7 +82,7 @@ class Trainer:
         settings, device = self.stage.settings, self.stage.device
         ids = sample_ids(len(self.images.images), self.stage.config.seed, self.step, settings.batch_size)
         batch = self.stage.batch(self.images, ids, self.step)
-        torch.manual_seed(step_generator(self.stage.config.seed, self.stage.name, self.step).initial_seed())  # dropout
+        torch.manual_seed(self._dropout_seed())
         figures: dict[str, float] = {}
         for index in range(settings.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
@@ -94,6 +99,10 @@ class Trainer:
             self._skip(figures["loss"], norm)
         self.optimizer.zero_grad(set_to_none=True)
         return figures
+
+    def _dropout_seed(self) -> int:
+        """The seed next to that of the step's noise: the same one would tie the dropped values to the noise."""
+        return step_generator(self.stage.config.seed, self.stage.name, self.step).initial_seed() ^ 1
 
     def _update(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -113,7 +122,8 @@ class Trainer:
                 f"{where}: loss {loss}, gradient norm {norm}, {MOST_BAD_STEPS} steps in a row; weights unchanged; "
                 "lower the learning rate, or use --set run.precision=fp32, and start again"
             )
-        self.log.warn(f"{where}: loss {loss}, gradient norm {norm}; this step was skipped")
+        skipped = self.counters["skipped"]
+        self.log.warn(f"{where}: loss {loss}, gradient norm {norm}; this step was skipped, {skipped} so far")
 
     def save(self) -> None:
         """Commit a checkpoint and remove those that the policy does not keep."""
@@ -133,8 +143,13 @@ class Trainer:
         ckpt.prune(folder, self.stage.name, config.run.keep_checkpoints)
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint of this stage."""
+        """Continue from a checkpoint of this stage. BadInputError: damaged, or the base of another encoder."""
         saved = ckpt.load_checkpoint(path)
+        if saved.state.encoder_checkpoint != self.encoder_checkpoint:
+            raise BadInputError(
+                f"{path}: learned the latents of another encoder than the run's last one of stage joint; "
+                f"remove the checkpoints {saved.state.stage}-* to train it again"
+            )
         ckpt.load_tensors(self.stage.modules, saved.weights, str(path))
         ckpt.load_tensors(self.stage.ema, saved.ema, str(path))
         ckpt.load_optimizer(self.optimizer, list(self.parameters), saved.optimizer)

@@ -1,0 +1,71 @@
+"""Runs of the preset `tiny` exported by ul-export, each once for all tests: torch takes twenty seconds for one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_run import DIGITS, write_run
+
+from ul_export import command
+from ul_train.model import TorchBackend
+from ul_train.session import load_networks
+
+# name -> opset, overrides of the preset, classes
+CASES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
+    "grey with classes, opset 18": (18, (), DIGITS),
+    "grey with classes, opset 23": (23, (), DIGITS),
+    "RGB without classes, opset 18": (
+        18,
+        ("image.channels=3", "latent_channels=3", "base.widths=[32]", "base.blocks=[2]"),
+        (),
+    ),
+}
+PLAIN = "grey with classes, opset 18"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run, its bundle, the files that torch made for it, and what ul-export printed."""
+
+    run: Path
+    bundle: Path
+    opset: int
+    files: dict[str, bytes]
+    figures: dict[str, Any]
+    said: list[str]
+
+    def torch_backend(self) -> TorchBackend:
+        """The same networks in torch."""
+        _, _, networks, _ = load_networks(self.run)
+        return TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], torch.device("cpu"))
+
+
+_EXPORTED: dict[str, Exported] = {}
+
+
+def exported_run(name: str, factory: pytest.TempPathFactory) -> Exported:
+    """The case, exported when it is first asked for."""
+    if name not in _EXPORTED:
+        _EXPORTED[name] = _export(name, factory.mktemp("export"))
+    return _EXPORTED[name]
+
+
+def _export(name: str, folder: Path) -> Exported:
+    opset, overrides, classes = CASES[name]
+    write_run(folder / "run", *overrides, classes=classes)
+    files: dict[str, bytes] = {}
+    said: list[str] = []
+    make = command.export_graphs
+
+    def keep(*arguments: Any) -> dict[str, bytes]:
+        files.update(make(*arguments))
+        return dict(files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "export_graphs", keep)
+        figures = command.export_bundle(
+            folder / "run", folder / "bundle", opset=opset, threads=1, overwrite=False, say=said.append
+        )
+    return Exported(folder / "run", folder / "bundle", opset, files, figures, said)

@@ -1,0 +1,59 @@
+"""A run directory as ul-train leaves it, of networks with random weights none of which is zero: seconds, no training.
+
+Fresh networks would not do: their last layers and modulations start at zero, so that every graph would be trivial.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ul_train import checkpoint as ckpt
+from ul_train.config import Config, config_hash, load_config
+from ul_train.model import make_base, make_decoder, make_encoder, make_prior
+from ul_train.session import create_run
+
+DIGITS = tuple("0123456789")
+
+
+def randomise(network: nn.Module, seed: int) -> nn.Module:
+    """Matrices and kernels at the scale that keeps variance, all else moved away from where it starts."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            noise = torch.randn(weight.shape, generator=draw)
+            if weight.dim() >= 2 and name.endswith("weight"):
+                weight.copy_(noise * weight[0].numel() ** -0.5)
+            else:
+                weight.add_(0.1 * noise)
+    return network
+
+
+def save(run: Path, config: Config, stage: str, networks: dict[str, nn.Module], encoder: str | None = None) -> str:
+    """The last checkpoint of a stage; returns the hash of its state. `encoder`: that of the joint one, for the base."""
+    steps = (config.joint if stage == "joint" else config.base_stage).steps
+    state = ckpt.State(stage, steps, config.seed, config_hash(config), "0" * 64, {}, encoder)
+    tensors = ckpt.tensors_of(networks)
+    path = ckpt.save_checkpoint(run / "checkpoints", state, tensors, tensors, {})
+    return ckpt.read_state(path)[2]
+
+
+def write_run(
+    run: Path, *overrides: str, recipe: str = "tiny", classes: Sequence[str] = DIGITS, base: bool = True, seed: int = 0
+) -> dict[str, nn.Module]:
+    """Write the run, with its base stage or without; returns its networks, `base` in any case."""
+    config = load_config(recipe, list(overrides))
+    splits: Any = SimpleNamespace(train=SimpleNamespace(fingerprint="0" * 64, class_names=tuple(classes)))
+    create_run(run, config, "nowhere", None, splits)
+    makers = {"encoder": make_encoder, "prior": make_prior, "decoder": make_decoder}
+    networks: dict[str, nn.Module] = {name: make(config) for name, make in makers.items()}
+    networks["base"] = make_base(config, len(classes))
+    for index, network in enumerate(networks.values()):
+        randomise(network, 10 * seed + index)
+    joint = save(run, config, "joint", {name: networks[name] for name in makers})
+    if base:
+        save(run, config, "base", {"base": networks["base"]}, joint)
+    return networks

@@ -1,0 +1,307 @@
+"""ul-export on faulty graphs, weights, runs, disks and outputs: the right exit code, and nothing is written."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exported_run import PLAIN, Exported, exported_run
+from onnx import ModelProto, numpy_helper
+from random_run import randomise, save, write_run
+from safetensors.numpy import load
+from safetensors.numpy import save as save_weights
+
+from ul_export import command as export_command
+from ul_export.cli import main
+from ul_runtime import durable
+from ul_runtime.bundle import Bundle
+from ul_train.session import read_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported_run(PLAIN, tmp_path_factory)
+
+
+# Faults put into the files of an export; the exporter has to notice each of them and write nothing.
+
+
+def exported_again(
+    plain: Exported, files: dict[str, bytes], command: Any, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> Any:
+    """ul-export of the same run where torch has made these files."""
+    monkeypatch.setattr(export_command, "export_graphs", lambda *arguments: dict(files))
+    return command(main, plain.run, "--out", out, "--opset", plain.opset, "--threads", 1)
+
+
+def check_refused(result: Any, code: int, message: str, out: Path) -> None:
+    """One line of error after the progress, and no trace at --out."""
+    assert result.code == code, result
+    line = result.err.splitlines()[-1]
+    assert line.startswith("ul-export: ")
+    assert re.search(message, line), line
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    assert not out.exists()
+    assert not [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.")]
+
+
+def test_the_same_files_again_make_the_same_bundle(plain, command, monkeypatch, tmp_path):
+    """The control of what follows: nothing but the fault makes the exports below fail."""
+    result = exported_again(plain, plain.files, command, monkeypatch, tmp_path / "bundle")
+    assert result.code == 0, result
+    assert (tmp_path / "bundle" / "prior_step.onnx").read_bytes() == plain.files["prior_step.onnx"]
+    assert "worst_graph_difference" in result.out
+
+
+def with_weight(files: dict[str, bytes], network: str, pick: Callable[[np.ndarray], None]) -> dict[str, bytes]:
+    """`pick` changes the largest weight of a network, a convolution's if it has one."""
+    name = f"{network}.safetensors"
+    weights = {key: value.copy() for key, value in load(files[name]).items()}
+    pick(max(weights.values(), key=lambda array: (array.ndim == 4, array.size)))
+    return files | {name: save_weights(weights)}
+
+
+def one_value(weight: np.ndarray) -> None:
+    weight.reshape(-1)[weight.size // 2] += 1e-3
+
+
+def all_values(weight: np.ndarray) -> None:
+    weight *= np.float32(1.001)
+
+
+@pytest.mark.parametrize("fault", [one_value, all_values])
+@pytest.mark.parametrize(
+    ("network", "graph"), [("encoder", "encoder"), ("prior", "prior_step"), ("decoder", "decoder_step")]
+)
+def test_a_weight_that_is_wrong_by_a_thousandth_fails_the_export(
+    network, graph, fault, plain, command, monkeypatch, tmp_path
+):
+    files = with_weight(plain.files, network, fault)
+    result = exported_again(plain, files, command, monkeypatch, tmp_path / "bundle")
+    check_refused(result, 65, f"do not equal torch, no bundle was written: {graph}, ", tmp_path / "bundle")
+
+
+def with_graph(files: dict[str, bytes], graph: str, change: Callable[[ModelProto], None]) -> dict[str, bytes]:
+    model = onnx.load_from_string(files[f"{graph}.onnx"])
+    change(model)
+    return files | {f"{graph}.onnx": model.SerializeToString()}
+
+
+def norm_epsilon(model: ModelProto) -> None:
+    """The epsilon of one normalisation becomes 1e-3."""
+    node = next(n for n in model.graph.node if n.op_type == "LayerNormalization")
+    next(a for a in node.attribute if a.name == "epsilon").f = 1e-3
+
+
+def exact_gelu(model: ModelProto) -> None:
+    """The error function of the GELU becomes a hyperbolic tangent of nearly the same shape."""
+    node = next(n for n in model.graph.node if n.op_type == "Erf")
+    source, target = node.input[0], node.output[0]
+    scale = numpy_helper.from_array(np.array(1.1283792, np.float32), "two_over_root_pi")
+    model.graph.initializer.append(scale)
+    at = list(model.graph.node).index(node)
+    scaled = onnx.helper.make_node("Mul", [source, "two_over_root_pi"], ["erf_argument"])
+    tanh = onnx.helper.make_node("Tanh", ["erf_argument"], [target])
+    model.graph.node.remove(node)
+    model.graph.node.insert(at, scaled)
+    model.graph.node.insert(at + 1, tanh)
+
+
+def feed(old: str, new: str) -> Callable[[ModelProto], None]:
+    """Every node that takes input `old` takes `new` instead."""
+
+    def change(model: ModelProto) -> None:
+        for node in model.graph.node:
+            for index, name in enumerate(node.input):
+                if name == old:
+                    node.input[index] = new
+
+    return change
+
+
+def drop_pred(model: ModelProto) -> None:
+    """An output too few."""
+    model.graph.output.remove(next(o for o in model.graph.output if o.name == "pred"))
+
+
+def nan_constant(model: ModelProto) -> None:
+    """A small constant inside the graph becomes NaN."""
+    constant = next(t for t in model.graph.initializer if t.name.endswith("frequencies"))
+    constant.raw_data = np.full(len(constant.raw_data) // 4, np.nan, np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("graph", "change", "message"),
+    [
+        ("prior_step", norm_epsilon, "do not equal torch.*prior_step"),
+        ("prior_step", exact_gelu, "do not equal torch.*prior_step"),
+        ("prior_step", feed("noise", "z"), "do not equal torch.*prior_step, z_next, any coefficients"),
+        ("decoder_step", feed("noise", "x"), "do not equal torch.*decoder_step, x_next, any coefficients"),
+        ("decoder_step", drop_pred, "do not equal torch.*decoder_step, pred.*missing on one side"),
+        ("decoder_step", nan_constant, "do not equal torch.*decoder_step.* actual values are not finite"),
+    ],
+)
+def test_a_wrong_operator_fails_the_export(graph, change, message, plain, command, monkeypatch, tmp_path):
+    files = with_graph(plain.files, graph, change)
+    result = exported_again(plain, files, command, monkeypatch, tmp_path / "bundle")
+    check_refused(result, 65, message, tmp_path / "bundle")
+
+
+def test_a_graph_that_no_runtime_can_load_fails_the_export(plain, command, monkeypatch, tmp_path):
+    files = with_graph(plain.files, "encoder", lambda model: setattr(model.graph.node[0], "op_type", "Nonsense"))
+    result = exported_again(plain, files, command, monkeypatch, tmp_path / "bundle")
+    check_refused(result, 65, "encoder.onnx: onnx.checker refuses the graph", tmp_path / "bundle")
+
+
+def test_a_tensor_that_no_graph_uses_fails_the_export(plain, command, monkeypatch, tmp_path):
+    weights = load(plain.files["prior.safetensors"]) | {"left_over": np.ones((2, 2), np.float32)}
+    files = plain.files | {"prior.safetensors": save_weights(weights)}
+    result = exported_again(plain, files, command, monkeypatch, tmp_path / "bundle")
+    assert result.code == 65, result
+    assert not (tmp_path / "bundle").exists()
+
+
+class FullDisk(durable.Disk):
+    """A disk that is full after `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, fd: int, data: memoryview) -> int:
+        if len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(data)
+        return super().write(fd, data)
+
+
+@pytest.mark.parametrize("room", [0, 100_000, 700_000])  # the trial takes 0.55 MB, the bundle as much again
+def test_a_full_disk_leaves_nothing(room, plain, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(durable, "disk", FullDisk(room))
+    result = exported_again(plain, plain.files, command, monkeypatch, tmp_path / "bundle")
+    check_refused(result, 74, "No space left on device; free space", tmp_path / "bundle")
+
+
+def test_a_full_disk_leaves_the_bundle_that_was_there(plain, command, monkeypatch, tmp_path):
+    bundle = tmp_path / "bundle"
+    assert exported_again(plain, plain.files, command, monkeypatch, bundle).code == 0
+    before = {file.name: file.read_bytes() for file in bundle.iterdir()}
+    monkeypatch.setattr(durable, "disk", FullDisk(700_000))
+    result = command(main, plain.run, "--out", bundle, "--threads", 1, "--overwrite")
+    assert result.code == 74, result
+    assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_overwrite_replaces_a_bundle(plain, command, monkeypatch, tmp_path):
+    bundle = tmp_path / "bundle"
+    assert exported_again(plain, plain.files, command, monkeypatch, bundle).code == 0
+    command.fails(main, 2, "exists already; choose another --out, or --overwrite", plain.run, "--out", bundle)
+    result = command(main, plain.run, "--out", bundle, "--threads", 1, "--overwrite", "--json")
+    assert result.code == 0, result
+    assert json.loads(result.out)["hash"] == Bundle.open(bundle).hash
+
+
+# What is said before torch exports anything.
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_weight_that_is_not_finite_stops_the_export(command, tmp_path):
+    for value in (np.nan, np.inf):
+        run = tmp_path / f"run-{value}"
+        networks = write_run(run, base=False)
+        joint = {name: networks[name] for name in ("encoder", "prior", "decoder")}
+        with torch.no_grad():
+            networks["decoder"].out.weight[0, 0, 0, 0] = float(value)  # type: ignore[index,union-attr]
+        config, _ = read_run(run)
+        hash_ = save(run, config, "joint", joint)
+        save(run, config, "base", {"base": networks["base"]}, hash_)
+        command.fails(main, 76, "weight decoder.out.weight is not finite", run, "--out", tmp_path / "bundle")
+        assert not (tmp_path / "bundle").exists()
+
+
+def test_finite_weights_that_overflow_stop_the_export(plain, command, monkeypatch, tmp_path):
+    """Not finite on both sides: never a bundle, although torch and ONNX Runtime agree."""
+    run = tmp_path / "run"
+    networks = write_run(run, base=False)
+    with torch.no_grad():
+        networks["base"].out.weight.fill_(1e38)  # type: ignore[operator,union-attr]
+    config, _ = read_run(run)
+    joint = {name: networks[name] for name in ("encoder", "prior", "decoder")}
+    save(run, config, "base", {"base": networks["base"]}, save(run, config, "joint", joint))
+    monkeypatch.setattr(export_command, "export_graphs", lambda *arguments: dict(plain.files))
+    result = command(main, run, "--out", tmp_path / "bundle", "--threads", 1)
+    check_refused(result, 76, "torch itself gives NaN or Inf", tmp_path / "bundle")
+
+
+def test_a_run_without_its_base_stage_is_refused_and_told_what_to_do(command, tmp_path):
+    write_run(tmp_path / "run", base=False)
+    message = f"has no base stage, so nothing to sample from; run ul-train {tmp_path / 'run'} --resume --stage base"
+    command.fails(main, 65, message, tmp_path / "run", "--out", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_base_of_another_encoder_is_refused(command, run, tmp_path):
+    networks = write_run(tmp_path / "other", seed=1)
+    config, _ = read_run(run)
+    save(run, config, "joint", {name: randomise(networks[name], 7) for name in ("encoder", "prior", "decoder")})
+    message = "was trained on the latents of another encoder than joint-000020; train stage base again"
+    command.fails(main, 65, message, run, "--out", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("what", ["missing", "folder", "file", "bundle"])
+def test_what_is_not_a_run_is_refused(what, command, analytic_bundle, tmp_path):
+    source = {"bundle": analytic_bundle}.get(what, tmp_path / what)
+    if what == "folder":
+        source.mkdir()
+    if what == "file":
+        source.write_text("no run")
+    command.fails(main, 65, "no run.json in it; expected the directory that ul-train", source, "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "bundle", "link to nowhere"])
+def test_what_is_at_out_is_not_touched(what, command, run, analytic_bundle, tmp_path):
+    out = tmp_path / "out"
+    match what:
+        case "file":
+            out.write_text("mine")
+        case "folder":
+            out.mkdir()
+            (out / "notes").write_text("mine")
+        case "bundle":
+            out = analytic_bundle
+        case "link to nowhere":
+            out.symlink_to(tmp_path / "nowhere")
+    before = (analytic_bundle / "manifest.json").read_bytes()
+    command.fails(main, 2, "exists already", run, "--out", out)
+    if what != "bundle":
+        command.fails(main, 2, "exists and is not a bundle", run, "--out", out, "--overwrite")
+    assert (analytic_bundle / "manifest.json").read_bytes() == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_any_work(command, run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    command.fails(main, 2, "is a file, a folder is expected", run, "--out", tmp_path / "file" / "bundle")
+
+
+@pytest.mark.parametrize("opset", [17, 19, 99])
+def test_an_opset_that_no_test_proves_is_refused(opset, command, run, tmp_path):
+    command.fails(
+        main, 2, f"--opset is {opset}; expected 18 or 23", run, "--out", tmp_path / "bundle", "--opset", opset
+    )

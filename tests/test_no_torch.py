@@ -1,0 +1,113 @@
+"""The runtime works where torch and onnx are not installed: blocked in this environment, truly absent in a new one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exported_run import PLAIN, exported_run
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+ABSENT = ("torch", "onnx", "onnxscript", "ul_train", "ul_export")
+BLOCKED = f"""
+import importlib, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+importlib.import_module(sys.argv.pop(1)).main()
+"""
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two pictures of noise."""
+    (tmp_path / "photos").mkdir()
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 24), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def use(commands: dict[str, list[str]], bundle: Path, photos: Path, out: Path, **environment: str) -> None:
+    """ul-generate, ul-encode and ul-decode on a bundle, outside the repository; asserts what they make."""
+    latents = out / "latents.safetensors"
+    calls = {
+        "generate": [bundle, "--num-images", 3, "--out", out / "generated"],
+        "encode": [bundle, photos, "--out", latents, "--bits-samples", 2],
+        "decode": [bundle, latents, "--out", out / "decoded"],
+    }
+    settings = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **environment}
+    for name, arguments in calls.items():
+        words = [*commands[name], *map(str, arguments), "--threads", "1", "--json"]
+        done = subprocess.run(words, cwd=out, env=settings, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)
+    assert len(list((out / "generated").glob("0*.png"))) == 3
+    assert len(list((out / "decoded").glob("0*.png"))) == 2
+
+
+def test_the_commands_run_where_torch_and_onnx_cannot_be_imported(analytic_bundle, photos, tmp_path):
+    call = [sys.executable, "-c", BLOCKED]
+    commands = {name: [*call, f"ul_runtime.cli.{name}"] for name in ("generate", "encode", "decode")}
+    use(commands, analytic_bundle, photos, tmp_path, PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.parametrize("module", ABSENT)
+def test_what_is_blocked_cannot_be_imported(module):
+    """The control of the test above."""
+    done = subprocess.run([sys.executable, "-c", BLOCKED, module], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert f"ModuleNotFoundError: No module named '{module}'" in done.stderr
+
+
+def pip(python: Path, *arguments: object) -> str:
+    words = [str(python), "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bin/ of a new environment with `pip install .`: the dependencies of the runtime and nothing else."""
+    folder = tmp_path_factory.mktemp("install")
+    kept = ("ul_runtime", "ul_train", "ul_export", "pyproject.toml", "README.md", "LICENSE")
+    for name in kept:  # a copy, so that no build output gets into the checkout
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / "source" / name)
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True, timeout=300)
+    python = folder / "venv" / "bin" / "python"
+    pip(python, "install", "--quiet", folder / "source")
+    return python.parent
+
+
+@pytest.mark.slow
+def test_a_plain_install_brings_neither_torch_nor_onnx(plain_install):
+    packages = json.loads(pip(plain_install / "python", "list", "--format=json"))
+    installed = {package["name"].lower() for package in packages}
+    assert {"unified-latents", "onnxruntime", "numpy"} <= installed
+    assert not installed & {"torch", "onnx", "onnxscript", "datasets", "matplotlib"}
+
+
+@pytest.mark.slow
+def test_an_exported_bundle_works_in_a_plain_install(plain_install, photos, tmp_path, tmp_path_factory):
+    bundle = shutil.copytree(exported_run(PLAIN, tmp_path_factory).bundle, tmp_path / "bundle")
+    commands = {name: [str(plain_install / f"ul-{name}")] for name in ("generate", "encode", "decode")}
+    use(commands, bundle, photos, tmp_path)
+
+
+@pytest.mark.slow
+def test_ul_export_says_which_extras_it_needs(plain_install, tmp_path):
+    words = [plain_install / "ul-export", "run", "--out", "out"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "ul-export: torch is not installed; pip install 'unified-latents[train,export]'\n"

@@ -1,0 +1,135 @@
+"""What the packages may import, and what no line of them may call."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("ul_runtime", "ul_train", "ul_export")
+MAY_IMPORT = {"ul_runtime": {"ul_runtime"}, "ul_train": {"ul_runtime", "ul_train"}, "ul_export": set(PACKAGES)}
+NEVER_IN_RUNTIME = {"torch", "onnx", "onnxscript", "safetensors.torch", "sklearn", "datasets"}
+NEVER = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+TRUE_IS_REFUSED = {"allow_pickle", "trust_remote_code"}
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of all modules that are imported, anywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their package"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def misdirected(package: str, source: str) -> list[str]:
+    """Imports that point up, or into what the runtime must do without."""
+    names = list(imports(ast.parse(source)))
+    up = [name for name in names for other in PACKAGES if is_within(name, other) and other not in MAY_IMPORT[package]]
+    heavy = [name for name in names for module in NEVER_IN_RUNTIME if is_within(name, module)]
+    return up + (heavy if package == "ul_runtime" else [])
+
+
+def unsafe(source: str) -> list[str]:
+    """Whatever could run code from a file, leave a folder, or swallow an error."""
+    tree = ast.parse(source)
+    found = [name for name in imports(tree) for module in NEVER if is_within(name, module)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "onnx.hub"):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and node.attr in ("extractall", "LOAD_TRUNCATED_IMAGES"):
+            found.append(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg in TRUE_IS_REFUSED and ast.unparse(node.value) != "False":
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            found += [caught] if caught in ("everything", "Exception", "BaseException") else []
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_down(package: str) -> None:
+    assert len(files(package)) >= 3
+    assert {str(path): found for path in files(package) if (found := misdirected(package, path.read_text()))} == {}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_unpickles_extracts_or_swallows(package: str) -> None:
+    assert {str(path): found for path in files(package) if (found := unsafe(path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("ul_runtime", "import torch"),
+        ("ul_runtime", "def f():\n    from onnx import helper"),
+        ("ul_runtime", "from ul_train.config import Config"),
+        ("ul_train", "import ul_export.command"),
+    ],
+)
+def test_the_direction_check_finds_a_wrong_import(package: str, source: str) -> None:
+    assert misdirected(package, source) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "weights = torch.load(path)",
+        "load = torch.load",
+        "np.load(path, allow_pickle=True)",
+        "open_array(path, allow_pickle=flag)",
+        "archive.extractall(path)",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "try:\n    f()\nexcept:\n    pass",
+    ],
+)
+def test_the_safety_check_finds_what_it_looks_for(source: str) -> None:
+    assert unsafe(source) != []
+
+
+def test_modules_and_functions_keep_their_size() -> None:
+    long = []
+    for path in [path for package in PACKAGES for path in files(package)]:
+        text = path.read_text()
+        long += [str(path)] if text.count("\n") > 400 else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
+                long.append(f"{path}: {node.name}")
+    assert long == []
+
+
+def test_the_runtime_works_where_torch_and_onnx_cannot_be_imported() -> None:
+    code = """
+import importlib, pkgutil, sys
+for name in ("torch", "onnx", "onnxscript", "ul_train", "ul_export"):
+    sys.modules[name] = None
+import ul_runtime
+for module in pkgutil.walk_packages(ul_runtime.__path__, "ul_runtime."):
+    importlib.import_module(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_commands_imports_nothing_heavy() -> None:
+    code = """
+import sys
+import ul_train.cli, ul_export.cli, ul_runtime.cli.generate
+print([name for name in ("torch", "onnx", "onnxruntime", "numpy", "PIL", "pydantic") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,380 @@
+"""Training: it learns, it resumes bit for bit, its averages and rates are their formulas, and NaN never gets in."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import CPU, image_set, same_tensors, session, splits, stop_at, tiny
+
+from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
+from ul_runtime.loop import never
+from ul_train import checkpoint as ckpt
+from ul_train import session as sessions
+from ul_train.ema import ema_decay_at
+from ul_train.randomness import step_generator
+from ul_train.runlog import RunLog
+from ul_train.session import check_recipe, load_networks, read_run
+from ul_train.stages import Stage, base_stage, joint_stage
+from ul_train.trainer import Trainer, learning_rate_at
+
+HARD = (  # everything that draws random numbers, and everything that is split
+    "image.flip=true",
+    "decoder.dropout=0.2",
+    "prior.dropout=0.2",
+    "base.dropout=0.2",
+    "base_stage.label_dropout=0.5",
+    "joint.accumulate=2",
+    "base_stage.accumulate=4",
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def losses(run: Path, stage: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line.get("stage") == stage and "loss" in line]
+    assert len({line["step"] for line in kept}) == len(kept)
+    return {line["step"]: line["loss"] for line in kept}
+
+
+def trainer(stage: Stage, run: Path, stop: Callable[[], bool] = never, **options: Any) -> Trainer:
+    return Trainer(stage, image_set(), run, RunLog(run, 1), stop, lambda stage, step: None, **options)
+
+
+def untrained_joint(*overrides: str) -> Stage:
+    return joint_stage(tiny(*overrides), CPU, "fp32")
+
+
+def untrained_base(*overrides: str) -> Stage:
+    joint = untrained_joint(*overrides)
+    return base_stage(tiny(*overrides), 2, CPU, "fp32", joint.ema)
+
+
+def state(made: Trainer) -> dict[str, torch.Tensor]:
+    weights, ema = ckpt.tensors_of(made.stage.modules), ckpt.tensors_of(made.stage.ema)
+    optimizer = ckpt.optimizer_tensors(made.optimizer, list(made.parameters))
+    parts = {"weights": weights, "ema": ema, "optimizer": optimizer}
+    return {f"{part}.{name}": value.clone() for part, values in parts.items() for name, value in values.items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# it learns
+
+
+@pytest.mark.parametrize("make", [untrained_joint, untrained_base])
+def test_one_batch_overfits(tmp_path: Path, make: Callable[..., Stage]) -> None:
+    options = ("learning_rate=5e-3", "warmup_steps=0", "final_learning_rate=1.0", "label_dropout=0.0")
+    made = trainer(make(*(f"{section}.{o}" for section in ("joint", "base_stage") for o in options)), tmp_path)
+    ids = np.arange(8)
+    batch = made.stage.batch(made.images, ids, step=0)
+    made.stage.batch = lambda *_: batch  # type: ignore[method-assign]
+    first = made.train_step()["loss"]
+    for _ in range(40):
+        last = made.train_step()["loss"]
+    assert last < 0.5 * first
+
+
+# stop and resume
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, stop: int) -> None:
+    config = tiny(*HARD)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    unbroken = session(whole, config)
+    for stage in ("joint", "base"):
+        unbroken.run_stage(stage)
+    info = session(broken, config).info
+    info = dataclasses.replace(info, run_id=unbroken.info.run_id)
+    for stage in ("joint", "base"):
+        with pytest.raises(StoppedError, match=f"step {stop} of 6 of stage {stage}, saved"):
+            session(broken, config, stop_at(stop), info).run_stage(stage)
+        session(broken, config, info=info).run_stage(stage)
+    for stage in ("joint", "base"):
+        assert losses(broken, stage) == losses(whole, stage)
+        assert list(losses(whole, stage)) == [1, 2, 3, 4, 5, 6]
+        name = f"checkpoints/{stage}-000006"
+        assert same_tensors(whole / name, broken / name)
+
+
+def test_the_comparison_of_runs_sees_another_seed(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        session(tmp_path / str(seed), tiny(f"seed={seed}")).run_stage("joint")
+    a, b = (tmp_path / str(seed) for seed in (0, 1))
+    assert losses(a, "joint") != losses(b, "joint")
+    assert not same_tensors(a / "checkpoints/joint-000006", b / "checkpoints/joint-000006")
+
+
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    session(whole, tiny()).run_stage("joint")
+    first = session(killed, tiny())
+
+    def die(stage: Stage, step: int) -> None:
+        raise MemoryError
+
+    first.evaluate = die  # type: ignore[method-assign]  # at the last step, before it is saved
+    with pytest.raises(MemoryError):
+        first.run_stage("joint")
+    assert ckpt.list_checkpoints(killed / "checkpoints", "joint")[-1].name == "joint-000003"
+    session(killed, tiny(), info=first.info).run_stage("joint")
+    assert losses(killed, "joint") == losses(whole, "joint")
+    assert same_tensors(whole / "checkpoints/joint-000006", killed / "checkpoints/joint-000006")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_a_clean_log(tmp_path: Path) -> None:
+    info = session(tmp_path, tiny()).info
+    (tmp_path / "log.jsonl").write_text('{"stage": "joint", "step": 1, "loss": 99}\n{"stage": "joi')
+    session(tmp_path, tiny(), info=info).run_stage("joint")
+    assert list(losses(tmp_path, "joint")) == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path, "joint")[1] != 99
+
+
+def test_a_finished_stage_is_left_alone_and_the_log_of_the_next_one_too(tmp_path: Path) -> None:
+    info = session(tmp_path, tiny()).info
+    session(tmp_path, tiny(), info=info).run_stage("joint")
+    with pytest.raises(StoppedError):
+        session(tmp_path, tiny(), stop_at(2), info).run_stage("base")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")}
+    again = session(tmp_path, tiny(), info=info)
+    assert not again.run_stage("joint")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")} == before
+    assert list(losses(tmp_path, "base")) == [1, 2]
+    assert again.run_stage("base")
+    assert list(losses(tmp_path, "base")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stop_during_an_evaluation_saves_the_step_it_was_at(tmp_path: Path) -> None:
+    asked = False
+
+    def evaluate(stage: Stage, step: int) -> None:
+        nonlocal asked
+        asked = True
+        raise StoppedError("in the middle")
+
+    made = trainer(untrained_joint("run.eval_every=2"), tmp_path, lambda: asked)
+    made.evaluate = evaluate
+    with pytest.raises(StoppedError, match="step 2 of 6"):
+        made.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["joint-000002"]
+
+
+def test_the_base_of_another_encoder_is_not_trained_on(tmp_path: Path) -> None:
+    first = session(tmp_path, tiny())
+    first.run_stage("joint")
+    first.run_stage("base")
+    longer = tiny("joint.steps=8")
+    info = check_recipe(tmp_path, longer, ["joint.steps"])
+    again = session(tmp_path, longer, info=sessions.adopt_recipe(tmp_path, longer, info))
+    again.run_stage("joint")
+    with pytest.raises(BadInputError, match=r"base-000006: learned the latents of another encoder.*remove.*base-\*"):
+        again.run_stage("base")
+    with pytest.raises(BadInputError, match="another encoder"):
+        load_networks(tmp_path)
+
+
+def test_a_recipe_changed_with_allow_leaves_the_earlier_stage_usable(tmp_path: Path) -> None:
+    session(tmp_path, tiny()).run_stage("joint")
+    longer = tiny("base_stage.steps=7")
+    info = sessions.adopt_recipe(tmp_path, longer, check_recipe(tmp_path, longer, ["base_stage.steps"]))
+    assert read_run(tmp_path) == (longer, info)
+    session(tmp_path, longer, info=info).run_stage("base")
+    assert load_networks(tmp_path)[3] == 7
+
+
+def test_a_recipe_edited_by_hand_is_not_exported(tmp_path: Path) -> None:
+    made = session(tmp_path, tiny())
+    made.run_stage("joint")
+    made.run_stage("base")
+    load_networks(tmp_path)
+    text = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(text.replace("base_bias = 2.0", "base_bias = 1.0"))
+    with pytest.raises(BadInputError, match=r"config.toml: is not the recipe of the checkpoints"):
+        load_networks(tmp_path)
+
+
+# one step
+
+
+def test_accumulation_over_two_micro_batches_is_nearly_the_whole_batch(tmp_path: Path) -> None:
+    whole, halves = (trainer(untrained_joint(f"joint.accumulate={count}"), tmp_path) for count in (1, 2))
+    for _ in range(2):
+        a, b = whole.train_step(), halves.train_step()
+        assert a.keys() == b.keys()
+        for name in ("loss", "prior_nats", "decoder_nats", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_a_step_draws_from_seed_stage_and_step_alone(tmp_path: Path) -> None:
+    made = trainer(untrained_base("image.flip=true", "base_stage.label_dropout=0.5"), tmp_path)
+    ids = np.arange(8)
+    first = made.stage.batch(made.images, ids, 3)
+    torch.rand(100)
+    again, other = made.stage.batch(made.images, ids, 3), made.stage.batch(made.images, ids, 4)
+    for name in ("x", "label"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert torch.equal(first.draws.eps_prior, again.draws.eps_prior)
+    assert not torch.equal(first.draws.eps_prior, other.draws.eps_prior)
+
+
+def test_label_dropout_hides_that_share_of_the_labels(tmp_path: Path) -> None:
+    made = trainer(untrained_base("base_stage.label_dropout=0.25"), tmp_path)
+    labels = torch.cat([made.stage.batch(made.images, np.arange(40), step).label for step in range(50)])
+    assert (labels == 2).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert set(labels.tolist()) == {0, 1, 2}
+
+
+def test_dropout_is_not_a_function_of_the_noise(tmp_path: Path) -> None:
+    made = trainer(untrained_joint(), tmp_path)
+    torch.manual_seed(made._dropout_seed())
+    kept = torch.rand(1000)
+    noise = torch.rand(1000, generator=step_generator(made.stage.config.seed, "joint", made.step))
+    assert abs(torch.corrcoef(torch.stack([kept, noise]))[0, 1]) < 0.15
+
+
+def test_the_averages_equal_their_closed_form(tmp_path: Path) -> None:
+    made = trainer(untrained_joint("joint.ema_decay=0.5"), tmp_path)
+    name = next(iter(made.parameters))
+    history = [made.parameters[name].detach().double().clone()]
+    for made.step in range(6):
+        made.train_step()
+        history.append(made.parameters[name].detach().double().clone())
+    decays = [ema_decay_at(step, 0.5) for step in range(6)]
+    assert decays == [0.1, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15]
+    weights = [math.prod(decays)] + [(1 - decays[k]) * math.prod(decays[k + 1 :]) for k in range(6)]
+    expected = sum(weight * value for weight, value in zip(weights, history, strict=True))
+    average = ckpt.tensors_of(made.stage.ema)[name]
+    torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-8)
+    assert not torch.allclose(average.double(), history[-1], rtol=1e-6, atol=1e-8)
+
+
+def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine() -> None:
+    settings = tiny(
+        "joint.steps=100", "joint.warmup_steps=10", "joint.learning_rate=2e-3", "joint.final_learning_rate=0.1"
+    ).joint
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(101)]
+    rates = [learning_rate_at(step, settings) for step in range(101)]
+    assert rates[:10] == pytest.approx([2e-3 * (step + 1) / 10 * cosine[step] for step in range(10)])
+    assert rates[10:] == pytest.approx([2e-3 * value for value in cosine[10:]])
+    assert rates[100] == pytest.approx(2e-4)
+    assert learning_rate_at(0, tiny("joint.warmup_steps=0").joint) == 1e-3
+
+
+def test_the_optimiser_gets_the_rate_of_its_step(tmp_path: Path) -> None:
+    made = trainer(untrained_joint(), tmp_path)
+    for made.step in range(3):
+        assert made.train_step()["learning_rate"] == learning_rate_at(made.step, made.stage.settings)
+        assert made.optimizer.param_groups[0]["lr"] == learning_rate_at(made.step, made.stage.settings)
+
+
+# not finite
+
+
+def poison_loss(made: Trainer, steps: set[int], value: float) -> None:
+    loss = made.stage.loss
+
+    def poisoned(batch: Any, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        total, figures = loss(batch, step)
+        return (total * value if step in steps else total), figures
+
+    made.stage.loss = poisoned  # type: ignore[method-assign]
+
+
+def poison_gradient(made: Trainer, steps: set[int], value: float) -> None:
+    parameter = list(made.parameters.values())[3]
+    parameter.register_hook(lambda gradient: gradient * value if made.step in steps else gradient)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("poison", [poison_loss, poison_gradient])
+@pytest.mark.parametrize("make", [untrained_joint, untrained_base])
+def test_a_value_that_is_not_finite_reaches_nothing_and_is_counted(
+    tmp_path: Path, make: Callable[..., Stage], poison: Callable[..., None], value: float
+) -> None:
+    made = trainer(make(), tmp_path)
+    poison(made, {1, 2}, value)
+    made.train_step()
+    before = state(made)
+    for made.step in (1, 2):
+        made.train_step()
+        assert equal(state(made), before)
+    assert made.counters == {"skipped": 2, "skipped_in_a_row": 2}
+    made.step = 3
+    made.train_step()
+    assert not equal(state(made), before)
+    assert made.counters == {"skipped": 2, "skipped_in_a_row": 0}
+    assert all(torch.isfinite(value).all() for value in state(made).values())
+
+
+def test_without_the_guard_the_same_value_would_reach_the_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    made = trainer(untrained_joint(), tmp_path)
+    poison_gradient(made, {0}, math.nan)
+    monkeypatch.setattr("ul_train.trainer.math.isfinite", lambda value: True)
+    made.train_step()
+    assert not all(torch.isfinite(value).all() for value in state(made).values())
+
+
+def test_three_bad_steps_in_a_row_end_the_run_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    made = trainer(untrained_joint(), tmp_path)
+    poison_loss(made, {1, 3, 4, 5}, math.nan)
+    with pytest.raises(NonFiniteError, match=r"stage joint, step 5: loss nan.*3 steps in a row.*weights unchanged"):
+        made.train()
+    assert made.counters["skipped"] == 4
+    (kept,) = ckpt.list_checkpoints(tmp_path / "checkpoints", "joint")
+    assert kept.name == "joint-000003"
+    again = trainer(untrained_joint(), tmp_path)
+    again.restore(kept)
+    assert equal(state(again), state(made))
+    assert again.counters == {"skipped": 1, "skipped_in_a_row": 0}
+
+
+def test_the_log_stays_json_and_its_means_leave_out_what_was_not_finite(tmp_path: Path) -> None:
+    made = trainer(untrained_joint("run.log_every=2", "joint.steps=4"), tmp_path)
+    made.log.log_every = 2
+    poison_loss(made, {1, 2, 3}, math.nan)
+    with pytest.raises(NonFiniteError):
+        made.train()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["warning"].startswith("stage joint, step 1: loss nan")
+    assert math.isfinite(lines[1]["loss"])
+
+
+# the latent
+
+
+def test_the_death_of_the_latent_is_watched_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("joint.learning_rate=2e-2", "joint.warmup_steps=0", "joint.steps=150", "objective.prior_ramp_steps=0")
+    made = session(tmp_path, tiny("objective.loss_factor=1e-6", "run.eval_every=150", *options))
+    made.run_stage("joint")
+    assert "warning: the latent has died" in capsys.readouterr().err
+    figures = made.report(4, 1)
+    assert figures.latent_died
+    assert "warning: the latent has died" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["latent_died"] is True
+
+
+def test_a_living_latent_is_not_said_to_have_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = session(tmp_path, tiny("run.eval_every=5"))
+    made.run_stage("joint")
+    assert "latent_died" not in made.report(4, 1).as_dict()
+    assert "died" not in capsys.readouterr().err
+
+
+def test_splits_hold_both_classes() -> None:
+    assert set(splits().train.labels.tolist()) == {0, 1}
