@@ -52,6 +52,7 @@ class UntrustedError(ULError):
     exit_code = 77
 
 
+_TYPER_INTERRUPTED = 130  # Ctrl-C while a command's heavy imports ran
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
 
 
@@ -64,6 +65,11 @@ def run_command(app: Callable[..., Any], name: str) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(StoppedError.exit_code)
+    except SystemExit as ended:
+        if ended.code != _TYPER_INTERRUPTED:
+            raise
+        print(f"{name}: interrupted before any work", file=sys.stderr)
         sys.exit(StoppedError.exit_code)
     except BrokenPipeError:
         sys.exit(OutputError.exit_code)

@@ -77,6 +77,7 @@ def open_splits(config: Config, data: str, heldout: str | None, cache: Path, sto
             cache_dir=cache,
             heldout_source=heldout,
             classes="auto" if image.labels else "none",
+            max_rejected_share=image.max_rejected_share,
             progress=show,
         )
     _describe(splits, image.size, data)

@@ -34,6 +34,7 @@ class ImageConfig(Section):
     fit: Literal["crop", "pad"] = "crop"  # how another shape becomes a square
     flip: bool = True  # mirror half of the training images
     labels: bool = True  # class = sub-folder; false trains without classes
+    max_rejected_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # more images set aside than this is an error
 
 
 class EncoderConfig(Section):

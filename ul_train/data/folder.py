@@ -118,7 +118,7 @@ def folder_source(root: Path, classes: Literal["auto", "none"]) -> Source:
     if beside and folders and classes == "auto":
         raise BadInputError(
             f"{where}: images ({', '.join(beside)}) lie beside class folders ({', '.join(sorted(folders)[:3])}); "
-            f"move them into a class folder, or train without classes: --set data.classes=none"
+            f"move them into a class folder, or train without classes: --set image.labels=false"
         )
     labelled = bool(folders) and classes == "auto"
     identity = {

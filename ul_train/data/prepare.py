@@ -54,7 +54,7 @@ def open_data(
     """
     to = Conversion(size, channels, background, fit)
     if not 0 <= max_rejected_share <= 1:
-        raise UsageError(f"data.max_rejected_share={max_rejected_share}: 0 to 1 is expected")
+        raise UsageError(f"image.max_rejected_share={max_rejected_share}: 0 to 1 is expected")
     train, heldout, notes = _parts(source, heldout_source, classes)
     key = _key(to, train, heldout)
     folder = cache_dir / key
@@ -71,7 +71,7 @@ def _parts(
     source: str, heldout_source: str | None, classes: Literal["auto", "none"]
 ) -> tuple[Source, Source | None, tuple[str, ...]]:
     if classes not in ("auto", "none"):
-        raise UsageError(f"data.classes={classes!r}: 'auto' or 'none' is expected")
+        raise UsageError(f"classes={classes!r}: 'auto' or 'none' is expected")
     train, heldout = recognise(source, classes)
     notes: tuple[str, ...] = ()
     if heldout_source is not None:
@@ -312,5 +312,5 @@ def _check_rejected(
             f"{source.where}: {part.num_rejected} of {part.num_rejected + usable} images are unusable, at most "
             f"{max_rejected_share:.1%} may be{_examples(rejected, part.num_rejected)}; all are listed in "
             f"{folder / INDEX_NAME}; {_TOO_SMALL if small else 'repair them'} "
-            f"or raise --set data.max_rejected_share"
+            f"or raise --set image.max_rejected_share=SHARE"
         )
