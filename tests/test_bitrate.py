@@ -1,4 +1,4 @@
-"""The bits of a latent: exact cases of method.md section 4 through the functions that runtime and training call."""
+"""The bits of a latent: exact cases through the functions that runtime and training call."""
 
 import math
 

@@ -305,3 +305,16 @@ def test_an_output_directory_below_a_file_is_refused(tmp_path: Path) -> None:
         durable.check_output_directory(tmp_path / "file" / "out")
     with pytest.raises(OutputError):
         durable.make_directory(tmp_path / "file" / "out")
+
+
+def test_a_file_is_written_below_a_directory_that_is_reached_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    durable.atomic_write(tmp_path / "runs" / "report.json", b"{}")
+    with (
+        durable.lock_directory(tmp_path / "runs"),
+        durable.temporary_directory_beside(tmp_path / "runs" / "a") as temporary,
+    ):
+        durable.append_line(tmp_path / "runs" / "log", "line", sync=True)
+        durable.commit_directory(temporary, tmp_path / "runs" / "a")
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["a", "log", "report.json"]

@@ -1,18 +1,21 @@
 """What ul-export does: averaged weights to ONNX, the proof against torch, one hashed bundle."""
 
-import tempfile
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ul_export.onnx_graphs import check_graph, export_graphs
-from ul_export.verify import require, verify
+from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs
+from ul_export.verify import Proof, require, verify
+from ul_runtime import durable
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import write_bundle
 from ul_runtime.errors import NonFiniteError, UsageError
+from ul_runtime.manifest import MANIFEST_NAME, BundleInfo
 from ul_train.describe import describe
 from ul_train.heldout import torch_pipeline
 from ul_train.session import load_networks
@@ -24,44 +27,71 @@ def export_bundle(
     """Export the run and verify; the bundle at `out` is whole or absent. Returns what to print.
 
     BadInputError: a stage is missing, or a graph does not equal torch. NonFiniteError: a weight is NaN or Inf.
-    UsageError: `out` is in the way.
+    UsageError: `out` is in the way. OutputError: it cannot be written.
     """
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out}: exists already; choose another --out, or --overwrite")
+    if opset not in OPSETS:
+        raise UsageError(f"--opset is {opset}; expected {' or '.join(map(str, OPSETS))}")
+    _check_free(out, overwrite)
     started = time.monotonic()
     config, info, networks, step = load_networks(run)
-    for name, network in networks.items():
-        bad = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
-        if bad:
-            raise NonFiniteError(f"{run}: weight {name}.{bad[0]} is not finite; export an earlier checkpoint")
+    _check_finite(run, networks)
     if threads:
         torch.set_num_threads(threads)
     described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset)
-    say(f"exporting {config.name} (base step {step}, averaged weights) at opset {opset}")
+    steps = config.base_stage.steps
+    say(f"exporting {config.name} (base step {step} of {steps}, averaged weights) at opset {opset}")
     files = export_graphs(networks, described, opset)
-    with tempfile.TemporaryDirectory(prefix="ul-export-") as temporary:
-        trial = Path(temporary) / "bundle"
-        bundle = write_bundle(trial, described, files)
-        for graph in described.graphs.values():
-            check_graph(trial / graph.file)
-        backend = OrtCpuBackend(bundle, threads=threads)
-        cpu = torch.device("cpu")
-        reference = torch_pipeline(described, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
-        proof = verify(reference, backend, say=say)
+    proof, backend = _prove(out, described, files, networks, threads, say)
     require(proof, str(run))
-    parity = {"reference": f"torch {torch.__version__}", "backend": backend.name, **proof.figures}
+    parity = {"reference": f"torch {torch.__version__}", "backend": backend, **proof.figures}
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=overwrite)
+    paths = [figures for figures in proof.figures.values() if "z_0" in figures]
     return {
         "bundle": str(out),
         "hash": final.hash,
         "megabytes": sum(entry.size for entry in final.manifest.files.values()) / 1e6,
         "opset": opset,
-        "worst_graph_difference": max(
-            max(f["largest_difference"].values())
-            for f in proof.figures.values()
-            if isinstance(f["largest_difference"], dict)
-        ),
-        "worst_z_0_difference": max(f["z_0"] for f in proof.figures.values() if "z_0" in f),
-        "worst_image_psnr_db": min(f["image_psnr_db"] for f in proof.figures.values() if "image_psnr_db" in f),
+        "worst_graph_difference": proof.worst_graph_difference,
+        "worst_z_0_difference": max(figures["z_0"] for figures in paths),
+        "worst_image_psnr_db": min(figures["image_psnr_db"] for figures in paths),
         "seconds": time.monotonic() - started,
     }
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Refuse before any work what `write_bundle` would refuse after it."""
+    if os.path.lexists(out) and not overwrite:
+        raise UsageError(f"{out}: exists already; choose another --out, or --overwrite")
+    if os.path.lexists(out) and not (out / MANIFEST_NAME).is_file():
+        raise UsageError(f"{out}: exists and is not a bundle; choose another --out")
+    durable.check_output_directory(Path(os.path.abspath(out)).parent, ["*"])
+
+
+def _check_finite(run: Path, networks: dict[str, nn.Module]) -> None:
+    for name, network in networks.items():
+        for key, value in network.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    f"{run}: weight {name}.{key} is not finite; remove the newest checkpoint of its stage, "
+                    "go on with ul-train --resume, and export again"
+                )
+
+
+def _prove(
+    out: Path,
+    described: BundleInfo,
+    files: dict[str, bytes],
+    networks: dict[str, nn.Module],
+    threads: int | None,
+    say: Callable[[str], None],
+) -> tuple[Proof, str]:
+    """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is."""
+    reference = torch_pipeline(
+        described, networks["encoder"], networks["prior"], networks["decoder"], torch.device("cpu"), "fp32"
+    )
+    with durable.temporary_directory_beside(out) as temporary:
+        bundle = write_bundle(temporary / "trial", described, files)
+        for graph in described.graphs.values():
+            check_graph(temporary / "trial" / graph.file)
+        backend = OrtCpuBackend(bundle, threads=threads)
+        return verify(reference, backend, say=say), backend.name

@@ -14,8 +14,8 @@ class Tolerance:
     relative: float
 
 
-FP32_GRAPH = Tolerance(absolute=1e-5, relative=1e-4)  # of one network call, scaled by `scaled`
-FP32_PATH = Tolerance(absolute=2e-3, relative=1e-3)  # of z_0 after the whole loop
+FP32_GRAPH = Tolerance(absolute=1e-5, relative=1e-4)  # of one graph call
+FP32_PATH = Tolerance(absolute=2e-4, relative=1e-3)  # of z_0 after the whole loop
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from safetensors.numpy import save
 from torch import nn
 
-from ul_runtime.errors import BadInputError
+from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
 from ul_train.step import DecoderStep, PriorStep
 
-DEFAULT_OPSET = 23
+OPSETS = (18, 23)  # those that the tests prove
 _INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
 
 
@@ -57,7 +57,7 @@ def step_graphs(networks: dict[str, nn.Module], image: ImageFormat, latent: Late
 
 
 def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
-    """The graph with its weights inside, batch and branches dynamic (Dim names b, g)."""
+    """The graph with its weights inside, batch and branches dynamic (Dim names b, g). ULError if torch cannot."""
     dynamic = {
         name: {0: torch.export.Dim("b", min=1)}
         | ({1: torch.export.Dim("g", min=1)} if name in ("label", "weight") else {})
@@ -79,13 +79,20 @@ def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
                 dynamo=True,
                 verbose=False,
             )
+    except torch.onnx.OnnxExporterError as error:
+        raise ULError(f"{graph.name}: torch cannot export this graph at opset {opset}: {one_line(error)}") from error
     finally:
         log.setLevel(level)
     assert program is not None
-    model: ModelProto = program.model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]  # stack traces of the exporting machine
-        node.doc_string = ""
+    return strip_metadata(program.model_proto)
+
+
+def strip_metadata(model: ModelProto) -> ModelProto:
+    """Remove what torch notes down for itself: its own names, and stack traces with paths of this machine."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     return model
 
 
@@ -113,8 +120,13 @@ def check_graph(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BadInputError(
-            f"{path.name}: onnx.checker refuses the graph: {' '.join(str(error).split())[:300]}"
+            f"{path.name}: onnx.checker refuses the graph: {one_line(error)}; no bundle was written"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The start of an error's text, for a message."""
+    return " ".join(str(error).split())[:300]
 
 
 def export_graphs(networks: dict[str, nn.Module], info: BundleInfo, opset: int) -> dict[str, bytes]:

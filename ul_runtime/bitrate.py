@@ -1,4 +1,4 @@
-"""The bits in a latent, in nats (method.md sections 3 and 4): numpy arrays or torch tensors in, the same kind out.
+"""The bits in a latent, in nats (arXiv 2602.17270, section 3): numpy arrays or torch tensors in, the same kind out.
 
     R = E_t [ 1/2 (-dlogsnr/dt) exp(logsnr) |z_clean - pred|^2 ] + KL(q(z_1 | x) || N(0, I))
 

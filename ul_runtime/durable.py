@@ -1,6 +1,6 @@
 """Every durable write of the project: whole or absent after a kill, a power loss or a full disk.
 
-The recipe (reliability.md, ALICE): write under a temporary name beside the target, fsync, close, rename,
+The recipe (Pillai et al. 2014): write under a temporary name beside the target, fsync, close, rename,
 fsync the directory. An error of any step is an error of the write, and the temporary name is removed.
 All system calls go through `disk`, so that a test can record, fail or drop them.
 """
@@ -101,7 +101,9 @@ def _temporary_name(final: Path) -> Path:
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))
+    """Absolute, with links among its parents followed once; the last name is taken as it is."""
+    path = Path(os.path.abspath(path))
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def _remove_quietly(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The noise process of method.md section 2: variance preserving, indexed by the full log signal-to-noise ratio.
+"""The noise process of Unified Latents (arXiv 2602.17270): variance preserving, indexed by the full log SNR.
 
 `logsnr = log(alpha^2 / sigma^2)`, `alpha^2 + sigma^2 = 1`, t in [0, 1] with 1 = noise.
 Every function takes numpy arrays or torch tensors and returns the same kind, so the mathematics exists once.

@@ -1,4 +1,4 @@
-"""Samplers as coefficient tables (sampling.md section 1): one row a step, made on the host in float64.
+"""Samplers as coefficient tables: one row a step, made on the host in float64.
 
     z_t = a z_s + b_0 pred + b_1 pred_1 + b_2 pred_2 + s eps
 
@@ -64,7 +64,7 @@ def mix_grid(
     centre: float = -0.5,
     width: float = 1.5,
 ) -> np.ndarray:
-    """num_steps + 1 quantiles of a uniform distribution mixed with a logistic one (share rho): sampling.md section 2."""
+    """num_steps + 1 quantiles of a uniform distribution in logsnr mixed with a logistic one (its share: rho)."""
     nodes = np.linspace(logsnr_min, logsnr_max, 20001)
     low, high = (sigmoid((end - centre) / width) for end in (logsnr_min, logsnr_max))
     logistic = (sigmoid((nodes - centre) / width) - low) / (high - low)
