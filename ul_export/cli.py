@@ -2,13 +2,12 @@
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.errors import require_packages, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -25,9 +24,7 @@ def export(
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
-    for package in ("torch", "onnx", "onnxscript"):
-        if find_spec(package) is None:
-            raise UsageError(f"{package} is not installed; pip install 'unified-latents[train,export]'")
+    require_packages("torch", "onnx", "onnxscript", extras="train,export")
     from ul_export.command import export_bundle
 
     def say(text: str) -> None:

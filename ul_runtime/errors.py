@@ -7,6 +7,7 @@ A message says where, what was given, what was expected and what to do, in one l
 import errno
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -54,6 +55,13 @@ class UntrustedError(ULError):
 
 _TYPER_INTERRUPTED = 130  # Ctrl-C while a command's heavy imports ran
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
+
+
+def require_packages(*packages: str, extras: str) -> None:
+    """UsageError that says what to install, for the first of `packages` that is not there."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise UsageError(f"{package} is not installed; pip install 'unified-latents[{extras}]'")
 
 
 def run_command(app: Callable[..., Any], name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ul_runtime.errors import BadInputError, UsageError, run_command
+from ul_runtime.errors import BadInputError, UsageError, require_packages, run_command
 
 train_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -66,6 +66,7 @@ def train(
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Train a Unified Latents model: encoder, prior and decoder together, then the base prior on their latents."""
+    require_packages("torch", extras="train")
     from ul_train.config import load_config
 
     run = _run_named(recipe, out, resume)
@@ -114,6 +115,7 @@ def report(
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Measure bits per pixel and reconstruction PSNR of a run on held-out images, beside the Gaussian bound."""
+    require_packages("torch", extras="train")
     from ul_train.command import report_command
 
     figures = report_command(
