@@ -166,8 +166,8 @@ def read_state(path: Path) -> tuple[State, dict[str, Any], str]:
             raise BadInputError(f"{file}: not a checkpoint of unified-latents; choose another one")
         if version > FORMAT_VERSION:
             raise BadInputError(f"{file}: format version {version}, this program reads up to {FORMAT_VERSION}; upgrade")
-        if "sha256" in record:
-            _check_hash(file, data.replace(record["sha256"].encode(), _NO_HASH.encode()), record.pop("sha256"))
+        seal = record.pop("sha256")
+        _check_hash(file, data.replace(seal.encode(), _NO_HASH.encode()), seal)
         files = record.pop("files")
         return State(**record), files, hashlib.sha256(data).hexdigest()
     except FileNotFoundError:
