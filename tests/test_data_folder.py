@@ -33,7 +33,7 @@ def test_images_at_the_top_have_no_classes(tmp_path: Path) -> None:
 def test_images_beside_class_folders_are_refused_unless_without_classes(tmp_path: Path) -> None:
     for value, name in enumerate(["a/1.png", "b/1.png", "stray.png"]):
         put(tmp_path / "in" / name, value)
-    with pytest.raises(BadInputError, match=r"stray\.png.*beside class folders.*classes=none"):
+    with pytest.raises(BadInputError, match=r"stray\.png.*beside class folders.*image\.labels=false"):
         opened(tmp_path / "in", tmp_path)
     assert of(opened(tmp_path / "in", tmp_path, classes="none")) == {0: "", 1: "", 2: ""}
 

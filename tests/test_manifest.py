@@ -119,10 +119,10 @@ def test_a_hostile_manifest_is_refused_quickly_and_in_little_memory(path: Path, 
     bad = HOSTILE[attack](good)
     assert bad != good
     (path / "manifest.json").write_bytes(bad)
-    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(BadInputError) as caught:
         Bundle.open(path)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000
     assert len(str(caught.value)) < 600
     assert "\x1b" not in str(caught.value)
