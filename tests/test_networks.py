@@ -216,6 +216,17 @@ def test_the_bf16_path_of_a_network_agrees_with_float32(name):
     assert ((rough - exact).norm() / exact.norm()).item() < 0.05
 
 
+@pytest.mark.parametrize(("make", "inputs_of"), [NETWORKS["base"], NETWORKS["decoder"]])
+def test_the_carry_alone_scales_each_channel_of_the_noisy_input_by_a_function_of_logsnr(make, inputs_of):
+    network = make().eval()
+    noisy, logsnr, *others = inputs_of(network)
+    with torch.no_grad():
+        torch.nn.init.normal_(network.carry.linear.weight)
+    factor = network(noisy, logsnr, *others) / noisy  # b c h w
+    assert factor.std(dim=(2, 3)).max() < 1e-5
+    assert factor[:, :, 0, 0].std(dim=0).min() > 0.01
+
+
 def test_dropout_acts_in_training_only():
     network = randomised(vit(dropout=0.5))
     z_t, logsnr, _ = vit_inputs()

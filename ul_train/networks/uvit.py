@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ul_train.networks.layers import LogsnrEmbedding, ResidualBlock, grid_positions, num_groups, to_grid, to_tokens
+from ul_train.networks.layers import (
+    LogsnrEmbedding,
+    Modulation,
+    ResidualBlock,
+    grid_positions,
+    num_groups,
+    to_grid,
+    to_tokens,
+)
 from ul_train.networks.vit import Level
 
 
@@ -28,7 +36,9 @@ class DecoderUViT(nn.Module):
     """x_t, logsnr, z_0 -> v_pred. Convolutional stages at resolutions size / patch / 2^i, transformer below them.
 
     The transformer's grid is size / (patch * 2^stages), the latent's resolution: z_0 enters there, unscaled.
-    The last layer starts at zero: x_pred = alpha x_t.
+    v_pred = network + carry(logsnr) x_t, a learned factor per channel (as c_skip of Karras et al. 2022): v holds the noise
+    of every pixel, which the network would have to pass through its norms. Last layer and carry start at zero:
+    x_pred = alpha x_t.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class DecoderUViT(nn.Module):
         self.middle = Level(width, num_middle_blocks, head_dim, width, dropout)
         self.norm = nn.GroupNorm(num_groups(channels[0]), channels[0])
         self.out = nn.Conv2d(channels[0], image_channels * patch**2, 3, padding=1)
+        self.carry = Modulation(width, 1, image_channels)
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
@@ -76,4 +87,5 @@ class DecoderUViT(nn.Module):
         for i in reversed(range(len(self.up))):
             h = F.pixel_shuffle(self.grow[i](h), 2)
             h = self.up[i](torch.cat([h, skips[i]], dim=1), cond)
-        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)  # b c H W
+        h = F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)
+        return h + self.carry(cond)[:, 0, :, None, None] * x_t  # b c H W

@@ -28,7 +28,8 @@ class LatentViT(nn.Module):
 
     Level i works on the latent grid divided by 2^i; the blocks of every level but the last are split evenly before and
     after the levels below it. `num_classes` = 0: no labels (the argument is then ignored).
-    The last layer starts at zero: v_pred = 0 is z_pred = alpha z_t, the exact denoiser of unit Gaussian latents.
+    v_pred = network + carry(logsnr) z_t, a learned factor per channel: alone it is the exact denoiser of latents that are
+    independent Gaussians, of any scale. It and the last layer start at zero: z_pred = alpha z_t, that of unit Gaussians.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LatentViT(nn.Module):
         self.middle = Level(widths[-1], num_blocks[-1], head_dim, cond_dim, dropout)
         self.norm = nn.LayerNorm(widths[0], elementwise_affine=False, eps=1e-6)
         self.modulation = Modulation(cond_dim, 2, widths[0])
+        self.carry = Modulation(cond_dim, 1, channels)
         self.out = nn.Linear(widths[0], channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -76,4 +78,4 @@ class LatentViT(nn.Module):
             h = self.up[i](skips[i] + h, cond)
         m = self.modulation(cond)[:, :, None]  # b 2 1 d
         h = self.out(self.norm(h) * (1 + m[:, 1]) + m[:, 0])
-        return to_grid(h, self.size)  # b cz h w
+        return to_grid(h, self.size) + self.carry(cond)[:, 0, :, None, None] * z_t  # b cz h w
