@@ -109,10 +109,14 @@ def test_set_can_open_a_section_that_the_file_does_not_have(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("joint.stepz=4", "preset tiny: there is no key joint.stepz; did you mean steps?"),
-        ("objective.loss_facto=4", "preset tiny: there is no key objective.loss_facto; did you mean loss_factor?"),
+        ("joint.stepz=4", "preset tiny: there is no key joint.stepz; did you mean joint.steps?"),
+        (
+            "objective.loss_facto=4",
+            "preset tiny: there is no key objective.loss_facto; did you mean objective.loss_factor?",
+        ),
         ("join.steps=4", "preset tiny: there is no key join; did you mean joint?"),
         ("joint.qqqq=4", "preset tiny: there is no key joint.qqqq"),
+        ("base.steps=4", "preset tiny: there is no key base.steps; did you mean base_stage.steps?"),
         ("joint.steps", "--set 'joint.steps': expected field=value, for example --set joint.steps=500"),
         ("joint.steps.x=4", "--set 'joint.steps.x=4': steps is a value, not a section"),
         ("joint.steps=0", "preset tiny: joint.steps = 0: input should be greater than 0"),
@@ -189,6 +193,16 @@ def test_a_missing_key_is_named(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(config_toml(tiny()).replace("latent_channels = 2\n", ""))
     assert refusal(recipe=str(path)) == f"{path}: latent_channels is missing"
+
+
+def test_a_misspelt_key_comes_before_the_keys_that_are_missing(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('name = "mine"\nlatent_chanels = 2\n')
+    message = refusal(recipe=str(path))
+    assert message.startswith(
+        f"{path}: there is no key latent_chanels; did you mean latent_channels?; latent_channels, "
+    )
+    assert message.endswith("joint, base_stage are missing")
 
 
 @pytest.mark.parametrize("content", [b"steps = = 4", b"\xff\xfe\x00", b"[joint\n"])

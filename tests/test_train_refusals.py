@@ -95,7 +95,11 @@ def test_options_that_cannot_be_are_refused_at_once(command: Runner, train_optio
         (2, "is a folder that holds no run", [tmp_path, *train_options]),
         (2, "--device tpu: ", ["tiny", *train_options, "--device", "tpu"]),
         (2, "--device meta: expected auto, cpu or cuda", ["tiny", *train_options, "--device", "meta"]),
-        (2, "there is no key joint.stepz; did you mean steps?", ["tiny", *train_options, "--set", "joint.stepz=3"]),
+        (
+            2,
+            "there is no key joint.stepz; did you mean joint.steps?",
+            ["tiny", *train_options, "--set", "joint.stepz=3"],
+        ),
         (2, "joint.steps = 0: input should be greater than 0", ["tiny", *train_options, "--set", "joint.steps=0"]),
         (
             2,

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -292,22 +293,44 @@ def validate(values: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UsageError("; ".join(_explain(item, where) for item in error.errors())) from None
+        raise UsageError(f"{where}: {'; '.join(_explain(error.errors()))}") from None
 
 
-def _explain(item: Any, where: str) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in item["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        near = difflib.get_close_matches(str(item["loc"][-1]), list(section.model_fields), 1)
-        return f"{where}: there is no key {key}" + (f"; did you mean {near[0]}?" if near else "")
-    if item["type"] == "missing":
-        return f"{where}: {key} is missing"
-    if item["type"] == "value_error":
-        return f"{where}: {item['msg'].removeprefix('Value error, ')}"
-    return f"{where}: {key} = {item['input']!r}: {item['msg'].lower()}"
+def _explain(errors: Sequence[Any]) -> Iterator[str]:
+    """What is wrong, unknown keys first, missing ones as one list."""
+    kinds: dict[str, list[Any]] = {"extra_forbidden": [], "other": [], "missing": []}
+    for item in errors:
+        kinds.get(item["type"], kinds["other"]).append(item)
+    yield from (_explain_unknown(_key(item)) for item in kinds["extra_forbidden"])
+    yield from (
+        item["msg"].removeprefix("Value error, ")
+        if item["type"] == "value_error"
+        else f"{_key(item)} = {item['input']!r}: {item['msg'].lower()}"
+        for item in kinds["other"]
+    )
+    if missing := [_key(item) for item in kinds["missing"]]:
+        yield f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+
+
+def _key(item: Any) -> str:
+    return ".".join(str(part) for part in item["loc"])
+
+
+def _explain_unknown(key: str) -> str:
+    section, _, field = key.rpartition(".")
+    same_field = [known for known in _known_keys() if known.rpartition(".")[2] == field]  # in another section
+    near = difflib.get_close_matches(section, [known.rpartition(".")[0] for known in same_field], 1, cutoff=0.3)
+    hint = f"{near[0]}.{field}" if near else next(iter(difflib.get_close_matches(key, _known_keys(), 1, 0.7)), "")
+    return f"there is no key {key}" + (f"; did you mean {hint}?" if hint else "")
+
+
+def _known_keys() -> list[str]:
+    """Every section and every field of a recipe, dotted."""
+    keys = list(Config.model_fields)
+    for name, entry in Config.model_fields.items():
+        if isinstance(entry.annotation, type) and issubclass(entry.annotation, Section):
+            keys += [f"{name}.{field}" for field in entry.annotation.model_fields]
+    return keys
 
 
 def config_toml(config: Config) -> str:
