@@ -67,12 +67,15 @@ class Bundle:
         try:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise BadInputError(f"{path}: cannot open as a bundle (a directory): {error.strerror}") from error
+            message = f"{path}: cannot open: {error.strerror}; expected a bundle, the folder that ul-export wrote"
+            raise BadInputError(message) from error
         try:
             reader = _Reader(path, folder, allow_hard_links)
             names = reader.names()
             if MANIFEST_NAME not in names:
-                raise BadInputError(f"{path}: not a bundle: there is no {MANIFEST_NAME} in it")
+                raise BadInputError(
+                    f"{path}: not a bundle: there is no {MANIFEST_NAME} in it; expected a folder of ul-export"
+                )
             data = reader.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
             manifest = parse_manifest(data, str(path / MANIFEST_NAME))
             reader.check_closed(names, manifest)

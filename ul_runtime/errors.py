@@ -5,10 +5,11 @@ A message says where, what was given, what was expected and what to do, in one l
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ULError(Exception):
@@ -53,7 +54,7 @@ class UntrustedError(ULError):
     exit_code = 77
 
 
-_TYPER_INTERRUPTED = 130  # Ctrl-C while a command's heavy imports ran
+_TYPER_INTERRUPTED = 130  # what a typer app returns after Ctrl-C
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
 
 
@@ -64,28 +65,35 @@ def require_packages(*packages: str, extras: str) -> None:
             raise UsageError(f"{package} is not installed; pip install 'unified-latents[{extras}]'")
 
 
-def run_command(app: Callable[..., Any], name: str) -> None:
-    """Run a typer app; end the process with the exit code of the table, errors as one line on stderr."""
+def run_command(app: Callable[..., Any], name: str) -> NoReturn:
+    """Run a typer app and end the process with the exit code of the table, any error as one line on stderr.
+
+    SIGTERM unwinds as Ctrl-C does, so that what is half written goes; `signals.stop_on_signal` stops more gently.
+    """
+    import typer
+
+    misuse: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: typer keeps click to itself
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        ended = app(prog_name=name, standalone_mode=False)
+    except misuse as error:
+        fail(name, UsageError(f"{' '.join(error.format_message().split())} See {name} --help"))
     except ULError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        fail(name, error)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(StoppedError.exit_code)
-    except SystemExit as ended:
-        if ended.code != _TYPER_INTERRUPTED:
-            raise
-        print(f"{name}: interrupted before any work", file=sys.stderr)
-        sys.exit(StoppedError.exit_code)
+        ended = _TYPER_INTERRUPTED
     except BrokenPipeError:
         sys.exit(OutputError.exit_code)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        print(
-            f"{name}: {error.filename or 'output'}: {error.strerror}; free space or fix permissions",
-            file=sys.stderr,
-        )
-        sys.exit(OutputError.exit_code)
+        fail(name, OutputError(f"{error.filename or 'output'}: {error.strerror}; free space or fix permissions"))
+    if ended == _TYPER_INTERRUPTED:
+        fail(name, StoppedError("interrupted"))
+    sys.exit(ended if isinstance(ended, int) else 0)
+
+
+def fail(name: str, error: ULError) -> NoReturn:
+    """Say the error in one line, and end the process with its exit code."""
+    print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.errors import BadInputError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -16,7 +16,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    """The files given, and for folders all picture files below them, in order of name. UsageError if none."""
+    """The files given, and for folders all picture files below them, in order of name. BadInputError if none."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -28,7 +28,7 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise UsageError(f"{path}: no such file or folder")
+            raise BadInputError(f"{path}: no such file or folder; expected pictures or folders of them")
     return found
 
 

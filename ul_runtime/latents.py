@@ -42,9 +42,9 @@ def latents_bytes(suffix: str, arrays: dict[str, np.ndarray], info: dict[str, An
 
 
 def read_latents(path: Path) -> Latents:
-    """A file of `latents_bytes`, or any that has z_0 `n c h w`. UsageError: no such file; else BadInputError."""
+    """A file of `latents_bytes`, or any that has z_0 `n c h w`. BadInputError; UsageError for another suffix."""
     if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+        raise BadInputError(f"{path}: no such file; expected one that ul-encode wrote")
     data = path.read_bytes()
     read = {".safetensors": _read_safetensors, ".npz": _read_npz}.get(path.suffix)
     if read is None:

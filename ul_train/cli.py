@@ -170,9 +170,7 @@ def _print(figures: dict[str, Any], as_json: bool) -> None:
 
 def main() -> None:
     """Console script: `ul-train report RUN` is a command of its own, all else trains."""
-    commands = {"report": report_app}
-    if len(sys.argv) > 1 and sys.argv[1] in commands:
-        app = commands[sys.argv.pop(1)]
-        run_command(lambda: app(prog_name="ul-train report"), "ul-train report")
-    else:
-        run_command(lambda: train_app(prog_name="ul-train"), "ul-train")
+    if sys.argv[1:2] == ["report"]:
+        del sys.argv[1]
+        run_command(report_app, "ul-train report")
+    run_command(train_app, "ul-train")

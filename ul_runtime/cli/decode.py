@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ul_runtime.latents import Latents
     from ul_runtime.pipeline import Pipeline
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command(epilog="Example: ul-decode bundle latents.safetensors --out reconstructions")

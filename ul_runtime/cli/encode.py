@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ul_runtime.pipeline import Control, Pipeline
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command(epilog="Example: ul-encode bundle photos --out latents.safetensors")

@@ -11,7 +11,7 @@ from ul_runtime.errors import run_command
 if TYPE_CHECKING:
     from ul_runtime.settings import Settings
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command(epilog="Example: ul-generate bundle --num-images 64 --seed 0 --steps 32 --out pictures")
