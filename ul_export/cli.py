@@ -40,4 +40,4 @@ def export(
 
 def main() -> None:
     """Console script."""
-    run_command(lambda: app(prog_name="ul-export"), "ul-export")
+    run_command(app, "ul-export")

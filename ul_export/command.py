@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs
-from ul_export.verify import Proof, require, verify
+from ul_export.verify import BATCH_SIZES, Proof, require, verify
 from ul_runtime import durable
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import write_bundle
@@ -41,7 +41,9 @@ def export_bundle(
     steps = config.base_stage.steps
     say(f"exporting {config.name} (base step {step} of {steps}, averaged weights) at opset {opset}")
     files = export_graphs(networks, described, opset)
-    proof, backend = _prove(out, described, files, networks, threads, say)
+    batches = ", ".join(map(str, BATCH_SIZES))
+    say(f"comparing with torch along the whole sampling path, at batch sizes {batches}")
+    proof, backend = _prove(out, described, files, networks, threads)
     require(proof, str(run))
     parity = {"reference": f"torch {torch.__version__}", "backend": backend, **proof.figures}
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=overwrite)
@@ -83,7 +85,6 @@ def _prove(
     files: dict[str, bytes],
     networks: dict[str, nn.Module],
     threads: int | None,
-    say: Callable[[str], None],
 ) -> tuple[Proof, str]:
     """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is."""
     reference = torch_pipeline(
@@ -94,4 +95,4 @@ def _prove(
         for graph in described.graphs.values():
             check_graph(temporary / "trial" / graph.file)
         backend = OrtCpuBackend(bundle, threads=threads)
-        return verify(reference, backend, say=say), backend.name
+        return verify(reference, backend), backend.name

@@ -1,7 +1,8 @@
 """The proof of a bundle: its graphs against torch, one by one and along the whole sampling path."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ul_runtime.errors import BadInputError, NonFiniteError
 from ul_runtime.manifest import GraphName, interface
 from ul_runtime.noise_process import alpha, sigma
 from ul_runtime.pipeline import Images, Pipeline, to_uint8
+from ul_runtime.progress import progress
 from ul_runtime.samplers import ALPHA, LOGSNR, SIGMA
 
 BATCH_SIZES = (1, 3, 16)
@@ -81,7 +83,6 @@ def verify(
     *,
     seed: int = 0,
     tolerance: Tolerance = FP32_GRAPH,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Proof:
     """Compare `actual` with the reference pipeline (torch): same noise and labels, guided and not, several batch sizes.
 
@@ -90,11 +91,11 @@ def verify(
     NonFiniteError: torch itself gives NaN or Inf.
     """
     proof = Proof()
-    guided = reference.settings().guidance != 1.0
-    for batch_size in BATCH_SIZES:
-        for guidance in (1.0, reference.settings().guidance) if guided else (1.0,):
-            say(f"comparing with torch: batch size {batch_size}, guidance {guidance:g}")
+    guidances = list(dict.fromkeys((1.0, reference.settings().guidance)))
+    with progress("comparing with torch", sum(BATCH_SIZES) * len(guidances), "images") as advance:
+        for batch_size, guidance in product(BATCH_SIZES, guidances):
             _verify_path(proof, reference, actual, batch_size, guidance, seed, tolerance)
+            advance(batch_size)
     recorder = Recorder(reference.backend)
     for graph, inputs in _full_inputs(reference, seed):
         recorder.run(graph, inputs)
