@@ -77,7 +77,8 @@ def run_command(app: Callable[..., Any], name: str) -> NoReturn:
     try:
         ended = app(prog_name=name, standalone_mode=False)
     except misuse as error:
-        fail(name, UsageError(f"{' '.join(error.format_message().split())} See {name} --help"))
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        fail(name, UsageError(f"{' '.join(message.split())} See {name} --help"))
     except ULError as error:
         fail(name, error)
     except KeyboardInterrupt:

@@ -36,8 +36,8 @@ class DecoderUViT(nn.Module):
     """x_t, logsnr, z_0 -> v_pred. Convolutional stages at resolutions size / patch / 2^i, transformer below them.
 
     The transformer's grid is size / (patch * 2^stages), the latent's resolution: z_0 enters there, unscaled.
-    v_pred = network + carry(logsnr) x_t, a learned factor per channel (as c_skip of Karras et al. 2022): v holds the noise
-    of every pixel, which the network would have to pass through its norms. Last layer and carry start at zero:
+    v_pred = network + carry(logsnr) x_t, a learned factor per channel (as c_skip of Karras et al. 2022): v holds the
+    noise of every pixel, which the network would have to pass through its norms. Last layer and carry start at zero:
     x_pred = alpha x_t.
     """
 

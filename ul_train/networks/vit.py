@@ -28,8 +28,8 @@ class LatentViT(nn.Module):
 
     Level i works on the latent grid divided by 2^i; the blocks of every level but the last are split evenly before and
     after the levels below it. `num_classes` = 0: no labels (the argument is then ignored).
-    v_pred = network + carry(logsnr) z_t, a learned factor per channel: alone it is the exact denoiser of latents that are
-    independent Gaussians, of any scale. It and the last layer start at zero: z_pred = alpha z_t, that of unit Gaussians.
+    v_pred = network + carry(logsnr) z_t, a learned factor per channel: alone it is the exact denoiser of latents that
+    are independent Gaussians of any scale. It and the last layer start at zero: z_pred = alpha z_t, for unit Gaussians.
     """
 
     def __init__(
