@@ -1,6 +1,7 @@
 """Fixtures of several test files."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def image_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_options(image_store: Path, tmp_path: Path) -> list[Any]:
     """ul-train's options for a new run at tmp_path/run."""
     return ["--data", image_store / "blobs.npz", "--cache", image_store / "cache", "--out", tmp_path / "run"]
+
+
+@pytest.fixture
+def one_thread_and_a_sound_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Around a command in this process: one thread, a cache that no test may use, and the disk put back."""
+    import torch
+
+    from ul_runtime import durable
+
+    monkeypatch.setenv("UL_CACHE", str(tmp_path / "never"))
+    torch.set_num_threads(1)
+    yield
+    durable.disk = durable.Disk()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,7 @@ from ul_runtime import durable
 from ul_train import command as commands
 from ul_train.cli import main
 
-
-@pytest.fixture(autouse=True)
-def _restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("UL_CACHE", str(tmp_path / "never"))
-    torch.set_num_threads(1)
-    yield
-    durable.disk = durable.Disk()
+pytestmark = pytest.mark.usefixtures("one_thread_and_a_sound_disk")
 
 
 # resume

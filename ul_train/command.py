@@ -23,6 +23,7 @@ from ul_train.device import choose_device, choose_precision
 from ul_train.heldout import HeldoutFigures
 from ul_train.runlog import RunLog
 from ul_train.session import (
+    SET_ASIDE,
     RunInfo,
     Session,
     adopt_recipe,
@@ -92,7 +93,7 @@ def _describe(splits: Splits, size: int, data: str) -> None:
         print_line(f"note: {note}")
     if train.num_rejected:
         first = "; ".join(str(rejected) for rejected in train.rejected[:3])
-        print_line(f"{train.num_rejected} images set aside, listed in {train.index_path}: {first}")
+        print_line(f"set aside: {train.num_rejected}: {first}{'; ...' * (train.num_rejected > 3)}")
     if train.converted:
         print_line("converted: " + ", ".join(f"{count} {reason}" for reason, count in train.converted.items()))
 
@@ -151,6 +152,8 @@ def train_command(config: Config, options: TrainOptions) -> dict[str, Any]:
             _check_run(options, out, config)  # again: another process may have been faster
         if info is None:
             info = create_run(out, config, _anywhere(data), heldout and _anywhere(heldout), splits)
+            if splits.train.num_rejected:
+                print_line(f"the images set aside are listed in {out / SET_ASIDE}")
         else:
             check_data(out, info, splits)
             info = adopt_recipe(out, config, info)
@@ -169,7 +172,7 @@ def _train_stages(
 ) -> None:
     precision = choose_precision(config.run.precision, device)
     log = RunLog(out, config.run.log_every)
-    log.say(f"run {out}: {device}, {precision}, {torch.get_num_threads()} threads")
+    log.say(f"training in {out} on {device}, {precision}, {torch.get_num_threads()} threads")
     session = Session(out, config, info, splits, device, precision, options.compile, stop, log)
     try:
         for stage in options.stages:

@@ -1,6 +1,6 @@
 """A run from recipe and images to trained networks: its directory, its stages, resume, previews and held-out report.
 
-RUN/  config.toml  run.json  checkpoints/  log.jsonl  tensorboard/  previews/  report.json
+RUN/  config.toml  run.json  set_aside.txt  checkpoints/  log.jsonl  tensorboard/  previews/  report.json
 """
 
 import difflib
@@ -29,6 +29,7 @@ from ul_train.stages import Stage, base_stage, joint_stage
 from ul_train.trainer import Trainer
 
 RUN_FORMAT, RUN_FORMAT_VERSION = "unified-latents-run", 1
+SET_ASIDE = "set_aside.txt"  # training images that could not be used: one a line, the first 10,000
 OPSET_UNEXPORTED = 18  # of a description that no export has filled in yet
 
 
@@ -68,7 +69,7 @@ def read_run(run: Path) -> tuple[Config, RunInfo]:
 
 
 def create_run(run: Path, config: Config, data: str, heldout: str | None, splits: Splits) -> RunInfo:
-    """Write config.toml and run.json of a new run."""
+    """Write config.toml and run.json of a new run, and the list of images set aside if there are any."""
     info = RunInfo(
         run_id=str(uuid.uuid4()),
         data=data,
@@ -81,6 +82,8 @@ def create_run(run: Path, config: Config, data: str, heldout: str | None, splits
     durable.make_directory(run)
     durable.atomic_write(run / "config.toml", config_toml(config).encode())
     _write_info(run, info)
+    if splits.train.rejected:
+        durable.atomic_write(run / SET_ASIDE, "".join(f"{image}\n" for image in splits.train.rejected).encode())
     for folder in (run / "previews", run / "checkpoints"):
         durable.make_directory(folder)
     return info
@@ -102,7 +105,7 @@ def check_recipe(run: Path, config: Config, allow: list[str]) -> RunInfo:
     differing = [key for key in flat_new if flat_new[key] != flat_old.get(key) and key not in allow]
     if differing:
         shown = ", ".join(f"{key} (run {flat_old.get(key)!r}, now {flat_new[key]!r})" for key in differing)
-        raise UsageError(f"{run}: the recipe is not the run's: {shown}; use the run's, or --allow KEY")
+        raise UsageError(f"{run}: the recipe is not the run's: {shown}; use the run's, or --allow FIELD")
     return info
 
 
