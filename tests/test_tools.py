@@ -80,3 +80,18 @@ def test_a_sweep_measures_every_value_and_goes_on_where_it_stopped(tmp_path):
     assert second.stdout.count("\n| ") == 2
     with Image.open(tmp_path / "out" / "plot.png") as picture:
         picture.load()
+
+
+def test_emoji_go_into_folders_by_category_without_skin_tones_and_components(tmp_path):
+    (tmp_path / "package/img/google/64").mkdir(parents=True)
+    emoji = []
+    for name, category, there in (("a", "Food & Drink", True), ("b", "Component", True), ("c", "Flags", False)):
+        Image.new("RGBA", (4, 4)).save(tmp_path / f"package/img/google/64/{name}.png")
+        skins = {"1F3FB": {"image": "a-1f3fb.png"}}
+        emoji.append({"image": f"{name}.png", "category": category, "has_img_google": there, "skin_variations": skins})
+    Image.new("RGBA", (4, 4)).save(tmp_path / "package/img/google/64/a-1f3fb.png")
+    (tmp_path / "package/emoji.json").write_text(json.dumps(emoji))
+    command = [sys.executable, ROOT / "tools/emoji_folder.py", tmp_path / "package", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout.startswith("1 images in ")
+    assert [path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/**/*.png")] == [Path("Food-Drink/a.png")]
