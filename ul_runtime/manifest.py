@@ -50,11 +50,13 @@ class _Part(BaseModel):
 
 
 class ImageFormat(_Part):
-    """Images the bundle makes: square, values in [-1, 1]; `background` fills transparent inputs."""
+    """Images of the bundle: square, values in [-1, 1]. To encode, another shape is cut to a square (`fit` crop) or laid
+    on `background` (pad), which also fills transparent inputs."""
 
     channels: Annotated[int, Field(ge=1, le=16)]
     size: Count
-    background: Annotated[str, Field(pattern=r"^(white|black|#[0-9A-Fa-f]{6})$")] = "white"
+    background: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")] = "#ffffff"
+    fit: Literal["crop", "pad"] = "crop"
 
 
 class LatentFormat(_Part):

@@ -1,6 +1,7 @@
 """A run in the words of the bundle format: formats, schedules, classes, sampling defaults and graph interfaces."""
 
 from ul_runtime import __version__
+from ul_runtime.image_conversion import rgb
 from ul_runtime.manifest import (
     GRAPH_NAMES,
     BundleInfo,
@@ -32,7 +33,12 @@ def describe(
 ) -> BundleInfo:
     """The manifest of a bundle of this run, without hashes, quality and parity."""
     objective, sampling = config.make_objective(), config.sampling
-    image = ImageFormat(channels=config.image.channels, size=config.image.size, background=config.image.background)
+    image = ImageFormat(
+        channels=config.image.channels,
+        size=config.image.size,
+        background="#{:02x}{:02x}{:02x}".format(*rgb(config.image.background)),
+        fit=config.image.fit,
+    )
     latent = LatentFormat(channels=config.latent_channels, size=config.latent_size)
     graphs = {}
     for name in GRAPH_NAMES:

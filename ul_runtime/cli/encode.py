@@ -1,7 +1,10 @@
 """ul-encode: images to latents, with the bits of each."""
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +58,7 @@ def encode(
     if batch_size is not None:
         options.check_count("--batch-size", batch_size)
     durable.make_directory(out.parent)
-    arrays = _encode_files(pipeline, files, seed, bits_samples, batch_size or pipeline.default_batch_size)
+    arrays, converted = _encode_files(pipeline, files, seed, bits_samples, batch_size or pipeline.default_batch_size)
     info = {
         "bundle": pipeline.bundle.hash,
         "seed": seed,
@@ -71,39 +74,50 @@ def encode(
         "bits_per_image": round(mean, 3),
         "bits_per_pixel": round(mean / pipeline.manifest.image.size**2, 6),
     }
+    if converted:
+        counts = ", ".join(f"{count} {change}" for change, count in converted.items())
+        print(f"converted: {counts}", file=sys.stderr)
     text = f"{len(files)} images in {out}: {mean:.1f} bits/image, {result['bits_per_pixel']:.4f} bits/pixel"
     print(json.dumps(result) if as_json else text)
 
 
 def _encode_files(
     pipeline: "Pipeline", files: Sequence[Path], seed: int, bits_samples: int, batch_size: int
-) -> dict[str, "np.ndarray"]:
-    """Arrays of the file of latents: z_0, z_clean `n c h w`, label `n`, bits `n`."""
+) -> tuple[dict[str, "np.ndarray"], Counter[str]]:
+    """Arrays of the file of latents (z_0, z_clean `n c h w`, label `n`, bits `n`), and what had to be converted."""
     import numpy as np
 
+    from ul_runtime.images import load_image
     from ul_runtime.pipeline import Control
     from ul_runtime.progress import progress
     from ul_runtime.signals import stop_on_signal
 
     parts: dict[str, list[Any]] = {"z_0": [], "z_clean": [], "label": [], "bits": []}
+    converted: Counter[str] = Counter()
     with stop_on_signal() as stop, progress("encoding", len(files), "images") as advance:
         for first in range(0, len(files), batch_size):
             control = Control(stop, advance)
-            batch = _encode_batch(pipeline, files, range(first, len(files))[:batch_size], seed, bits_samples, control)
+            at = range(first, len(files))[:batch_size]
+            images, changes = zip(*(load_image(files[i], pipeline.manifest.image) for i in at), strict=True)
+            converted.update(chain.from_iterable(changes))
+            batch = _encode_batch(pipeline, files, at, np.stack(images), seed, bits_samples, control)
             for name, part in batch.items():
                 parts[name].append(part)
-    return {name: np.concatenate(part) for name, part in parts.items()}
+    return {name: np.concatenate(part) for name, part in parts.items()}, converted
 
 
 def _encode_batch(
-    pipeline: "Pipeline", files: Sequence[Path], batch: range, seed: int, bits_samples: int, control: "Control"
+    pipeline: "Pipeline",
+    files: Sequence[Path],
+    batch: range,
+    x: "np.ndarray",
+    seed: int,
+    bits_samples: int,
+    control: "Control",
 ) -> dict[str, "np.ndarray"]:
     import numpy as np
 
-    from ul_runtime.images import load_image
-
-    image, classes = pipeline.manifest.image, pipeline.manifest.classes
-    x = np.stack([load_image(files[i], image.channels, image.size, image.background) for i in batch])
+    classes = pipeline.manifest.classes
     indices = np.array(batch)
     encoded = pipeline.encode(x, seed=seed, indices=indices)
     finite = np.isfinite(encoded.z_clean).reshape(len(x), -1).all(axis=1)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from ul_runtime.errors import BadInputError
-from ul_train.data.records import ImageRejectedError, Record, Rejected, Source, check_regular, printable
+from ul_runtime.image_conversion import SUFFIXES, ImageRejectedError, Rejected, check_regular
+from ul_train.data.records import Record, Source, printable
 
-SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _MAX_DEPTH = 32
 
 

@@ -13,7 +13,8 @@ from typing import BinaryIO, Literal, Self, cast
 import numpy as np
 
 from ul_runtime.errors import BadInputError
-from ul_train.data.records import ImageRejectedError, Record, Source, file_identity, open_regular, printable
+from ul_runtime.image_conversion import ImageRejectedError, open_regular
+from ul_train.data.records import Record, Source, file_identity, printable
 
 FASHION_NAMES = (
     "T-shirt/top",

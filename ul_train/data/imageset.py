@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ul_train.data.records import Rejected
+from ul_runtime.image_conversion import Rejected
 
 SCHEMA = 1  # of the code: raise it when the same source would give other bytes
 INDEX_NAME = "index.json"

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ul_runtime.errors import BadInputError
-from ul_train.data.convert import MAX_PIXELS
-from ul_train.data.records import ImageRejectedError, Record, Source, file_identity, open_regular, printable
+from ul_runtime.image_conversion import MAX_PIXELS, ImageRejectedError, open_regular
+from ul_train.data.records import Record, Source, file_identity, printable
 
 MAX_RATIO = 200  # decompressed to compressed; real images stay far below, a zip bomb is near 1,000
 MAX_EXPANDED = 64 << 20  # bytes that may be expanded at any ratio

@@ -19,10 +19,10 @@ import numpy as np
 
 from ul_runtime import durable
 from ul_runtime.errors import BadInputError, OutputError, UsageError
-from ul_train.data.convert import SMALLER, Conversion, convert
+from ul_runtime.image_conversion import SMALLER, Conversion, ImageRejectedError, Rejected, convert
 from ul_train.data.heldout import SplitRows
 from ul_train.data.imageset import INDEX_NAME, SCHEMA, Index, PartIndex, Splits, load, read_index
-from ul_train.data.records import ImageRejectedError, Record, Rejected, Source
+from ul_train.data.records import Record, Source
 from ul_train.data.rows import Classes, Rows, Tally
 from ul_train.data.sources import recognise
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ul_runtime.errors import OutputError
+from ul_runtime.image_conversion import ImageRejectedError, Rejected
 from ul_train.data.imageset import PartIndex, RejectedEntry, images_path, labels_path
-from ul_train.data.records import ImageRejectedError, Rejected
 
 MAX_LISTED = 10_000
 _CHUNK_ROWS = 1 << 16

@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import IO, Literal, Self, cast
 
 from ul_runtime.errors import BadInputError
-from ul_train.data.folder import SUFFIXES
-from ul_train.data.records import (
-    ImageRejectedError,
-    Record,
-    Rejected,
-    Source,
-    file_identity,
-    open_regular,
-    printable,
-)
+from ul_runtime.image_conversion import SUFFIXES, ImageRejectedError, Rejected, open_regular
+from ul_train.data.records import Record, Source, file_identity, printable
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MAX_IMAGE_BYTES = 256 << 20

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from ul_runtime.errors import BadInputError, UsageError
-from ul_train.data.folder import SUFFIXES, folder_source
+from ul_runtime.image_conversion import SUFFIXES
+from ul_train.data.folder import folder_source
 from ul_train.data.huggingface import huggingface_sources
 from ul_train.data.idx import find_idx, idx_sources
 from ul_train.data.npz import npz_source

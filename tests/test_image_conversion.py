@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from ul_runtime import image_conversion as convert_module
 from ul_runtime.errors import UsageError
-from ul_train.data import convert as convert_module
-from ul_train.data.convert import Conversion, convert
-from ul_train.data.records import ImageRejectedError
+from ul_runtime.image_conversion import Conversion, ImageRejectedError, convert
 
 RGB_16 = Conversion(16, 3)
 GREY_16 = Conversion(16, 1)

@@ -1,6 +1,8 @@
 """Any image to uint8 `c h w` at the model's resolution: what is changed is named, what is unusable is refused."""
 
 import io
+import os
+import stat
 import struct
 import threading
 import zlib
@@ -13,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from ul_runtime.errors import UsageError
-from ul_train.data.records import ImageRejectedError, open_regular
 
+SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 178_956_970  # twice Pillow's warning level, its own "decompression bomb" bound
 SMALLER = "smaller than the model"
@@ -49,6 +51,40 @@ _GREY_MODES = {"1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L", "I;16N"
 _ALPHA_MODES = {"RGBA", "LA", "PA", "La", "RGBa"}
 
 
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An image (or a file that should hold some) that was set aside: where, why, and what was seen."""
+
+    path: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class ImageRejectedError(Exception):
+    """Says why one image cannot be used; caught where images are counted, it never ends a run."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def at(self, path: str) -> Rejected:
+        """This refusal as an entry of the list of rejected images."""
+        return Rejected(path, self.reason, self.detail)
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Target of every image. crop: shorter side to `size` px, centre square. pad: whole image, centred on
@@ -68,6 +104,25 @@ class Conversion:
         if self.fit not in ("crop", "pad"):
             raise UsageError(f"image.fit={self.fit!r}: 'crop' or 'pad' is expected")
         rgb(self.background)
+
+
+def check_regular(mode: int) -> None:
+    """ImageRejectedError unless the st_mode is that of a regular file."""
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "of unknown kind")
+        raise ImageRejectedError("not a regular file", kind)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, never waiting for a pipe or touching a device. OSError, ImageRejectedError."""
+    check_regular(os.stat(path).st_mode)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check_regular(os.fstat(fd).st_mode)
+        return os.fdopen(fd, "rb")
+    except ImageRejectedError:
+        os.close(fd)
+        raise
 
 
 def rgb(background: str) -> tuple[int, int, int]:
