@@ -150,29 +150,21 @@ def gaussian_curve(
     """(bits per pixel, PSNR) of the Gaussian rate-distortion function around the rates measured; [] if not computed."""
     import numpy as np
 
+    from ul_runtime.loop import never
     from ul_train.cli import cache_dir
-    from ul_train.data import open_data
+    from ul_train.command import open_splits
     from ul_train.heldout import yardstick
     from ul_train.rate_distortion import gaussian_psnr_db
     from ul_train.session import read_run
 
-    image = read_run(run)[0].image
-    splits = open_data(
-        data,
-        size=image.size,
-        channels=image.channels,
-        background=image.background,
-        fit=image.fit,
-        cache_dir=cache_dir(cache),
-        heldout_source=heldout,
-        classes="auto" if image.labels else "none",
-    )
+    config = read_run(run)[0]
+    splits = open_splits(config, data, heldout, cache_dir(cache), never)
     eigenvalues, _ = yardstick(splits.heldout, splits.train, rows[0]["num_images"])
     if eigenvalues is None:
         return []
     rates = [row["bits_per_pixel"] for row in rows]
     low, high = 0.8 * min(rates), 1.2 * max(rates)
-    return [(float(r), gaussian_psnr_db(eigenvalues, r * image.size**2)) for r in np.linspace(low, high, 50)]
+    return [(float(r), gaussian_psnr_db(eigenvalues, r * config.image.size**2)) for r in np.linspace(low, high, 50)]
 
 
 def table(record: dict[str, Any]) -> str:

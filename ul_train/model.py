@@ -48,6 +48,11 @@ def make_base(config: Config, num_classes: int) -> LatentViT:
     return _vit(config, config.base, num_classes)
 
 
+def joint_networks(config: Config) -> dict[str, nn.Module]:
+    """The networks of stage 1 by name, freshly initialised in this order."""
+    return {"encoder": make_encoder(config), "prior": make_prior(config), "decoder": make_decoder(config)}
+
+
 class TorchBackend:
     """Runs the graphs of ul_runtime.pipeline with torch networks: numpy float32 in and out.
 

@@ -23,7 +23,7 @@ from ul_train.config import Config, config_toml, load_config
 from ul_train.data import Splits
 from ul_train.describe import describe
 from ul_train.heldout import HeldoutFigures, measure, reconstruction_sheet, sample_sheet, torch_pipeline, yardstick
-from ul_train.model import make_base, make_decoder, make_encoder, make_prior
+from ul_train.model import joint_networks, make_base, make_decoder, make_encoder
 from ul_train.runlog import RunLog, drop_lines_after
 from ul_train.stages import Stage, base_stage, joint_stage
 from ul_train.trainer import Trainer
@@ -183,11 +183,7 @@ class Session:
         if name == "joint":
             stage = joint_stage(self.config, self.device, self.precision)
         else:
-            frozen: dict[str, nn.Module] = {
-                "encoder": make_encoder(self.config),
-                "prior": make_prior(self.config),
-                "decoder": make_decoder(self.config),
-            }
+            frozen = joint_networks(self.config)
             encoder_checkpoint = load_ema(finished_joint(self.run, self.config), frozen, self.device).state_hash
             num_classes = len(self.info.class_names)
             stage = base_stage(self.config, num_classes, self.device, self.precision, frozen)
@@ -233,11 +229,7 @@ class Session:
 
         StoppedError when asked to stop; BadInputError before stage 1 is finished.
         """
-        nets: dict[str, nn.Module] = {
-            "encoder": make_encoder(self.config),
-            "prior": make_prior(self.config),
-            "decoder": make_decoder(self.config),
-        }
+        nets = joint_networks(self.config)
         load_ema(finished_joint(self.run, self.config), nets, self.device)
         pipeline = self.pipeline(nets["encoder"], nets["prior"], nets["decoder"], precision)
         num_images = min(num_images, len(self.splits.heldout))

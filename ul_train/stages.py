@@ -11,7 +11,7 @@ from ul_train import objective as ul
 from ul_train import randomness
 from ul_train.config import Config, StageConfig
 from ul_train.data import ImageSet
-from ul_train.model import make_base, make_decoder, make_encoder, make_prior
+from ul_train.model import joint_networks, make_base
 
 
 @dataclass
@@ -110,11 +110,7 @@ class Stage:
 def joint_stage(config: Config, device: torch.device, precision: str) -> Stage:
     """Encoder, prior and decoder, freshly initialised from the seed."""
     torch.manual_seed(config.seed)
-    modules: dict[str, nn.Module] = {
-        "encoder": make_encoder(config),
-        "prior": make_prior(config),
-        "decoder": make_decoder(config),
-    }
+    modules = joint_networks(config)
     if device.type == "cpu":  # convolutions are a tenth faster in this layout
         for module in modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
