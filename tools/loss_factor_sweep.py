@@ -217,4 +217,4 @@ def plot(record: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    run_command(lambda: app(prog_name="loss_factor_sweep"), "loss_factor_sweep")
+    run_command(app, "loss_factor_sweep")
