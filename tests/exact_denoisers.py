@@ -112,8 +112,7 @@ def final_variance(table: np.ndarray, std: float, start: float) -> float:
     """Variance after all rows for N(0, std^2) data, from variance `start`: the covariance of (z, pred_1, pred_2)."""
     covariance = np.zeros((3, 3))
     covariance[0, 0] = start
-    for row in table:
-        gain = float(gaussian_mean(1.0, row[LOGSNR], std))
+    for row, gain in zip(table, gaussian_mean(1.0, table[:, LOGSNR], std), strict=True):
         step = np.array([[row[A] + row[B_0] * gain, row[B_1], row[B_2]], [gain, 0.0, 0.0], [0.0, 1.0, 0.0]])
         covariance = step @ covariance @ step.T
         covariance[0, 0] += row[S] ** 2

@@ -180,5 +180,5 @@ def test_the_missing_half_costs_dpm_solver_3m_an_order():
         return table
 
     flow = START, flow_endpoint(START)
-    assert measured_orders([as_published(n) for n in (256, 512)], flow) == pytest.approx(2.07, abs=0.1)
-    assert measured_orders([prior_table("ab3", n) for n in (256, 512)], flow) == pytest.approx(3.0, abs=0.15)
+    assert measured_orders([as_published(n) for n in (256, 512)], flow) == pytest.approx(2.0, abs=0.05)
+    assert measured_orders([prior_table("ab3", n) for n in (256, 512)], flow) == pytest.approx(3.05, abs=0.05)
