@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ul_runtime.noise_process import Schedule, alpha, sigma, v_from_x
+from ul_runtime.samplers import B_0, B_1, B_2, LOGSNR, A, S
 from ul_train.objective import low_discrepancy_times, prior_nats
 
 LATENT_SCHEDULE = Schedule("linear", -10.0, 5.0)
@@ -20,6 +21,19 @@ def gaussian_mean(z_t, logsnr, std: float, mean: float = 0.0):
     """E[x | z_t] for x ~ N(mean, std^2), numpy or torch."""
     a, s = alpha(logsnr), sigma(logsnr)
     return mean + a * std**2 / (a**2 * std**2 + s**2) * (z_t - a * mean)
+
+
+CENTRES = np.array([-1.0, 0.3, 1.2])
+
+
+def mixture_mean(z: np.ndarray, logsnr: float, width: float = 0.35) -> np.ndarray:
+    """E[x | z] for an even mixture of three Gaussians at CENTRES, not linear in z; width 0: three points."""
+    a, s = float(alpha(logsnr)), float(sigma(logsnr))
+    variance = a**2 * width**2 + s**2
+    log_share = -((z[..., None] - a * CENTRES) ** 2) / (2 * variance)
+    share = np.exp(log_share - log_share.max(axis=-1, keepdims=True))
+    means = CENTRES + a * width**2 / variance * (z[..., None] - a * CENTRES)
+    return (share * means).sum(axis=-1) / share.sum(axis=-1)
 
 
 def gaussian_v(std: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -92,3 +106,14 @@ def walk(table: np.ndarray, z: np.ndarray, denoise: Callable, noise: Callable[[i
         z = a * z + b_0 * pred + b_1 * pred_1 + b_2 * pred_2 + (s * noise(k) if noise else 0.0)
         pred_1, pred_2 = pred, pred_1
     return z
+
+
+def final_variance(table: np.ndarray, std: float, start: float) -> float:
+    """Variance after all rows for N(0, std^2) data, from variance `start`: the covariance of (z, pred_1, pred_2)."""
+    covariance = np.zeros((3, 3))
+    covariance[0, 0] = start
+    for row, gain in zip(table, gaussian_mean(1.0, table[:, LOGSNR], std), strict=True):
+        step = np.array([[row[A] + row[B_0] * gain, row[B_1], row[B_2]], [gain, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        covariance = step @ covariance @ step.T
+        covariance[0, 0] += row[S] ** 2
+    return float(covariance[0, 0])

@@ -138,13 +138,21 @@ def test_training_costs_about_three_forward_passes_of_what_learns_and_one_of_wha
 
 def test_sampling_calls_the_base_twice_inside_the_guidance_interval_only() -> None:
     everywhere = "sampling.guidance_interval=[-100, 100]"
-    assert tiny(everywhere).sampling.guided_steps == 4
-    assert tiny(everywhere, "sampling.guidance=1").sampling.guided_steps == 0
-    assert tiny(everywhere, num_classes=0).sampling.guided_steps == 0
+    assert tiny(everywhere).sampling.guided_calls == 4
+    assert tiny(everywhere, "sampling.guidance=1").sampling.guided_calls == 0
+    assert tiny(everywhere, num_classes=0).sampling.guided_calls == 0
     figures = tiny("sampling.grid=uniform", "sampling.steps=15", "sampling.guidance_interval=[-3, 1.5]")
-    assert figures.sampling.guided_steps == 5  # nodes -10, -9, ... 4; -3, -2, -1, 0, 1 are inside
+    assert figures.sampling.guided_calls == 5  # nodes -10, -9, ... 4; -3, -2, -1, 0, 1 are inside
     base, decoder = (figures.networks[name].forward_flops for name in ("base", "decoder"))
     assert figures.sampling.flops_per_image == (15 + 5) * base + 2 * decoder
+
+
+def test_heun_calls_the_networks_twice_a_step_but_once_in_a_last_step_that_ends_clean() -> None:
+    heun = "sampling.sampler=heun", "sampling.decoder_sampler=heun", "sampling.guidance=1"
+    figures = tiny(*heun, "sampling.steps=15", "sampling.decoder_steps=4")
+    assert (figures.sampling.prior_calls, figures.sampling.decoder_calls) == (30, 7)
+    base, decoder = (figures.networks[name].forward_flops for name in ("base", "decoder"))
+    assert figures.sampling.flops_per_image == 30 * base + 7 * decoder
 
 
 # Memory and disk

@@ -14,7 +14,8 @@ import pytest
 from analytic_bundle import MEANS, write_analytic_bundle
 from PIL import Image
 
-from ul_runtime.cli.generate import main
+import ul_runtime
+from ul_runtime.cli.generate import _title, main
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
 
@@ -42,6 +43,13 @@ def test_a_png_says_where_it_comes_from(command, analytic_bundle, tmp_path):
     assert expected.items() <= text.items()
     assert re.fullmatch(r"[0-9a-f]{64}", text["bundle"])
     assert text["Software"].startswith("unified-latents ")
+
+
+def test_the_title_of_the_sheet_counts_calls_of_the_networks(analytic_bundle):
+    pipeline = ul_runtime.load(analytic_bundle, threads=1)
+    settings = pipeline.settings(sampler="heun", steps=5, decoder_sampler="sa2:0.6", decoder_steps=3, guidance=2)
+    title = _title(pipeline, 7, settings, ["red"])
+    assert title == "analytic, red, seed 7, 10 heun + 3 sa2:0.6 calls, guidance 2"
 
 
 def test_json_is_one_line_on_stdout(command, analytic_bundle, tmp_path):

@@ -164,9 +164,9 @@ def test_a_key_or_value_that_cannot_be_is_named(override, message):
         ),
         (
             ["sampling.sampler=ddmi"],
-            "sampling.sampler 'ddmi' is not known; expected one of ddim, ancestral, dpmpp2m",
+            "sampling.sampler 'ddmi' is not known; expected one of ddim, ancestral, dpmpp2m, ab2, ab3, sa2[:TAU]",
         ),
-        (["sampling.decoder_grid=karras"], "sampling.decoder_grid 'karras' is not known; expected one of uniform"),
+        (["sampling.decoder_grid=karas"], "sampling.decoder_grid 'karas' is not known; expected one of uniform"),
         (
             ["sampling.guidance_interval=[2, -2]"],
             "sampling.guidance_interval is [2.0, -2.0]; give the lower logsnr first",

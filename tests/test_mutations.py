@@ -105,6 +105,12 @@ FAULTS = {
     "the prior ending clean": Fault(
         "ul_runtime/samplers.py", "    if ends_clean:", "    if True:", SAMPLERS, "z_0_leaves_the_prior_with_its_noise"
     ),
+    "the sampler's integrals without their series": Fault(
+        "ul_runtime/samplers.py", "    if y < 0.3:", "    if y < 0.0:", SAMPLERS, "moments_are_their_integrals"
+    ),
+    "UniPC without its corrector": Fault(
+        "ul_runtime/samplers.py", "b = a * correction", "b = 0.0 * correction", SAMPLERS, "unipc2_predicts_and_corrects"
+    ),
 }
 
 

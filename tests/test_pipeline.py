@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from analytic_bundle import MEANS, write_analytic_bundle
+from exact_denoisers import gaussian_mean, walk
 
 import ul_runtime
+from ul_runtime import noise
 from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
 from ul_runtime.noise_process import alpha, sigma
 from ul_runtime.pipeline import Control, Pipeline, to_uint8
+from ul_runtime.samplers import B_0, SAMPLERS
 
 NO_MEAN = np.zeros((4, 4))
 
@@ -43,6 +46,29 @@ def test_the_prior_ends_with_the_std_of_the_noisy_latent(tmp_path, std):
     gain = z_0 / (start / gain_of_one_step)
     expected = math.hypot(alpha(5.0) * std, sigma(5.0)) / math.hypot(alpha(-10.0) * std, sigma(-10.0))
     assert np.allclose(gain, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "sa2:0.6"])
+def test_every_sampler_through_the_graphs_is_its_walk_in_float64(pipeline, sampler):
+    settings = pipeline.settings(sampler=sampler, grid="mix:0.9,-1,1.5", steps=6)
+    given = pipeline.sample_z_0(np.arange(2), np.zeros(2, int), 3, settings)
+
+    def fresh(stream: int) -> np.ndarray:
+        return noise.normals(3, np.arange(2), stream, pipeline.latent_shape).astype(np.float64)
+
+    def walked(table: np.ndarray) -> np.ndarray:
+        mean = MEANS[0][:, None, None].astype(np.float64)
+        return walk(
+            table,
+            fresh(noise.PRIOR_START),
+            lambda z, logsnr: gaussian_mean(z, logsnr, 0.5, mean),
+            lambda k: fresh(noise.prior_step(k)),
+        )
+
+    table = pipeline.prior_table(settings.prior)
+    assert np.allclose(given, walked(table), rtol=1e-4, atol=1e-5)
+    table[-1, B_0] *= 1.01  # negative control
+    assert not np.allclose(given, walked(table), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -166,9 +192,13 @@ def test_a_latent_that_is_not_finite_is_not_decoded_to_an_image(pipeline):
         next(batches)
 
 
-def test_stop_is_prompt_and_progress_adds_up_to_the_images(pipeline):
-    total = []
-    list(pipeline.generate(5, batch_size=2, control=Control(progress=total.append)))
+@pytest.mark.parametrize("sampler", ["dpmpp2m", "heun"])
+def test_stop_is_prompt_and_progress_adds_up_to_the_images(pipeline, sampler):
+    total, settings = [], {"sampler": sampler, "decoder_sampler": sampler, "steps": 3, "decoder_steps": 2}
+    list(pipeline.generate(5, batch_size=2, control=Control(progress=total.append), **settings))
+    assert sum(total) == pytest.approx(5)
+    total.clear()
+    list(pipeline.decode(np.zeros((5, *pipeline.latent_shape)), control=Control(progress=total.append), **settings))
     assert sum(total) == pytest.approx(5)
     with pytest.raises(StoppedError):
         list(pipeline.generate(5, control=Control(stop=lambda: True)))
@@ -187,7 +217,7 @@ def test_float_to_uint8_is_round_of_x_plus_1_times_127_5():
         ({"steps": 0}, "number of steps is 0"),
         ({"decoder_steps": -3}, "number of steps is -3"),
         ({"sampler": "euler"}, "sampler 'euler' is not known; expected one of ddim"),
-        ({"grid": "karras"}, "grid 'karras' is not known"),
+        ({"grid": "karas"}, "grid 'karas' is not known; .*; did you mean karras"),
         ({"guidance": math.nan}, "guidance is nan"),
         ({"guidance_interval": (2.0, -1.0)}, "LO below HI"),
         ({"labels": "gren"}, "did you mean 'green'"),

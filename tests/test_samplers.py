@@ -1,33 +1,37 @@
-"""Sampler tables against closed forms: Gaussian data, the DDPM posterior, and the order of convergence."""
+"""Sampler tables against closed forms and independent integrals: Gaussian data, the DDPM posterior, quadrature."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from exact_denoisers import gaussian_mean, walk
+from exact_denoisers import final_variance, gaussian_mean, mixture_mean, walk
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ul_runtime.errors import UsageError
+from ul_runtime.grids import GRIDS
 from ul_runtime.noise_process import alpha, sigma
 from ul_runtime.samplers import (
     ALPHA,
     B_0,
     B_1,
     B_2,
-    GRIDS,
     LOGSNR,
     ROW,
     SAMPLERS,
     SIGMA,
     A,
     S,
+    adams_bashforth,
+    exact_weights,
+    moments,
     needs_noise,
     sampler_table,
 )
 
 LOW, HIGH = -10.0, 5.0
-each_sampler = pytest.mark.parametrize("sampler", list(SAMPLERS))
+each_sampler = pytest.mark.parametrize("sampler", [*SAMPLERS, "sa2:0.6", "sa2:0"])
 each_grid = pytest.mark.parametrize("grid", list(GRIDS))
 
 
@@ -74,8 +78,111 @@ def test_negative_control_the_variance_of_the_other_ddpm_choice_is_another_table
     assert not np.allclose(table[:, S] ** 2, beta, rtol=1e-2)
 
 
-def test_the_first_step_of_dpmpp2m_is_ddims():
-    assert np.array_equal(prior_table("dpmpp2m", 5)[0], prior_table("ddim", 5)[0])
+@each_grid
+@pytest.mark.parametrize(("sampler", "tau"), [("ddim", 0.0), ("ancestral", 1.0)])
+def test_a_published_sampler_of_order_1_is_the_exponential_integrator_with_its_noise(sampler, tau, grid):
+    table = prior_table(sampler, 9, grid)
+    general = [adams_bashforth(nodes_of(table), k, 1, tau)[0] for k in range(9)]
+    assert np.allclose(table[:, A:], general, rtol=1e-12, atol=0.0)
+
+
+def test_negative_control_the_exponential_integrator_with_other_noise_is_another_table():
+    table = prior_table("ancestral", 9)
+    general = [adams_bashforth(nodes_of(table), k, 1, 0.99)[0] for k in range(9)]
+    assert not np.allclose(table[:, A:], general, rtol=1e-3, atol=0.0)
+
+
+def test_sa2_without_noise_is_ab2_and_with_that_of_ddpm_begins_as_ancestral():
+    assert np.array_equal(prior_table("sa2:0", 9), prior_table("ab2", 9))
+    assert np.array_equal(prior_table("sa2:1", 9), prior_table("sa2", 9))
+    assert np.allclose(prior_table("sa2", 9)[0], prior_table("ancestral", 9)[0], rtol=1e-12)
+    assert not np.allclose(prior_table("sa2", 9)[1], prior_table("ancestral", 9)[1], rtol=1e-2)
+
+
+@each_grid
+def test_ab2_weighs_the_last_difference_by_its_exact_integral(grid):
+    """Integral_0^h e^{-u} (h - u) du = h - 1 + e^{-h}, for the slope (pred - pred_1) / h_previous."""
+    table = prior_table("ab2", 6, grid)
+    half = 0.5 * nodes_of(table)
+    for k in range(1, 6):
+        h, previous = half[k + 1] - half[k], half[k] - half[k - 1]
+        slope = alpha(2 * half[k + 1]) * (h + math.expm1(-h)) / previous
+        assert table[k, B_1] == pytest.approx(-slope, rel=1e-11)
+        assert table[k, B_0] == pytest.approx(-alpha(2 * half[k + 1]) * math.expm1(-h) + slope, rel=1e-12)
+
+
+def quadrature(y: float, of, upper: float = 1.0) -> float:
+    """Integral_0^upper y e^{-y u} of(u) du by Gauss-Legendre on 40 pieces."""
+    u, weight = np.polynomial.legendre.leggauss(12)
+    pieces = upper * (np.arange(40)[:, None] + 0.5 * (u + 1.0)) / 40
+    return float((weight * y * np.exp(-y * pieces) * of(pieces)).sum() * upper / 80)
+
+
+@given(y=st.floats(1e-9, 40.0), k=st.integers(0, 2))
+def test_moments_are_their_integrals(y, k):
+    assert moments(y, 3)[k] == pytest.approx(quadrature(y, lambda u: u**k), rel=2e-13)
+
+
+def test_negative_control_the_recurrence_alone_cancels_where_steps_are_small():
+    y, values = 1e-4, [-math.expm1(-1e-4)]
+    for k in (1, 2):
+        values.append(k / y * values[-1] - math.exp(-y))
+    assert values[2] != pytest.approx(quadrature(y, lambda u: u**2), rel=1e-9)
+
+
+@given(
+    steps=st.lists(st.floats(0.01, 8.0), min_size=3, max_size=3),
+    tau=st.floats(0.0, 2.0),
+    order=st.integers(1, 3),
+)
+def test_weights_are_integrals_of_the_lagrange_basis(steps, tau, order):
+    """b_j = alpha_t Integral_0^h kappa e^{-kappa u} L_j(u) du, each L_j as a product."""
+    logsnr = np.cumsum([-6.0, *steps])
+    known = [2 - j for j in range(order)]
+    back = (logsnr[3] - logsnr[known]) / steps[2]
+    weights = exact_weights(logsnr, 2, known, tau) / alpha(logsnr[3])
+    for j, weight in enumerate(weights):
+
+        def basis(u, j=j):
+            return math.prod((u - back[i]) / (back[j] - back[i]) for i in range(order) if i != j) + 0.0 * u
+
+        exact = quadrature((1.0 + tau**2) * steps[2] / 2, basis)
+        assert weight == pytest.approx(exact, rel=1e-11, abs=1e-11 * np.abs(weights).max())
+
+
+def test_the_first_step_of_every_solver_without_noise_is_ddims():
+    for sampler in ("dpmpp2m", "ab2", "ab3", "unipc2", "heun"):
+        assert np.allclose(prior_table(sampler, 5)[0], prior_table("ddim", 5)[0], rtol=1e-14), sampler
+
+
+def test_unipc2_predicts_and_corrects_as_published_though_it_keeps_one_state():
+    """Zhao et al. 2023, algorithm 5: the corrected state beside the predicted one, from which the network is called."""
+    table = prior_table("unipc2", 7, "mix")
+    nodes, midpoint = nodes_of(table), prior_table("dpmpp2m", 7, "mix")
+    predicted = corrected = z = np.linspace(-2.0, 2.0, 5)
+    preds: list[np.ndarray] = []
+    for k in range(7):
+        preds.insert(0, mixture_mean(predicted, nodes[k]))
+        if k > 0:
+            gain = alpha(nodes[k]) * -math.expm1(-(nodes[k] - nodes[k - 1]) / 2)
+            b = [gain / 2, gain / 2] if k == 1 else exact_weights(nodes, k - 1, [k, k - 1, k - 2])
+            corrected = midpoint[k - 1, A] * corrected + sum(c * pred for c, pred in zip(b, preds, strict=False))
+        predicted = midpoint[k, A] * corrected + midpoint[k, B_0] * preds[0]
+        predicted = predicted + (midpoint[k, B_1] * preds[1] if k > 0 else 0.0)
+    assert np.allclose(walk(table, z, mixture_mean), predicted, rtol=1e-12)
+    assert not np.allclose(walk(midpoint, z, mixture_mean), predicted, rtol=1e-2)
+
+
+def test_heun_averages_the_predictions_at_both_ends_of_a_step():
+    table = prior_table("heun", 5, "mix")
+    nodes, z = nodes_of(table)[::2], np.linspace(-2.0, 2.0, 5)
+    state = z
+    for s, t in pairwise(nodes):
+        a, gain = sigma(t) / sigma(s), -alpha(t) * math.expm1(-(t - s) / 2)
+        pred = mixture_mean(state, s)
+        end = mixture_mean(a * state + gain * pred, t)
+        state = a * state + gain * (pred + end) / 2
+    assert np.allclose(walk(table, z, mixture_mean), state, rtol=1e-12)
 
 
 @each_grid
@@ -110,128 +217,40 @@ def test_a_table_goes_on_from_any_exact_state_when_the_clean_value_is_known(samp
     assert np.allclose(table[:, A] ** 2 * sigmas[:-1] ** 2 + table[:, S] ** 2, sigmas[1:] ** 2, rtol=1e-10)
 
 
-def leaving_variance(table: np.ndarray, std: float, start: float = 1.0) -> float:
-    """Variance of the last state for N(0, std^2) latents: every state is linear in the start and the noises."""
-    state = {"start": math.sqrt(start)}
-    earlier: dict[object, float] = {}
-    for k, row in enumerate(table):
-        gain = gaussian_mean(1.0, row[LOGSNR], std)
-        pred = {source: gain * value for source, value in state.items()}
-        sources = {*state, *earlier, k}
-        state = {
-            source: row[A] * state.get(source, 0.0)
-            + row[B_0] * pred.get(source, 0.0)
-            + row[B_1] * earlier.get(source, 0.0)
-            + (row[S] if source == k else 0.0)
-            for source in sources
-        }
-        earlier = pred
-    return sum(value**2 for value in state.values())
-
-
 @each_sampler
-@pytest.mark.parametrize("std", [0.0, 0.05, 0.5, 1.0, 2.0])
-def test_z_0_leaves_the_prior_with_its_noise(sampler, std):
+def test_z_0_leaves_the_prior_with_its_noise(sampler):
     """Var z_0 = alpha_0^2 std^2 + sigma_0^2, which for latents without spread is the noise alone."""
-    start = float(alpha(LOW) ** 2 * std**2 + sigma(LOW) ** 2)
-    expected = float(alpha(HIGH) ** 2 * std**2 + sigma(HIGH) ** 2)
-    assert leaving_variance(prior_table(sampler, 600), std, start) == pytest.approx(expected, rel=0.02)
+    table = prior_table(sampler, 600)
+    for std in (0.0, 0.05, 0.5, 1.0, 2.0):
+        start = float(alpha(LOW) ** 2 * std**2 + sigma(LOW) ** 2)
+        expected = float(alpha(HIGH) ** 2 * std**2 + sigma(HIGH) ** 2)
+        assert final_variance(table, std, start) == pytest.approx(expected, rel=0.02), std
 
 
 @each_sampler
 def test_z_0_of_latents_without_spread_has_exactly_the_noise_of_the_last_level(sampler):
     table = prior_table(sampler, 10)
-    variance = leaving_variance(table, 0.0, start=float(sigma(LOW) ** 2))
+    variance = final_variance(table, 0.0, start=float(sigma(LOW) ** 2))
     assert variance == pytest.approx(float(sigma(HIGH) ** 2), rel=1e-12)
 
 
 @each_sampler
 def test_negative_control_a_table_that_ends_clean_leaves_no_noise(sampler):
     table = sampler_table(sampler, "uniform", 600, logsnr_min=LOW, logsnr_max=HIGH, ends_clean=True)
-    assert leaving_variance(table, 0.0) == 0.0
-    assert leaving_variance(table, 0.05) < 0.5 * (0.05**2 + float(sigma(HIGH) ** 2))
-
-
-CENTRES, WIDTH = np.array([-1.0, 0.3, 1.2]), 0.35
-
-
-def mixture_mean(z: np.ndarray, logsnr: float) -> np.ndarray:
-    """E[x | z] for an even mixture of three Gaussians: not linear in z."""
-    a, s = float(alpha(logsnr)), float(sigma(logsnr))
-    variance = a**2 * WIDTH**2 + s**2
-    log_share = -((z[:, None] - a * CENTRES) ** 2) / (2 * variance)
-    share = np.exp(log_share - log_share.max(axis=1, keepdims=True))
-    means = CENTRES + a * WIDTH**2 / variance * (z[:, None] - a * CENTRES)
-    return (share * means).sum(axis=1) / share.sum(axis=1)
-
-
-def flow_endpoint(z: np.ndarray, num_steps: int = 2000) -> np.ndarray:
-    """The probability flow from LOW to HIGH, by Runge-Kutta on y = z / sigma: dy/dl = e^l E[x | z], l = logsnr / 2."""
-    step, y = 0.5 * (HIGH - LOW) / num_steps, z / sigma(LOW)
-
-    def slope(half: float, y: np.ndarray) -> np.ndarray:
-        return math.exp(half) * mixture_mean(float(sigma(2 * half)) * y, 2 * half)
-
-    for k in range(num_steps):
-        half = 0.5 * LOW + k * step
-        first = slope(half, y)
-        second = slope(half + step / 2, y + step / 2 * first)
-        third = slope(half + step / 2, y + step / 2 * second)
-        y = y + step / 6 * (first + 2 * second + 2 * third + slope(half + step, y + step * third))
-    return y * float(sigma(HIGH))
-
-
-@pytest.fixture(scope="module")
-def flow():
-    z = np.linspace(-2.0, 2.0, 21)
-    return z, flow_endpoint(z)
-
-
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1.0), ("dpmpp2m", 2.0)])
-def test_error_on_a_mixture_falls_with_the_order_of_the_sampler(sampler, order, flow):
-    z, exact = flow
-    errors = [np.abs(walk(prior_table(sampler, n), z, mixture_mean) - exact).max() for n in (128, 256, 512)]
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.12)
-    assert np.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.08)
-
-
-def test_ancestral_samples_of_a_mixture_have_its_moments():
-    rng, num = np.random.default_rng(0), 40_000
-    state = walk(prior_table("ancestral", 300), rng.normal(size=num), mixture_mean, lambda k: rng.normal(size=num))
-    mean, square = CENTRES.mean(), (CENTRES**2).mean() + WIDTH**2
-    assert state.mean() == pytest.approx(float(alpha(HIGH)) * mean, abs=0.02)
-    expected = float(alpha(HIGH) ** 2) * square + float(sigma(HIGH) ** 2)
-    assert (state**2).mean() == pytest.approx(expected, rel=0.02)
+    assert final_variance(table, 0.0, 1.0) == 0.0
+    assert final_variance(table, 0.05, 1.0) < 0.5 * (0.05**2 + float(sigma(HIGH) ** 2))
 
 
 @each_sampler
 @each_grid
 @pytest.mark.parametrize("num_steps", [1, 2, 32])
-def test_a_table_has_one_row_a_step_with_alpha_and_sigma_of_its_level(sampler, grid, num_steps):
+def test_a_table_has_a_row_for_each_call_with_alpha_and_sigma_of_its_level(sampler, grid, num_steps):
     table = prior_table(sampler, num_steps, grid)
-    assert table.shape == (num_steps, len(ROW))
+    assert table.shape == (2 * num_steps if sampler == "heun" else num_steps, len(ROW))
     assert table.dtype == np.float64
     assert np.allclose(table[:, ALPHA], alpha(table[:, LOGSNR]))
     assert np.allclose(table[:, SIGMA], sigma(table[:, LOGSNR]))
     assert np.isfinite(table).all()
-
-
-@each_grid
-@given(num_steps=st.integers(1, 300), low=st.floats(-15.0, -1.0), span=st.floats(1.0, 25.0))
-def test_a_grid_rises_from_one_end_to_the_other(grid, num_steps, low, span):
-    nodes = GRIDS[grid](num_steps, low, low + span)
-    assert len(nodes) == num_steps + 1
-    assert (np.diff(nodes) > 0).all()
-    assert nodes[[0, -1]] == pytest.approx([low, low + span], abs=1e-9)
-
-
-def test_grids_are_what_they_are_called():
-    uniform, cosine, mix = (GRIDS[name](100, LOW, HIGH) for name in ("uniform", "cosine", "mix"))
-    assert np.allclose(np.diff(uniform), 0.15)
-    angles = np.arctan(np.exp(-0.5 * cosine))
-    assert np.allclose(np.diff(angles), np.diff(angles)[0], rtol=1e-6)
-    middle = np.abs(mix + 0.5) < 2
-    assert middle.sum() > 1.4 * (np.abs(uniform + 0.5) < 2).sum()
 
 
 @each_sampler
@@ -239,12 +258,18 @@ def test_a_table_that_ends_clean_returns_its_last_prediction(sampler):
     table = sampler_table(sampler, "cosine", 4, logsnr_min=-10.0, logsnr_max=10.0, ends_clean=True)
     open_end = sampler_table(sampler, "cosine", 4, logsnr_min=-10.0, logsnr_max=10.0, ends_clean=False)
     assert table[-1, A:].tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
-    assert np.array_equal(table[:-1], open_end[:-1])
+    assert np.array_equal(table[:-1], open_end[: len(table) - 1])
 
 
-@pytest.mark.parametrize(("sampler", "noisy"), [("ddim", False), ("dpmpp2m", False), ("ancestral", True)])
-def test_only_ancestral_needs_noise(sampler, noisy):
-    assert needs_noise(prior_table(sampler, 4)) is noisy
+def test_the_last_step_of_heun_is_one_call_where_it_ends_clean():
+    """Karras et al. 2022, algorithm 1: no second call at sigma = 0."""
+    table = sampler_table("heun", "uniform", 4, logsnr_min=-10.0, logsnr_max=10.0, ends_clean=True)
+    assert table[:, LOGSNR].tolist() == [-10.0, -5.0, -5.0, 0.0, 0.0, 5.0, 5.0]
+
+
+@each_sampler
+def test_only_ancestral_and_sa2_need_noise(sampler):
+    assert needs_noise(prior_table(sampler, 4)) is (sampler in ("ancestral", "sa2", "sa2:0.6"))
 
 
 def test_one_ancestral_step_that_ends_clean_needs_no_noise():
@@ -261,13 +286,14 @@ def test_no_sampler_uses_the_prediction_of_a_step_that_was_not_made():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "euler"}, "sampler 'euler' is not known; expected one of ddim, ancestral, dpmpp2m"),
-        ({"grid": "karras"}, "grid 'karras' is not known; expected one of uniform, cosine, mix"),
+        ({"sampler": "euler"}, "sampler 'euler' is not known; expected one of ddim, .*, heun"),
+        ({"grid": "kosine"}, "grid 'kosine' is not known; expected one of uniform, .*; did you mean cosine[?]"),
+        ({"logsnr_max": -11.0}, "grid 'uniform' does not rise in 4 steps from -10.0 to -11.0"),
         ({"num_steps": 0}, "the number of steps is 0; expected 1 or more"),
         ({"num_steps": -3}, "the number of steps is -3; expected 1 or more"),
     ],
 )
 def test_a_table_that_cannot_be_is_refused(change, message):
-    given_ = {"sampler": "ddim", "grid": "uniform", "num_steps": 4} | change
+    given_ = {"sampler": "ddim", "grid": "uniform", "num_steps": 4, "logsnr_min": LOW, "logsnr_max": HIGH} | change
     with pytest.raises(UsageError, match=f"^{message}$"):
-        sampler_table(**given_, logsnr_min=LOW, logsnr_max=HIGH, ends_clean=False)
+        sampler_table(**given_, ends_clean=False)

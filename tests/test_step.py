@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from exact_denoisers import gaussian_v
+from exact_denoisers import gaussian_mean, gaussian_v, walk
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -138,7 +138,7 @@ def test_a_whole_walk_of_the_step_module_is_the_closed_form_of_gaussian_latents(
     """Every walk over N(0, 0.5^2) latents is linear: the same numbers by a recursion in float64."""
     table = sampler_table(sampler, "mix", 12, logsnr_min=-10.0, logsnr_max=5.0, ends_clean=False)
     rng = np.random.default_rng(0)
-    start, noises = rng.normal(size=(2, 1, 2, 2)), rng.normal(size=(12, 2, 1, 2, 2))
+    start, noises = rng.normal(size=(2, 1, 2, 2)), rng.normal(size=(len(table), 2, 1, 2, 2))
     module, label, weight = PriorStep(LabelledGaussian()), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
 
     def step(*arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,12 +146,8 @@ def test_a_whole_walk_of_the_step_module_is_the_closed_form_of_gaussian_latents(
         return z_next.numpy(), pred.numpy()
 
     result = run_steps(step, table, start.astype(np.float32), lambda k: noises[k].astype(np.float32))
-    z, pred_1 = start, np.zeros_like(start)
-    for k, (_, signal, noise, a, b_0, b_1, _, s) in enumerate(table):
-        pred = 0.25 * signal / (0.25 * signal**2 + noise**2) * z
-        z = a * z + b_0 * pred + b_1 * pred_1 + s * noises[k]
-        pred_1 = pred
-    assert np.allclose(result, z, rtol=1e-4, atol=1e-5)
+    expected = walk(table, start, lambda z, logsnr: gaussian_mean(z, logsnr, 0.5), lambda k: noises[k])
+    assert np.allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_both_steps_export_with_any_batch_size_and_number_of_branches():

@@ -146,7 +146,7 @@ def _verify_path(
 def _full_inputs(pipeline: Pipeline, seed: int) -> Iterator[tuple[GraphName, Arrays]]:
     """Inputs of every graph in which every value matters, at every batch size and number of branches.
 
-    A sampling path leaves some out: dpmpp2m draws no noise, no sampler here uses the prediction of two steps before.
+    A sampling path leaves some out: dpmpp2m draws no noise and does not use the prediction of two rows before.
     """
     draw = np.random.default_rng(seed)
     for batch_size in BATCH_SIZES:

@@ -24,7 +24,7 @@ def run_steps(
     noise_for_step: Callable[[int], np.ndarray],
     stop: Callable[[], bool] = never,
 ) -> np.ndarray:
-    """The state `b c h w` (float32) after all rows of `table` `[num_steps, 8]` (samplers.ROW).
+    """The state `b c h w` (float32) after all rows of `table` `[rows, 8]` (samplers.ROW).
 
     `noise_for_step(k)` is asked only where row k draws noise. `stop` is asked before each step: StoppedError.
     """

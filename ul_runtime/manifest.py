@@ -6,10 +6,11 @@ Shapes are those of the step graphs: `b` (batch) and `g` (guidance branches) dyn
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     FailFast,
@@ -20,7 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from ul_runtime.errors import BadInputError, UntrustedError
+from ul_runtime.errors import BadInputError, UntrustedError, UsageError
+from ul_runtime.grids import parse_grid
+from ul_runtime.samplers import parse_sampler
 
 FORMAT: Final = "unified-latents-bundle"
 FORMAT_VERSION: Final = 1
@@ -43,6 +46,19 @@ Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=65536)]
 Dimension = Count | Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
+
+
+def _taken_by(parse: Callable[[str], object]) -> AfterValidator:
+    """Only text that `parse` takes; its UsageError becomes the ValueError that pydantic knows."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except UsageError as error:
+            raise ValueError(error) from None
+        return text
+
+    return AfterValidator(check)
 
 
 class _Part(BaseModel):
@@ -82,8 +98,8 @@ class LogsnrRange(_Part):
 class DecoderDefaults(_Part):
     """How the decoder is sampled unless asked otherwise."""
 
-    sampler: Text
-    grid: Text
+    sampler: Annotated[Text, _taken_by(parse_sampler)]
+    grid: Annotated[Text, _taken_by(parse_grid)]
     num_steps: Count
 
 

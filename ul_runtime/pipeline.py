@@ -15,6 +15,7 @@ from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
 from ul_runtime.loop import Step, never, run_steps
+from ul_runtime.manifest import LogsnrRange
 from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
@@ -78,6 +79,14 @@ class Pipeline:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""
         return resolve_settings(self.manifest.defaults, overrides, conditional=self.num_classes > 0)
 
+    def prior_table(self, sampler: SamplerSettings) -> np.ndarray:
+        """The table `[rows, 8]` from noise to z_0: a row for each call of the prior."""
+        return _table(sampler, self.manifest.logsnr_z, ends_clean=False)
+
+    def decoder_table(self, sampler: SamplerSettings) -> np.ndarray:
+        """The table `[rows, 8]` from noise to the image: a row for each call of the decoder."""
+        return _table(sampler, self.manifest.logsnr_x, ends_clean=True)
+
     def generate(
         self,
         images: int | Sequence[int] | np.ndarray,
@@ -99,7 +108,8 @@ class Pipeline:
         cycle = np.array(label_cycle(labels, self.manifest.classes), np.int64)
         if np.all(cycle == self.num_classes):
             settings = replace(settings, guidance=1.0)
-        per_step = _per_step(control, settings.prior.num_steps + settings.decoder.num_steps)
+        calls = len(self.prior_table(settings.prior)) + len(self.decoder_table(settings.decoder))
+        per_step = _per_step(control, calls)
 
         def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
             label = cycle[indices[part] % len(cycle)]
@@ -135,7 +145,7 @@ class Pipeline:
             raise UsageError(f"{len(z_0)} latents need as many indices and labels; got {len(at)} indices")
         sampler = self.settings(**overrides).decoder
         label = np.full(len(at), self.num_classes) if labels is None else np.asarray(labels)
-        per_step = _per_step(control, sampler.num_steps * mean_of)
+        per_step = _per_step(control, len(self.decoder_table(sampler)) * mean_of)
 
         def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
             total = self.sample_x(z_0[part], at[part], seed, sampler, per_step)
@@ -221,8 +231,7 @@ class Pipeline:
         self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings, control: Control = UNWATCHED
     ) -> np.ndarray:
         """z_0 `b c h w` from noise, for `indices` and `label` `b`: ends at the latent's own noise level, not clean."""
-        ends = self.manifest.logsnr_z
-        table = _table(settings.prior, ends.min, ends.max, ends_clean=False)
+        table = self.prior_table(settings.prior)
         start = noise.normals(seed, indices, noise.PRIOR_START, self.latent_shape)
 
         def fresh(k: int) -> np.ndarray:
@@ -234,8 +243,7 @@ class Pipeline:
         self, z_0: np.ndarray, indices: np.ndarray, seed: int, sampler: SamplerSettings, control: Control = UNWATCHED
     ) -> np.ndarray:
         """x `b c h w` from noise and z_0 `b c h w`: ends clean, not clipped."""
-        ends = self.manifest.logsnr_x
-        table = _table(sampler, ends.min, ends.max, ends_clean=True)
+        table = self.decoder_table(sampler)
         start = noise.normals(seed, indices, noise.DECODER_START, self.image_shape)
 
         def fresh(k: int) -> np.ndarray:
@@ -291,20 +299,20 @@ def _finite(array: np.ndarray) -> np.ndarray:
     return np.isfinite(array).reshape(len(array), -1).all(axis=1)
 
 
-def _table(sampler: SamplerSettings, logsnr_min: float, logsnr_max: float, *, ends_clean: bool) -> np.ndarray:
+def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> np.ndarray:
     return sampler_table(
         sampler.sampler,
         sampler.grid,
         sampler.num_steps,
-        logsnr_min=logsnr_min,
-        logsnr_max=logsnr_max,
+        logsnr_min=ends.min,
+        logsnr_max=ends.max,
         ends_clean=ends_clean,
     )
 
 
-def _per_step(control: Control, steps: int) -> Control:
-    """Control whose progress counts images when it is told of single steps, `steps` an image."""
-    return replace(control, progress=lambda images: control.progress(images / steps))
+def _per_step(control: Control, calls: int) -> Control:
+    """Control whose progress counts images when it is told of single calls of a network, `calls` an image."""
+    return replace(control, progress=lambda images: control.progress(images / calls))
 
 
 def _indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:

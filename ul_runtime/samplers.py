@@ -1,8 +1,8 @@
-"""Samplers as coefficient tables: one row a step, made on the host in float64.
+"""Samplers as coefficient tables, made on the host in float64: one row for each call of the network.
 
     z_t = a z_s + b_0 pred + b_1 pred_1 + b_2 pred_2 + s eps
 
-`pred` is the clean-value prediction at s (noisier), `pred_1` and `pred_2` those of the two steps before, `eps` fresh
+`pred` is the clean-value prediction at s (noisier), `pred_1` and `pred_2` those of the two rows before, `eps` fresh
 noise. No network graph knows which sampler runs. `logsnr` is the full one; solver papers use half: h = Delta / 2.
 """
 
@@ -12,101 +12,157 @@ from typing import TypeAlias
 import numpy as np
 
 from ul_runtime.errors import UsageError
-from ul_runtime.noise_process import Schedule, alpha, sigma, sigmoid
+from ul_runtime.grids import parse_grid
+from ul_runtime.noise_process import alpha, sigma
+from ul_runtime.spelling import Ranges, parse_spelling
 
 ROW = ("logsnr", "alpha", "sigma", "a", "b_0", "b_1", "b_2", "s")
 LOGSNR, ALPHA, SIGMA, A, B_0, B_1, B_2, S = range(len(ROW))
 
 Update: TypeAlias = tuple[float, float, float, float, float]  # a, b_0, b_1, b_2, s
+# (nodes, k) -> the rows of the step from node k to k + 1: the first calls the network at node k, a second at k + 1
+Sampler: TypeAlias = Callable[[np.ndarray, int], list[Update]]
 
 
-def ddim(logsnr: np.ndarray, k: int) -> Update:
-    """Song, Meng & Ermon 2021, eq. 12, on the clean value: a = sigma_t / sigma_s, b_0 = alpha_t (1 - e^{-Delta/2})."""
-    delta = logsnr[k + 1] - logsnr[k]
-    ratio = float(sigma(logsnr[k + 1]) / sigma(logsnr[k]))
-    return ratio, float(-alpha(logsnr[k + 1]) * np.expm1(-0.5 * delta)), 0.0, 0.0, 0.0
+def ddim(logsnr: np.ndarray, k: int) -> list[Update]:
+    """Song, Meng & Ermon 2021, eq. 12, on the clean value: a = sigma_t / sigma_s, b_0 = alpha_t (1 - e^{-h})."""
+    h = 0.5 * (logsnr[k + 1] - logsnr[k])
+    ratio = sigma(logsnr[k + 1]) / sigma(logsnr[k])
+    return [(ratio, -alpha(logsnr[k + 1]) * np.expm1(-h), 0.0, 0.0, 0.0)]
 
 
-def ancestral(logsnr: np.ndarray, k: int) -> Update:
+def ancestral(logsnr: np.ndarray, k: int) -> list[Update]:
     """Ho, Jain & Abbeel 2020, eq. 7: a draw of q(z_t | z_s, x = pred), in the logsnr form of Kingma et al. 2021."""
     delta = logsnr[k + 1] - logsnr[k]
-    ratio = float(sigma(logsnr[k + 1]) / sigma(logsnr[k]))
+    ratio = sigma(logsnr[k + 1]) / sigma(logsnr[k])
     kept = -np.expm1(-delta)
-    noise = float(sigma(logsnr[k + 1]) * np.sqrt(kept))
-    return ratio * float(np.exp(-0.5 * delta)), float(alpha(logsnr[k + 1]) * kept), 0.0, 0.0, noise
+    return [(ratio * np.exp(-0.5 * delta), alpha(logsnr[k + 1]) * kept, 0.0, 0.0, sigma(logsnr[k + 1]) * np.sqrt(kept))]
 
 
-def dpmpp2m(logsnr: np.ndarray, k: int) -> Update:
+def dpmpp2m(logsnr: np.ndarray, k: int) -> list[Update]:
     """DPM-Solver++(2M), midpoint form (Lu et al. 2022, algorithm 2); the first step is of order 1."""
-    a, b_0, _, _, _ = ddim(logsnr, k)
+    ((a, b_0, *_),) = ddim(logsnr, k)
     if k == 0:
-        return a, b_0, 0.0, 0.0, 0.0
+        return [(a, b_0, 0.0, 0.0, 0.0)]
     ratio = (logsnr[k] - logsnr[k - 1]) / (logsnr[k + 1] - logsnr[k])
-    share = float(b_0 / (2.0 * ratio))
-    return a, b_0 + share, -share, 0.0, 0.0
+    share = b_0 / (2.0 * ratio)
+    return [(a, b_0 + share, -share, 0.0, 0.0)]
 
 
-def uniform_grid(num_steps: int, logsnr_min: float, logsnr_max: float) -> np.ndarray:
-    """num_steps + 1 nodes, evenly spaced in logsnr."""
-    return np.linspace(logsnr_min, logsnr_max, num_steps + 1)
+def moments(y: float, count: int) -> np.ndarray:
+    """Integral_0^1 y e^{-y u} u^k du for k < count: J_0 = 1 - e^{-y}, J_k = (k / y) J_{k-1} - e^{-y}.
+
+    That cancels for small y; there, the power series y sum_m (-y)^m / (m! (k + m + 1)).
+    """
+    if y < 0.3:
+        m = np.arange(14)
+        terms = np.cumprod(np.append(1.0, -y / m[1:])) / (np.arange(count)[:, None] + m + 1)
+        return y * terms.sum(axis=1)
+    values = [-np.expm1(-y)]
+    for k in range(1, count):
+        values.append(k / y * values[-1] - np.exp(-y))
+    return np.array(values)
 
 
-def cosine_grid(num_steps: int, logsnr_min: float, logsnr_max: float) -> np.ndarray:
-    """num_steps + 1 nodes, evenly spaced in the time of the truncated cosine schedule."""
-    return np.asarray(Schedule("cosine", logsnr_min, logsnr_max).logsnr(np.linspace(1.0, 0.0, num_steps + 1)))
+def exact_weights(logsnr: np.ndarray, k: int, known: list[int], tau: float = 0.0) -> np.ndarray:
+    """b_j = alpha_t Integral_0^h kappa e^{-kappa u} L_j(u) du for predictions at the nodes `known`; kappa = 1 + tau^2.
+
+    L_j is the Lagrange basis on u_j = ell_t - ell_j (ell: half logsnr): the weights that are exact for 1, u, u^2.
+    """
+    step = logsnr[k + 1] - logsnr[k]
+    u = (logsnr[k + 1] - logsnr[known]) / step
+    powers = u ** np.arange(len(u))[:, None]
+    return alpha(logsnr[k + 1]) * np.linalg.solve(powers, moments(0.5 * step * (1.0 + tau**2), len(u)))
 
 
-def mix_grid(
-    num_steps: int,
-    logsnr_min: float,
-    logsnr_max: float,
-    rho: float = 0.5,
-    centre: float = -0.5,
-    width: float = 1.5,
-) -> np.ndarray:
-    """num_steps + 1 quantiles of a uniform distribution in logsnr mixed with a logistic one (its share: rho)."""
-    nodes = np.linspace(logsnr_min, logsnr_max, 20001)
-    low, high = (sigmoid((end - centre) / width) for end in (logsnr_min, logsnr_max))
-    logistic = (sigmoid((nodes - centre) / width) - low) / (high - low)
-    share = (1.0 - rho) * (nodes - logsnr_min) / (logsnr_max - logsnr_min) + rho * logistic
-    return np.interp(np.linspace(0.0, 1.0, num_steps + 1), share, nodes)
+def adams_bashforth(logsnr: np.ndarray, k: int, order: int, tau: float = 0.0) -> list[Update]:
+    """Exponential Adams-Bashforth (SA-Solver's predictor, Xue et al. 2023, eq. 14), of lower order in the first steps.
+
+    a = (sigma_t / sigma_s) e^{-tau^2 h}, s = sigma_t sqrt(1 - e^{-2 tau^2 h}); tau is the amount of noise.
+    """
+    known = [k - j for j in range(min(order, k + 1))]
+    b = np.zeros(3)
+    b[: len(known)] = exact_weights(logsnr, k, known, tau)
+    noise = 0.5 * tau**2 * (logsnr[k + 1] - logsnr[k])  # tau^2 h
+    ratio = sigma(logsnr[k + 1]) / sigma(logsnr[k])
+    return [(ratio * np.exp(-noise), b[0], b[1], b[2], sigma(logsnr[k + 1]) * np.sqrt(-np.expm1(-2.0 * noise)))]
 
 
-SAMPLERS: dict[str, Callable[[np.ndarray, int], Update]] = {
+def ab2(logsnr: np.ndarray, k: int) -> list[Update]:
+    """Exponential Adams-Bashforth of order 2: DPM-Solver++(2M) with its integral taken exactly."""
+    return adams_bashforth(logsnr, k, 2)
+
+
+def ab3(logsnr: np.ndarray, k: int) -> list[Update]:
+    """Exponential Adams-Bashforth of order 3; DPM-Solver++(3M) as published halves the last difference: order 2."""
+    return adams_bashforth(logsnr, k, 3)
+
+
+def sa2(logsnr: np.ndarray, k: int, tau: float = 1.0) -> list[Update]:
+    """SA-Solver's predictor of order 2 (Xue et al. 2023); tau = 1 is DPM-Solver++(2M) SDE, tau = 0 is ab2."""
+    return adams_bashforth(logsnr, k, 2, tau)
+
+
+def unipc2(logsnr: np.ndarray, k: int) -> list[Update]:
+    """UniPC-2, B_2(h) (Zhao et al. 2023, algorithms 5 and 7): predicts as dpmpp2m, then corrects without another call.
+
+    Row k first corrects the state that row k - 1 predicted, with the prediction that was made there: the weights c on
+    {t, s, s - 1} take the place of the predictor's p. Both share a, so correcting and predicting is again one row.
+    """
+    ((a, b_0, b_1, _, _),) = dpmpp2m(logsnr, k)
+    if k == 0:
+        return [(a, b_0, 0.0, 0.0, 0.0)]
+    ((_, p_0, p_1, _, _),) = dpmpp2m(logsnr, k - 1)
+    c = np.array([0.5 * p_0, 0.5 * p_0, 0.0]) if k == 1 else exact_weights(logsnr, k - 1, [k, k - 1, k - 2])
+    correction = c - np.array([0.0, p_0, p_1])
+    b = a * correction + np.array([b_0, b_1, 0.0])
+    return [(a, b[0], b[1], b[2], 0.0)]
+
+
+def heun(logsnr: np.ndarray, k: int) -> list[Update]:
+    """Two calls a step, as a reference: DDIM to t, then the mean of the predictions at both ends (exponential Heun)."""
+    ((a, b_0, *_),) = ddim(logsnr, k)
+    return [(a, b_0, 0.0, 0.0, 0.0), (1.0, 0.5 * b_0, -0.5 * b_0, 0.0, 0.0)]
+
+
+SAMPLERS: dict[str, Callable[..., list[Update]]] = {
     "ddim": ddim,
     "ancestral": ancestral,
     "dpmpp2m": dpmpp2m,
+    "ab2": ab2,
+    "ab3": ab3,
+    "sa2": sa2,
+    "unipc2": unipc2,
+    "heun": heun,
 }
-GRIDS: dict[str, Callable[[int, float, float], np.ndarray]] = {
-    "uniform": uniform_grid,
-    "cosine": cosine_grid,
-    "mix": mix_grid,
-}
+SAMPLER_NUMBERS: Ranges = {"sa2": {"tau": (0.0, 10.0)}}
+
+
+def parse_sampler(text: str, where: str = "sampler") -> Sampler:
+    """The sampler called `text`, such as `ab3` or `sa2:0.6`; UsageError."""
+    return parse_spelling(where, text, SAMPLERS, SAMPLER_NUMBERS)
 
 
 def sampler_table(
     sampler: str, grid: str, num_steps: int, *, logsnr_min: float, logsnr_max: float, ends_clean: bool
 ) -> np.ndarray:
-    """The table `[num_steps, 8]` (columns ROW), float64.
+    """The table `[rows, 8]` (columns ROW), float64: a row for each call of the network, two a step of heun, else one.
 
-    It runs from `logsnr_min` to `logsnr_max`; with `ends_clean` the last step returns the prediction itself, without
-    it the state keeps the noise of `logsnr_max` (the prior: the decoder is given the noisy z_0).
-    Raises UsageError for an unknown sampler or grid and for fewer than one step.
+    It runs from `logsnr_min` to `logsnr_max`; with `ends_clean` the last step is one row that returns the prediction
+    itself, without it the state keeps the noise of `logsnr_max` (the prior: the decoder is given the noisy z_0).
+    Raises UsageError for an unknown sampler or grid, a grid that does not rise, and fewer than one step.
     """
-    for what, name, known in (("sampler", sampler, SAMPLERS), ("grid", grid, GRIDS)):
-        if name not in known:
-            raise UsageError(f"{what} {name!r} is not known; expected one of {', '.join(known)}")
+    rows_of_step, nodes_of_grid = parse_sampler(sampler), parse_grid(grid)
     if num_steps < 1:
         raise UsageError(f"the number of steps is {num_steps}; expected 1 or more")
-    logsnr = GRIDS[grid](num_steps, logsnr_min, logsnr_max)
-    rows = [
-        (logsnr[k], float(alpha(logsnr[k])), float(sigma(logsnr[k])), *SAMPLERS[sampler](logsnr, k))
-        for k in range(num_steps)
-    ]
-    table = np.array(rows, dtype=np.float64)
+    logsnr = nodes_of_grid(num_steps, logsnr_min, logsnr_max)
+    if not (np.diff(logsnr) > 0.0).all():
+        raise UsageError(f"grid {grid!r} does not rise in {num_steps} steps from {logsnr_min} to {logsnr_max}")
+    steps = [rows_of_step(logsnr, k) for k in range(num_steps)]
     if ends_clean:
-        table[-1, A:] = (0.0, 1.0, 0.0, 0.0, 0.0)
-    return table
+        steps[-1] = [(0.0, 1.0, 0.0, 0.0, 0.0)]
+    calls = [(logsnr[k + call], update) for k, step in enumerate(steps) for call, update in enumerate(step)]
+    return np.array([(level, alpha(level), sigma(level), *update) for level, update in calls], dtype=np.float64)
 
 
 def needs_noise(table: np.ndarray) -> bool:

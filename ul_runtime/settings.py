@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, TypedDict
 
 from ul_runtime.errors import UsageError
-from ul_runtime.samplers import GRIDS, SAMPLERS
+from ul_runtime.grids import parse_grid
+from ul_runtime.samplers import parse_sampler
 
 NO_LABEL = "none"
 Label: TypeAlias = int | str
@@ -28,16 +29,15 @@ class Overrides(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """One loop: which table, and how many steps."""
+    """One loop: which table, and how many steps; UsageError for names that are not known."""
 
     sampler: str
     grid: str
     num_steps: int
 
     def __post_init__(self) -> None:
-        for what, name, known in (("sampler", self.sampler, SAMPLERS), ("grid", self.grid, GRIDS)):
-            if name not in known:
-                raise UsageError(f"{what} {name!r} is not known; expected one of {', '.join(known)}")
+        parse_sampler(self.sampler)
+        parse_grid(self.grid)
         if self.num_steps < 1:
             raise UsageError(f"the number of steps is {self.num_steps}; expected 1 or more")
 

@@ -57,9 +57,9 @@ class StageAccount:
 class SamplingAccount:
     """Making one image with the recipe's default sampler."""
 
-    prior_steps: int
-    guided_steps: int  # of these, inside the guidance interval: two calls of the base
-    decoder_steps: int
+    prior_calls: int
+    guided_calls: int  # of these, inside the guidance interval: with and without the label, twice the work
+    decoder_calls: int
     flops_per_image: int
 
 
@@ -181,20 +181,16 @@ def _stage(
 
 def _sampling(config: Config, sizes: dict[str, NetworkAccount], num_classes: int) -> SamplingAccount:
     sampling, (low, high) = config.sampling, config.sampling.guidance_interval
-    logsnr_min, logsnr_max = config.make_objective().schedule_z.ends
-    table = sampler_table(
-        sampling.sampler,
-        sampling.grid,
-        sampling.steps,
-        logsnr_min=logsnr_min,
-        logsnr_max=logsnr_max,
-        ends_clean=False,
-    )
+    objective = config.make_objective()
+    (z_min, z_max), (x_min, x_max) = objective.schedule_z.ends, objective.schedule_x.ends
+    prior = sampling.sampler, sampling.grid, sampling.steps
+    decoder = sampling.decoder_sampler, sampling.decoder_grid, sampling.decoder_steps
+    table = sampler_table(*prior, logsnr_min=z_min, logsnr_max=z_max, ends_clean=False)
+    decoder_calls = len(sampler_table(*decoder, logsnr_min=x_min, logsnr_max=x_max, ends_clean=True))
     inside = int(((table[:, LOGSNR] >= low) & (table[:, LOGSNR] <= high)).sum())
     guided = inside if num_classes and sampling.guidance != 1.0 else 0
-    base, decoder = sizes["base"].forward_flops, sizes["decoder"].forward_flops
-    flops = (len(table) + guided) * base + sampling.decoder_steps * decoder
-    return SamplingAccount(len(table), guided, sampling.decoder_steps, flops)
+    flops = (len(table) + guided) * sizes["base"].forward_flops + decoder_calls * sizes["decoder"].forward_flops
+    return SamplingAccount(len(table), guided, decoder_calls, flops)
 
 
 def _latent(config: Config) -> LatentAccount:
@@ -273,9 +269,9 @@ def _facts_table(figures: Account) -> Table:
     sampling, latent = figures.sampling, figures.latent
     shape = " x ".join(map(str, figures.latent_shape))
     table = Table(title="sampling, latent, disk", title_justify="left", show_header=False)
-    steps = f"{sampling.prior_steps} steps of the base, {sampling.guided_steps} of them guided"
+    calls = f"{sampling.prior_calls} calls of the base, {sampling.guided_calls} of them guided"
     table.add_row(
-        "an image", f"{steps}, {sampling.decoder_steps} of the decoder: {si(sampling.flops_per_image, 'FLOP')}"
+        "an image", f"{calls}, {sampling.decoder_calls} of the decoder: {si(sampling.flops_per_image, 'FLOP')}"
     )
     table.add_row("latent, c x h x w", f"{shape} = {latent.num_values:,} values")
     per_pixel = f"{latent.bits_per_value:.2f} bits a value, {latent.bits_per_pixel:.3f} a pixel"

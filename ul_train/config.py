@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ul_runtime.errors import UsageError
+from ul_runtime.grids import parse_grid
 from ul_runtime.noise_process import Schedule, resolution_shift
-from ul_runtime.samplers import GRIDS, SAMPLERS
+from ul_runtime.samplers import parse_sampler
 from ul_train.objective import Objective
 
 Positive = Annotated[int, Field(gt=0)]
@@ -131,14 +132,13 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> "SamplingConfig":
-        for name, value, known in (
-            ("sampler", self.sampler, SAMPLERS),
-            ("grid", self.grid, GRIDS),
-            ("decoder_sampler", self.decoder_sampler, SAMPLERS),
-            ("decoder_grid", self.decoder_grid, GRIDS),
-        ):
-            if value not in known:
-                raise ValueError(f"sampling.{name} {value!r} is not known; expected one of {', '.join(known)}")
+        try:
+            parse_sampler(self.sampler, "sampling.sampler")
+            parse_grid(self.grid, "sampling.grid")
+            parse_sampler(self.decoder_sampler, "sampling.decoder_sampler")
+            parse_grid(self.decoder_grid, "sampling.decoder_grid")
+        except UsageError as error:
+            raise ValueError(error) from None
         low, high = self.guidance_interval
         if not low < high:
             raise ValueError(f"sampling.guidance_interval is [{low}, {high}]; give the lower logsnr first")

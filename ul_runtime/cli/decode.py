@@ -52,6 +52,7 @@ def decode(
     sampler = pipeline.settings(**overrides).decoder
     settings = {f"decoder_{key}": value for key, value in asdict(sampler).items()}
     z_0, label = file.arrays["z_0"], file.arrays.get("label")
+    calls = len(pipeline.decoder_table(sampler))
     average = f", mean of {mean_of}" if mean_of > 1 else ""
     result = fill(
         out,
@@ -68,7 +69,7 @@ def decode(
             control=control,
             **overrides,
         ),
-        f"{pipeline.manifest.name}, decoded, seed {seed}, {sampler.num_steps} {sampler.sampler} steps{average}",
+        f"{pipeline.manifest.name}, decoded, seed {seed}, {calls} {sampler.sampler} calls{average}",
     )
     print(json.dumps(result) if as_json else summary(result))
 

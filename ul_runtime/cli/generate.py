@@ -9,6 +9,7 @@ from ul_runtime.cli import options
 from ul_runtime.errors import run_command
 
 if TYPE_CHECKING:
+    from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -66,17 +67,18 @@ def generate(
         lambda missing, control: pipeline.generate(
             missing, seed=seed, labels=label or None, batch_size=batch_size, control=control, **overrides
         ),
-        _title(pipeline.manifest.name, seed, settings, names),
+        _title(pipeline, seed, settings, names),
         names if len(names) > 1 else (),
     )
     print(json.dumps(result) if as_json else summary(result))
 
 
-def _title(bundle: str, seed: int, settings: "Settings", names: list[str]) -> str:
-    loops = " + ".join(f"{loop.num_steps} {loop.sampler}" for loop in (settings.prior, settings.decoder))
+def _title(pipeline: "Pipeline", seed: int, settings: "Settings", names: list[str]) -> str:
+    prior, decoder = len(pipeline.prior_table(settings.prior)), len(pipeline.decoder_table(settings.decoder))
+    loops = f"{prior} {settings.prior.sampler} + {decoder} {settings.decoder.sampler}"
     only = f"{names[0]}, " if len(names) == 1 and names[0] != "none" else ""
     guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1.0 else ""
-    return f"{bundle}, {only}seed {seed}, {loops} steps{guidance}"
+    return f"{pipeline.manifest.name}, {only}seed {seed}, {loops} calls{guidance}"
 
 
 def main() -> None:

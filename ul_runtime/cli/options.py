@@ -8,6 +8,8 @@ import typer
 from ul_runtime.errors import UsageError
 
 _BUNDLES = "the bundle's"
+_SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2, heun"
+_GRIDS = "uniform, cosine, karras, flow, mix or mix:RHO,CENTRE,WIDTH"
 
 BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle of ul-export (a folder).")]
 OutFolder: TypeAlias = Annotated[
@@ -27,27 +29,37 @@ Spinning: TypeAlias = Annotated[
 BackendName: TypeAlias = Annotated[str, typer.Option("--backend", metavar="auto|ort-cpu", help="What runs the graphs.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
 DecoderSteps: TypeAlias = Annotated[
-    int | None, typer.Option("--decoder-steps", metavar="COUNT", help="Decoder steps.", show_default=_BUNDLES)
+    int | None,
+    typer.Option(
+        "--decoder-steps",
+        metavar="COUNT",
+        help="Decoder steps: a call of the network each, two of heun.",
+        show_default=_BUNDLES,
+    ),
 ]
 DecoderSampler: TypeAlias = Annotated[
     str | None,
-    typer.Option("--decoder-sampler", metavar="NAME", help="Sampler of the decoder.", show_default=_BUNDLES),
+    typer.Option(
+        "--decoder-sampler", metavar="NAME", help=f"Sampler of the decoder: {_SAMPLERS}.", show_default=_BUNDLES
+    ),
 ]
 DecoderGrid: TypeAlias = Annotated[
-    str | None, typer.Option("--decoder-grid", metavar="NAME", help="Time grid of the decoder.", show_default=_BUNDLES)
+    str | None,
+    typer.Option("--decoder-grid", metavar="NAME", help=f"Time grid of the decoder: {_GRIDS}.", show_default=_BUNDLES),
 ]
 Steps: TypeAlias = Annotated[
-    int | None, typer.Option("--steps", metavar="COUNT", help="Prior steps.", show_default=_BUNDLES)
+    int | None,
+    typer.Option(
+        "--steps", metavar="COUNT", help="Prior steps: a call of the network each, two of heun.", show_default=_BUNDLES
+    ),
 ]
 Sampler: TypeAlias = Annotated[
     str | None,
-    typer.Option(
-        "--sampler", metavar="NAME", help="Sampler of the prior: ddim, ancestral, dpmpp2m.", show_default=_BUNDLES
-    ),
+    typer.Option("--sampler", metavar="NAME", help=f"Sampler of the prior: {_SAMPLERS}.", show_default=_BUNDLES),
 ]
 Grid: TypeAlias = Annotated[
     str | None,
-    typer.Option("--grid", metavar="NAME", help="Time grid of the prior: uniform, cosine, mix.", show_default=_BUNDLES),
+    typer.Option("--grid", metavar="NAME", help=f"Time grid of the prior: {_GRIDS}.", show_default=_BUNDLES),
 ]
 Guidance: TypeAlias = Annotated[
     float | None,
