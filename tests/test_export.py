@@ -98,10 +98,10 @@ def test_no_input_is_without_effect(exported):
 
 
 @pytest.mark.parametrize("sampler", [{}, {"sampler": "ancestral", "decoder_sampler": "ancestral"}])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [{"guidance": 1.0}, {"guidance": 3.0, "guidance_rescale": 0.7}])
 def test_images_equal_those_of_torch_along_the_whole_path(exported, sampler, guidance):
     bundle = Bundle.open(exported.bundle)
-    settings = sampler | ({"guidance": guidance} if bundle.manifest.classes else {})
+    settings = sampler | (guidance if bundle.manifest.classes else {})
     batches = [
         list(Pipeline(bundle, backend).generate(10, seed=5, batch_size=7, **settings))
         for backend in (OrtCpuBackend(bundle, threads=1), exported.torch_backend())

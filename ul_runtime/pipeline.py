@@ -14,6 +14,7 @@ from ul_runtime.backends import Backend
 from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
+from ul_runtime.guidance import classifier_free, unguided
 from ul_runtime.loop import Step, never, run_steps
 from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
@@ -76,7 +77,7 @@ class Pipeline:
 
     def settings(self, **overrides: Unpack[Overrides]) -> Settings:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""
-        return resolve_settings(self.manifest.defaults, overrides, conditional=self.num_classes > 0)
+        return resolve_settings(self.manifest.defaults, overrides, can_guide=self.num_classes > 0)
 
     def generate(
         self,
@@ -91,6 +92,9 @@ class Pipeline:
         """Batches of the first `images` images, or of the images with these indices.
 
         Labels go by index, in turn: image i has labels[i mod len]; None = all classes, "none" = no label.
+        `guidance` w: pred = w pred(label) + (1 - w) u where logsnr is in `guidance_interval`; u is pred for no
+        label. `guidance_rescale` in [0, 1], 0 = off, draws the guided prediction's standard deviation, of each image,
+        back to that of pred(label).
         Non-finite images are left out; after the last batch they raise NonFiniteError. Else UsageError, StoppedError.
         """
         _check_seed(seed)
@@ -200,17 +204,14 @@ class Pipeline:
 
     def _prior_step(self, label: np.ndarray, settings: Settings, control: Control) -> Step:
         low, high = settings.guidance_interval or (-np.inf, np.inf)
-        weight = settings.guidance
-        plain = label[:, None], np.ones((len(label), 1), np.float32)
-        guided = (
-            np.stack([label, np.full_like(label, self.num_classes)], axis=1),
-            np.tile(np.array([weight, 1.0 - weight], np.float32), (len(label), 1)),
-        )
+        weight, phi = settings.guidance, settings.guidance_rescale
 
         def step(z: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            inside = weight != 1.0 and low <= row[0, LOGSNR] <= high
-            labels, weights = guided if inside else plain
-            inputs = {"z": z, "history": history, "noise": eps, "row": row, "label": labels, "weight": weights}
+            if weight == 1.0 or not low <= row[0, LOGSNR] <= high:
+                guidance = unguided(label, z)
+            else:
+                guidance = classifier_free(label, z, self.num_classes, weight, phi)
+            inputs = {"z": z, "history": history, "noise": eps, "row": row, **guidance}
             out = self.backend.run("prior_step", inputs)
             control.progress(len(z))
             return out["z_next"], out["pred"]

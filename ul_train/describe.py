@@ -67,6 +67,7 @@ def describe(
                 num_steps=sampling.steps,
                 guidance=sampling.guidance if class_names else 1.0,
                 guidance_interval=sampling.guidance_interval,
+                guidance_rescale=sampling.guidance_rescale,
             ),
             decoder=DecoderDefaults(
                 sampler=sampling.decoder_sampler, grid=sampling.decoder_grid, num_steps=sampling.decoder_steps

@@ -9,6 +9,7 @@ from ul_runtime.cli import options
 from ul_runtime.errors import run_command
 
 if TYPE_CHECKING:
+    from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -34,6 +35,7 @@ def generate(
     grid: options.Grid = None,
     guidance: options.Guidance = None,
     guidance_interval: options.GuidanceInterval = None,
+    guidance_rescale: options.GuidanceRescale = None,
     decoder_steps: options.DecoderSteps = None,
     decoder_sampler: options.DecoderSampler = None,
     decoder_grid: options.DecoderGrid = None,
@@ -51,9 +53,10 @@ def generate(
     from ul_runtime.settings import NO_LABEL, Overrides, label_cycle
 
     pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
-    prior = Overrides(steps=steps, sampler=sampler, grid=grid, guidance=guidance, guidance_interval=interval)
+    prior = Overrides(steps=steps, sampler=sampler, grid=grid)
+    guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
-    overrides = prior | decoder
+    overrides = prior | guided | decoder
     settings = pipeline.settings(**overrides)
     classes = [*pipeline.manifest.classes, NO_LABEL]
     names = [classes[number] for number in label_cycle(label, pipeline.manifest.classes)]
@@ -66,17 +69,17 @@ def generate(
         lambda missing, control: pipeline.generate(
             missing, seed=seed, labels=label or None, batch_size=batch_size, control=control, **overrides
         ),
-        _title(pipeline.manifest.name, seed, settings, names),
+        _title(pipeline, seed, settings, names),
         names if len(names) > 1 else (),
     )
     print(json.dumps(result) if as_json else summary(result))
 
 
-def _title(bundle: str, seed: int, settings: "Settings", names: list[str]) -> str:
+def _title(pipeline: "Pipeline", seed: int, settings: "Settings", names: list[str]) -> str:
     loops = " + ".join(f"{loop.num_steps} {loop.sampler}" for loop in (settings.prior, settings.decoder))
     only = f"{names[0]}, " if len(names) == 1 and names[0] != "none" else ""
     guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1.0 else ""
-    return f"{bundle}, {only}seed {seed}, {loops} steps{guidance}"
+    return f"{pipeline.manifest.name}, {only}seed {seed}, {loops} steps{guidance}"
 
 
 def main() -> None:

@@ -59,6 +59,15 @@ GuidanceInterval: TypeAlias = Annotated[
         "--guidance-interval", metavar="LO,HI", help="Guide where logsnr is in it; or all.", show_default=_BUNDLES
     ),
 ]
+GuidanceRescale: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance-rescale",
+        metavar="PHI",
+        help="Share (0 to 1) by which guided predictions get back the standard deviation of unguided ones.",
+        show_default=_BUNDLES,
+    ),
+]
 
 
 def parse_interval(text: str | None) -> tuple[float, float] | None:
