@@ -8,6 +8,7 @@ The prior's branches, its guide and its rescale are combined as ul_train/step.py
 The encoder averages blocks of `factor` px, channel by channel; further latent channels take the mean of all.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Sequence
@@ -228,6 +229,7 @@ def write_analytic_bundle(
             "step": 0,
             "weights": "exact",
             "code_version": "0.1.0",
+            "encoder_sha256": hashlib.sha256(weights["encoder"]).hexdigest(),
         },
     }
     return write_bundle(path, BundleInfo.model_validate(fields), files)

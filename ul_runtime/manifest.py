@@ -134,6 +134,7 @@ class Provenance(_Part):
     weights: Text
     code_version: Text
     created: Text | None = None
+    encoder_sha256: Sha256 | None = None  # of its weights in torch: equal for all priors that learned its latents
 
 
 class FileEntry(_Part):

@@ -29,7 +29,13 @@ def _tensors(shapes: dict[str, tuple[int | str, ...]]) -> tuple[TensorFormat, ..
 
 
 def describe(
-    config: Config, class_names: tuple[str, ...], run_id: str, data_fingerprint: str, step: int, opset: int
+    config: Config,
+    class_names: tuple[str, ...],
+    run_id: str,
+    data_fingerprint: str,
+    step: int,
+    opset: int,
+    encoder_sha256: str | None = None,
 ) -> BundleInfo:
     """The manifest of a bundle of this run, without hashes, quality and parity."""
     objective, sampling = config.make_objective(), config.sampling
@@ -81,5 +87,6 @@ def describe(
             step=step,
             weights="ema",
             code_version=__version__,
+            encoder_sha256=encoder_sha256,
         ),
     )
