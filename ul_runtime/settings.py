@@ -81,11 +81,13 @@ def _first(*values: Any) -> Any:
 def resolve_settings(defaults: Any, given: Overrides, *, can_guide: bool) -> Settings:
     """The bundle's `defaults` (manifest) with `given` over them; UsageError for what cannot be.
 
-    `can_guide`: there are classes.
+    `can_guide`: there are classes, or a guide.
     """
     prior, decoder = defaults.prior, defaults.decoder
     if not can_guide and (given.get("guidance") or 1.0) != 1.0:
-        raise UsageError(f"guidance {given['guidance']} asks for classes, the bundle has none; leave it out")
+        raise UsageError(
+            f"guidance {given['guidance']} asks for classes, the bundle has none; leave it out, or give a guide"
+        )
     interval = _first(given.get("guidance_interval"), prior.guidance_interval)
     everywhere = interval is None or (math.isinf(interval[0]) and math.isinf(interval[1]))
     guidance = float(_first(given.get("guidance"), prior.guidance, 1.0)) if can_guide else 1.0

@@ -36,6 +36,7 @@ def generate(
     guidance: options.Guidance = None,
     guidance_interval: options.GuidanceInterval = None,
     guidance_rescale: options.GuidanceRescale = None,
+    guide: options.GuideBundle = None,
     decoder_steps: options.DecoderSteps = None,
     decoder_sampler: options.DecoderSampler = None,
     decoder_grid: options.DecoderGrid = None,
@@ -52,7 +53,7 @@ def generate(
     from ul_runtime.cli.fill import fill, job_of, summary
     from ul_runtime.settings import NO_LABEL, Overrides, label_cycle
 
-    pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
+    pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, threads=threads, allow_spinning=spinning)
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)
     guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
@@ -78,7 +79,8 @@ def generate(
 def _title(pipeline: "Pipeline", seed: int, settings: "Settings", names: list[str]) -> str:
     loops = " + ".join(f"{loop.num_steps} {loop.sampler}" for loop in (settings.prior, settings.decoder))
     only = f"{names[0]}, " if len(names) == 1 and names[0] != "none" else ""
-    guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1.0 else ""
+    by = f" by {pipeline.guide.manifest.name}" if pipeline.guide else ""
+    guidance = f", guidance {settings.guidance:g}{by}" if settings.guidance != 1.0 else ""
     return f"{pipeline.manifest.name}, {only}seed {seed}, {loops} steps{guidance}"
 
 

@@ -51,7 +51,18 @@ Grid: TypeAlias = Annotated[
 ]
 Guidance: TypeAlias = Annotated[
     float | None,
-    typer.Option("--guidance", metavar="WEIGHT", help="Classifier-free guidance, 1 = off.", show_default=_BUNDLES),
+    typer.Option(
+        "--guidance", metavar="WEIGHT", help="Guidance: classifier-free, or by --guide; 1 = off.", show_default=_BUNDLES
+    ),
+]
+GuideBundle: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--guide",
+        metavar="BUNDLE",
+        help="A lesser prior of the same latents: guidance leads away from it.",
+        show_default="no label",
+    ),
 ]
 GuidanceInterval: TypeAlias = Annotated[
     str | None,
