@@ -4,9 +4,11 @@ Latents of class k are N(class_mean[k], latent_std^2), images given z_0 are N(z_
 
     pred = mean + alpha s^2 / (alpha^2 s^2 + sigma^2) (state - alpha mean)
 
+The prior's branches, its guide and its rescale are combined as ul_train/step.py says, in ONNX operators of their own.
 The encoder averages blocks of `factor` px, channel by channel; further latent channels take the mean of all.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Sequence
@@ -48,6 +50,9 @@ class GraphBuilder:
         tensor = helper.make_tensor("value", TensorProto.INT64, [len(values)], values)
         return self("Constant", value=tensor)
 
+    def number(self, value: float) -> str:
+        return self("Constant", value=helper.make_tensor("value", TensorProto.FLOAT, [], [value]))
+
     def spread(self, values: str, *axes: int) -> str:
         """Unit axes put in, so that `values` broadcasts."""
         return self("Unsqueeze", values, self.integers(*axes))
@@ -64,13 +69,25 @@ class GraphBuilder:
     def total(self, *terms: str, output: str | None = None) -> str:
         return self("Sum", *terms, output=output)
 
-    def step(self, state: str, mean: str, variance: str) -> None:
-        """The exact prediction for N(mean, variance), and the linear update of the samplers."""
+    def exact(self, state: str, mean: str, variance: str) -> str:
+        """The exact prediction for N(mean, variance)."""
         alpha, sigma = self.column(ALPHA), self.column(SIGMA)
         signal = self("Mul", self("Mul", alpha, alpha), variance)
         share = self("Div", self("Mul", alpha, variance), self("Add", signal, self("Mul", sigma, sigma)))
-        centred = self("Sub", state, self("Mul", alpha, mean))
-        self.total(mean, self("Mul", share, centred), output="pred")
+        return self("Add", mean, self("Mul", share, self("Sub", state, self("Mul", alpha, mean))))
+
+    def std(self, values: str) -> str:
+        """`b c h w` -> `b 1 1 1`."""
+        axes = self.integers(1, 2, 3)
+        centred = self("Sub", values, self("ReduceMean", values, axes))
+        return self("Sqrt", self("ReduceMean", self("Mul", centred, centred), axes))
+
+    def unless_zero(self, switch: str, on: str, off: str) -> str:
+        """`on` for the images whose `switch` `b 1 1 1` is not zero, `off` for the others."""
+        return self("Where", self("Equal", switch, self.number(0.0)), off, on)
+
+    def update(self, state: str) -> None:
+        """The linear update of the samplers, by "pred"."""
         terms = [(A, state), (B_0, "pred"), (B_1, self.past(0)), (B_2, self.past(1)), (S, "noise")]
         scaled = [self("Mul", self.column(column), term) for column, term in terms]
         self.total(*scaled, output=f"{state}_next")
@@ -81,13 +98,30 @@ def _encoder(g: GraphBuilder, factor: int) -> None:
 
 
 def _prior(g: GraphBuilder, factor: int) -> None:
+    def summed(values: str) -> str:
+        return g("ReduceSum", values, g.integers(1), keepdims=0)
+
     means = g("Gather", "class_mean", "label", axis=0)
-    mean = g("ReduceSum", g("Mul", means, g.spread("weight", 2)), g.integers(1), keepdims=0)
-    g.step("z", g.spread(mean, 2, 3), "variance")
+    mean = g.spread(summed(g("Mul", means, g.spread("weight", 2))), 2, 3)
+    first = g.spread(g("Squeeze", g("Gather", means, g.integers(0), axis=1), g.integers(1)), 2, 3)
+    weighted = g.exact(g("Mul", g.spread(summed("weight"), 1, 2, 3), "z"), mean, "variance")
+    guide_weight = g.spread("guide_weight", 1, 2, 3)
+    guided = g.unless_zero(guide_weight, g("Add", weighted, g("Mul", guide_weight, "guide")), weighted)
+    std, phi = g.std(guided), g.spread("rescale", 1, 2, 3)
+    one = g.number(1.0)
+    ratio = g.unless_zero(std, g("Div", g.std(g.exact("z", first, "variance")), std), one)
+    gain = g("Add", g("Mul", phi, ratio), g("Sub", one, phi))
+    g("Identity", g.unless_zero(phi, g("Mul", guided, gain), guided), output="pred")
+    g.update("z")
 
 
 def _decoder(g: GraphBuilder, factor: int) -> None:
-    g.step("x", g("ConvTranspose", "z_0", "kernel", strides=[factor, factor]), "variance")
+    g(
+        "Identity",
+        g.exact("x", g("ConvTranspose", "z_0", "kernel", strides=[factor, factor]), "variance"),
+        output="pred",
+    )
+    g.update("x")
 
 
 def _infos(shapes: dict[str, Shape]) -> list[onnx.ValueInfoProto]:
@@ -195,6 +229,7 @@ def write_analytic_bundle(
             "step": 0,
             "weights": "exact",
             "code_version": "0.1.0",
+            "encoder_sha256": hashlib.sha256(weights["encoder"]).hexdigest(),
         },
     }
     return write_bundle(path, BundleInfo.model_validate(fields), files)

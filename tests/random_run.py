@@ -45,6 +45,7 @@ def write_run(
     run: Path, *overrides: str, recipe: str = "tiny", classes: Sequence[str] = DIGITS, base: bool = True, seed: int = 0
 ) -> dict[str, nn.Module]:
     """Write the run, with its base stage or without; returns its networks, `base` in any case."""
+    torch.manual_seed(seed)  # of the biases before they are moved
     config = load_config(recipe, list(overrides))
     splits: Any = SimpleNamespace(train=SimpleNamespace(fingerprint="0" * 64, class_names=tuple(classes)))
     create_run(run, config, "nowhere", None, splits)

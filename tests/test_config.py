@@ -85,6 +85,7 @@ def test_shapes_follow_from_size_patch_and_stages():
         ('image.background="#ff8000"', "image", "background", "#ff8000"),
         ("image.background=#ff8000", "image", "background", "#ff8000"),
         ("sampling.guidance_interval=[-2, 1.5]", "sampling", "guidance_interval", (-2.0, 1.5)),
+        ("sampling.guidance_rescale=0.7", "sampling", "guidance_rescale", 0.7),
         (" sampling.sampler = ancestral", "sampling", "sampler", "ancestral"),
         ("encoder.channels=[32, 64]", "encoder", "channels", (32, 64)),
     ],
@@ -170,6 +171,10 @@ def test_a_key_or_value_that_cannot_be_is_named(override, message):
         (
             ["sampling.guidance_interval=[2, -2]"],
             "sampling.guidance_interval is [2.0, -2.0]; give the lower logsnr first",
+        ),
+        (
+            ["sampling.guidance_rescale=1.5"],
+            "sampling.guidance_rescale = 1.5: input should be less than or equal to 1",
         ),
     ],
 )

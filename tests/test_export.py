@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +99,10 @@ def test_no_input_is_without_effect(exported):
 
 
 @pytest.mark.parametrize("sampler", [{}, {"sampler": "ancestral", "decoder_sampler": "ancestral"}])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [{"guidance": 1.0}, {"guidance": 3.0, "guidance_rescale": 0.7}])
 def test_images_equal_those_of_torch_along_the_whole_path(exported, sampler, guidance):
     bundle = Bundle.open(exported.bundle)
-    settings = sampler | ({"guidance": guidance} if bundle.manifest.classes else {})
+    settings = sampler | (guidance if bundle.manifest.classes else {})
     batches = [
         list(Pipeline(bundle, backend).generate(10, seed=5, batch_size=7, **settings))
         for backend in (OrtCpuBackend(bundle, threads=1), exported.torch_backend())
@@ -161,6 +162,7 @@ def test_the_manifest_tells_the_provenance_and_the_measured_differences(exported
     run = json.loads((exported.run / "run.json").read_text())
     assert manifest.provenance.run_id == run["run_id"]
     assert (manifest.provenance.step, manifest.provenance.weights) == (20, "ema")
+    assert re.fullmatch("[0-9a-f]{64}", manifest.provenance.encoder_sha256)
     parity = dict(manifest.parity)
     assert parity.pop("backend") == "ort-cpu"
     assert str(parity.pop("reference")).startswith("torch ")
@@ -171,6 +173,14 @@ def test_the_manifest_tells_the_provenance_and_the_measured_differences(exported
     assert 0 < exported.figures["worst_graph_difference"] < 1e-4
     assert exported.figures["worst_image_psnr_db"] > 60
     assert any("base step 20 of 20" in line for line in exported.said)
+
+
+def test_bundles_of_one_encoder_say_so_at_any_opset(tmp_path_factory):
+    encoders = [
+        Bundle.open(exported_run(name, tmp_path_factory).bundle).manifest.provenance.encoder_sha256 for name in CASES
+    ]
+    assert encoders[0] == encoders[1]
+    assert encoders[0] != encoders[2]
 
 
 def test_ul_generate_makes_pictures_of_the_bundle(exported, command, tmp_path):

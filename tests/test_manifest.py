@@ -36,8 +36,14 @@ def test_every_truncation_of_the_manifest_is_refused(path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_with_the_version_and_the_advice(path: Path) -> None:
-    change_manifest(path, lambda value: value.update(format_version=2, news=1))
-    with pytest.raises(BadInputError, match="format_version 2, this program reads up to 1; upgrade"):
+    change_manifest(path, lambda value: value.update(format_version=3, news=1))
+    with pytest.raises(BadInputError, match="format_version 3, this program reads 2; upgrade unified-latents"):
+        Bundle.open(path)
+
+
+def test_an_older_format_is_refused_with_the_version_and_the_advice(path: Path) -> None:
+    change_manifest(path, lambda value: value.update(format_version=1))
+    with pytest.raises(BadInputError, match="format_version 1, this program reads 2; export again with ul-export"):
         Bundle.open(path)
 
 
@@ -96,7 +102,7 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
     "nested objects": lambda data: b'{"a":' * 150_000,
     "many strings": lambda data: b'"' + b'\\"' * 500_000,
     "many files": lambda data: (
-        b'{"format": "unified-latents-bundle", "format_version": 1, "files": {'
+        b'{"format": "unified-latents-bundle", "format_version": 2, "files": {'
         + b",".join(b'"%d":0' % i for i in range(80_000))
         + b"}}"
     ),
@@ -107,7 +113,8 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
     "huge size": lambda data: data.replace(b'"size": 13', b'"size": 1000000000000000'),
     "text for a number": lambda data: data.replace(b'"step": 5', b'"step": "5"'),
     "other format": lambda data: data.replace(b"unified-latents-bundle", b"other-bundle"),
-    "version as text": lambda data: data.replace(b'"format_version": 1', b'"format_version": "1"'),
+    "version as text": lambda data: data.replace(b'"format_version": 2', b'"format_version": "2"'),
+    "rescale above 1": lambda data: data.replace(b'"guidance_rescale": 0.0', b'"guidance_rescale": 1.5'),
     "class twice": lambda data: data.replace(b'"dog"', b'"cat"'),
     "schedule upside down": lambda data: data.replace(b'"min": -10.0', b'"min": 50.0'),
 }
@@ -142,6 +149,8 @@ def set_shape(graph: str, index: int, shape: list[Any]) -> Callable[[dict[str, A
         (set_shape("decoder_step", 0, [1, 3, 16, 16]), "decoder_step.inputs: x is"),
         (set_shape("encoder", 0, ["b", 3, 16]), "encoder.inputs: x is"),
         (lambda value: value["latent"].update(channels=8), "z_clean is"),
+        (set_shape("prior_step", 6, ["b", 4, 2]), "prior_step.inputs: guide is"),
+        (lambda value: value["graphs"]["prior_step"]["inputs"].pop(), "prior_step.inputs: names are"),
         (lambda value: value["graphs"].pop("prior_step"), "prior_step is missing"),
         (lambda value: value["graphs"]["encoder"]["outputs"].pop(), "outputs: names are"),
         (lambda value: value["graphs"]["prior_step"]["inputs"][4].update(dtype="float32"), "label is float32"),

@@ -1,5 +1,6 @@
 """What ul-export does: averaged weights to ONNX, the proof against torch, one hashed bundle."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def export_bundle(
     _check_finite(run, networks)
     if threads:
         torch.set_num_threads(threads)
-    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset)
+    encoder = _weights_sha256(networks["encoder"])
+    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset, encoder)
     steps = config.base_stage.steps
     say(f"exporting {config.name} (base step {step} of {steps}, averaged weights) at opset {opset}")
     files = export_graphs(networks, described, opset)
@@ -77,6 +79,15 @@ def _check_finite(run: Path, networks: dict[str, nn.Module]) -> None:
                     f"{run}: weight {name}.{key} is not finite; remove the newest checkpoint of its stage, "
                     "go on with ul-train --resume, and export again"
                 )
+
+
+def _weights_sha256(network: nn.Module) -> str:
+    """SHA-256 of a network's tensors and their names, whatever graph they are written into."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _prove(

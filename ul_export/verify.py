@@ -146,7 +146,8 @@ def _verify_path(
 def _full_inputs(pipeline: Pipeline, seed: int) -> Iterator[tuple[GraphName, Arrays]]:
     """Inputs of every graph in which every value matters, at every batch size and number of branches.
 
-    A sampling path leaves some out: dpmpp2m draws no noise and does not use the prediction of two rows before.
+    A sampling path leaves some out: dpmpp2m draws no noise and does not use the prediction of two rows before, and a
+    guide comes from another bundle.
     """
     draw = np.random.default_rng(seed)
     for batch_size in BATCH_SIZES:
@@ -172,6 +173,7 @@ def _full_step(
         inputs["row"][:, column] = values
     if graph == "prior_step":
         inputs["label"] = draw.integers(0, pipeline.num_classes + 1, (batch_size, branches))
+        inputs["rescale"] = draw.uniform(0.1, 1.0, batch_size).astype(np.float32)
     return inputs
 
 

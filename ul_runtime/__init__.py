@@ -10,15 +10,25 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str | Path, *, backend: str = "auto", threads: int | None = None, allow_spinning: bool = True
+    path: str | Path,
+    *,
+    guide: str | Path | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    allow_spinning: bool = True,
 ) -> "Pipeline":
     """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
 
-    `threads` None = one per core. UsageError: unknown backend. BadInputError, UntrustedError: see Bundle.open.
+    `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
+    (autoguidance, Karras et al. 2024). `threads` None = one per core.
+    UsageError: unknown backend. BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
     """
     from ul_runtime.backends import open_backend
     from ul_runtime.bundle import Bundle
     from ul_runtime.pipeline import Pipeline
 
-    bundle = Bundle.open(Path(path))
-    return Pipeline(bundle, open_backend(backend, bundle, threads=threads, allow_spinning=allow_spinning))
+    def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
+        return Pipeline(bundle, open_backend(backend, bundle, threads=threads, allow_spinning=allow_spinning), guide)
+
+    lesser = None if guide is None else pipeline(Bundle.open(Path(guide), graphs=["prior_step"]))
+    return pipeline(Bundle.open(Path(path)), lesser)

@@ -26,7 +26,7 @@ from ul_runtime.grids import parse_grid
 from ul_runtime.samplers import parse_sampler
 
 FORMAT: Final = "unified-latents-bundle"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_DEPTH = 16
@@ -104,10 +104,14 @@ class DecoderDefaults(_Part):
 
 
 class PriorDefaults(DecoderDefaults):
-    """How the prior is sampled; guidance 1 = none, applied for logsnr in `guidance_interval` (None = everywhere)."""
+    """How the prior is sampled; guidance 1 = none, applied for logsnr in `guidance_interval` (None = everywhere).
+
+    `guidance_rescale` is phi of Lin et al. 2023, 0 = none.
+    """
 
     guidance: FiniteFloat
     guidance_interval: tuple[FiniteFloat, FiniteFloat] | None = None
+    guidance_rescale: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
 
 
 class Defaults(_Part):
@@ -146,6 +150,7 @@ class Provenance(_Part):
     weights: Text
     code_version: Text
     created: Text | None = None
+    encoder_sha256: Sha256 | None = None  # of its weights in torch: equal for all priors that learned its latents
 
 
 class FileEntry(_Part):
@@ -159,7 +164,7 @@ class BundleInfo(_Part):
     """All that an exporter says about a bundle; `write_bundle` adds the hashes."""
 
     format: Literal["unified-latents-bundle"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     name: Text
     image: ImageFormat
     latent: LatentFormat
@@ -218,7 +223,7 @@ def interface(graph: GraphName, image: ImageFormat, latent: LatentFormat) -> tup
     inputs: dict[str, Shape] = {state: shape, "history": ("b", HISTORY, *shape[1:]), "noise": shape}
     inputs["row"] = ("b", ROW_SIZE)
     if graph == "prior_step":
-        inputs |= {"label": ("b", "g"), "weight": ("b", "g")}
+        inputs |= {"label": ("b", "g"), "weight": ("b", "g"), "guide": shape, "guide_weight": ("b",), "rescale": ("b",)}
     else:
         inputs["z_0"] = z
     return inputs, {f"{state}_next": shape, "pred": shape}
@@ -307,7 +312,7 @@ def _check_names(value: dict[str, Any], where: str) -> None:
 
 
 def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
-    """The manifest in these bytes. BadInputError: damaged, or of a newer version; UntrustedError: names that escape."""
+    """The manifest in these bytes. BadInputError: damaged, or of another version; UntrustedError: names that escape."""
     if len(data) > MAX_MANIFEST_BYTES:
         raise BadInputError(f"{where}: {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
     try:
@@ -319,7 +324,10 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         raise BadInputError(f"{where}: format is {str(value.get('format'))[:60]!a}; expected {FORMAT!r}")
     version = value.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        message = f"format_version {version}, this program reads up to {FORMAT_VERSION}; upgrade unified-latents"
+        message = f"format_version {version}, this program reads {FORMAT_VERSION}; upgrade unified-latents"
+        raise BadInputError(f"{where}: {message}")
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        message = f"format_version {version}, this program reads {FORMAT_VERSION}; export again with ul-export"
         raise BadInputError(f"{where}: {message}")
     _check_names(value, where)
     try:

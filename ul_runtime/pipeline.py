@@ -14,6 +14,7 @@ from ul_runtime.backends import Backend
 from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
+from ul_runtime.guidance import autoguided, check_effective, check_guide, classifier_free, unguided
 from ul_runtime.loop import Step, never, run_steps
 from ul_runtime.manifest import LogsnrRange
 from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
@@ -64,12 +65,16 @@ class Encoded:
 
 
 class Pipeline:
-    """A bundle and a backend that runs its graphs."""
+    """A bundle and a backend that runs its graphs; `guide` is another of which the prior guides (autoguidance)."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, guide: "Pipeline | None" = None) -> None:
+        """BadInputError: the guide does not fit."""
         self.bundle = bundle
         self.backend = backend
+        self.guide = guide
         self.manifest = manifest = bundle.manifest
+        if guide is not None:
+            check_guide(manifest, guide.bundle.manifest)
         self.num_classes = len(manifest.classes)
         self.image_shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
         self.latent_shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
@@ -77,7 +82,9 @@ class Pipeline:
 
     def settings(self, **overrides: Unpack[Overrides]) -> Settings:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""
-        return resolve_settings(self.manifest.defaults, overrides, conditional=self.num_classes > 0)
+        return resolve_settings(
+            self.manifest.defaults, overrides, can_guide=self.num_classes > 0 or self.guide is not None
+        )
 
     def prior_table(self, sampler: SamplerSettings) -> np.ndarray:
         """The table `[rows, 8]` from noise to z_0: a row for each call of the prior."""
@@ -100,13 +107,17 @@ class Pipeline:
         """Batches of the first `images` images, or of the images with these indices.
 
         Labels go by index, in turn: image i has labels[i mod len]; None = all classes, "none" = no label.
+        `guidance` w: pred = w pred(label) + (1 - w) u where logsnr is in `guidance_interval`; u is the prediction of
+        the pipeline's guide or, without one, of this bundle for no label. `guidance_rescale` in [0, 1], 0 = off, draws
+        the guided prediction's standard deviation, of each image, back to that of pred(label).
         Non-finite images are left out; after the last batch they raise NonFiniteError. Else UsageError, StoppedError.
         """
         _check_seed(seed)
         indices = _indices(images)
         settings = self.settings(**overrides)
+        check_effective(settings, overrides, has_guide=self.guide is not None)
         cycle = np.array(label_cycle(labels, self.manifest.classes), np.int64)
-        if np.all(cycle == self.num_classes):
+        if self.guide is None and np.all(cycle == self.num_classes):
             settings = replace(settings, guidance=1.0)
         calls = len(self.prior_table(settings.prior)) + len(self.decoder_table(settings.decoder))
         per_step = _per_step(control, calls)
@@ -210,17 +221,17 @@ class Pipeline:
 
     def _prior_step(self, label: np.ndarray, settings: Settings, control: Control) -> Step:
         low, high = settings.guidance_interval or (-np.inf, np.inf)
-        weight = settings.guidance
-        plain = label[:, None], np.ones((len(label), 1), np.float32)
-        guided = (
-            np.stack([label, np.full_like(label, self.num_classes)], axis=1),
-            np.tile(np.array([weight, 1.0 - weight], np.float32), (len(label), 1)),
-        )
+        weight, phi = settings.guidance, settings.guidance_rescale
+        ask_guide = None if self.guide is None else self.guide._prior_step(label, Settings(*_ONE_STEP), UNWATCHED)
 
         def step(z: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            inside = weight != 1.0 and low <= row[0, LOGSNR] <= high
-            labels, weights = guided if inside else plain
-            inputs = {"z": z, "history": history, "noise": eps, "row": row, "label": labels, "weight": weights}
+            if weight == 1.0 or not low <= row[0, LOGSNR] <= high:
+                guidance = unguided(label, z)
+            elif ask_guide is None:
+                guidance = classifier_free(label, z, self.num_classes, weight, phi)
+            else:
+                guidance = autoguided(label, ask_guide(z, history, eps, row)[1], weight, phi)
+            inputs = {"z": z, "history": history, "noise": eps, "row": row, **guidance}
             out = self.backend.run("prior_step", inputs)
             control.progress(len(z))
             return out["z_next"], out["pred"]

@@ -22,6 +22,7 @@ class Overrides(TypedDict, total=False):
     grid: str | None
     guidance: float | None
     guidance_interval: tuple[float, float] | None  # logsnr; (-inf, inf) = everywhere
+    guidance_rescale: float | None  # phi of Lin et al. 2023, 0 = off
     decoder_steps: int | None
     decoder_sampler: str | None
     decoder_grid: str | None
@@ -50,6 +51,7 @@ class Settings:
     decoder: SamplerSettings
     guidance: float = 1.0
     guidance_interval: tuple[float, float] | None = None  # logsnr; None = everywhere
+    guidance_rescale: float = 0.0  # where guided; 0 = off
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance):
@@ -57,6 +59,8 @@ class Settings:
         if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
             low, high = self.guidance_interval
             raise UsageError(f"the guidance interval is {low},{high}; expected LO below HI, in logsnr")
+        if not 0.0 <= self.guidance_rescale <= 1.0:
+            raise UsageError(f"guidance rescale is {self.guidance_rescale}; expected 0 (off) to 1")
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, JSON-ready: prior_sampler, prior_grid, ... for provenance and fingerprints."""
@@ -66,6 +70,7 @@ class Settings:
             **{f"decoder_{key}": value for key, value in asdict(self.decoder).items()},
             "guidance": self.guidance,
             "guidance_interval": None if interval is None else [float(end) for end in interval],
+            "guidance_rescale": self.guidance_rescale,
         }
 
 
@@ -73,14 +78,19 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def resolve_settings(defaults: Any, given: Overrides, *, conditional: bool) -> Settings:
-    """The bundle's `defaults` (manifest) with `given` over them; UsageError for what cannot be."""
+def resolve_settings(defaults: Any, given: Overrides, *, can_guide: bool) -> Settings:
+    """The bundle's `defaults` (manifest) with `given` over them; UsageError for what cannot be.
+
+    `can_guide`: there are classes, or a guide.
+    """
     prior, decoder = defaults.prior, defaults.decoder
-    if not conditional and (given.get("guidance") or 1.0) != 1.0:
-        raise UsageError(f"guidance {given['guidance']} asks for classes, the bundle has none; leave it out")
+    if not can_guide and (given.get("guidance") or 1.0) != 1.0:
+        raise UsageError(
+            f"guidance {given['guidance']} asks for classes, the bundle has none; leave it out, or give a guide"
+        )
     interval = _first(given.get("guidance_interval"), prior.guidance_interval)
     everywhere = interval is None or (math.isinf(interval[0]) and math.isinf(interval[1]))
-    guidance = float(_first(given.get("guidance"), prior.guidance, 1.0)) if conditional else 1.0
+    guidance = float(_first(given.get("guidance"), prior.guidance, 1.0)) if can_guide else 1.0
     return Settings(
         prior=SamplerSettings(
             _first(given.get("sampler"), prior.sampler),
@@ -94,6 +104,7 @@ def resolve_settings(defaults: Any, given: Overrides, *, conditional: bool) -> S
         ),
         guidance=guidance,
         guidance_interval=None if everywhere else (float(interval[0]), float(interval[1])),
+        guidance_rescale=float(_first(given.get("guidance_rescale"), prior.guidance_rescale)),
     )
 
 

@@ -126,6 +126,7 @@ class SamplingConfig(Section):
     steps: Positive = 32
     guidance: float = 1.5
     guidance_interval: tuple[float, float] = (-3.0, 1.5)  # logsnr
+    guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # phi of Lin et al. 2023; 0 = off
     decoder_sampler: str = "dpmpp2m"
     decoder_grid: str = "mix"
     decoder_steps: Positive = 8

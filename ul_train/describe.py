@@ -8,6 +8,7 @@ from ul_runtime.manifest import (
     DecoderDefaults,
     Defaults,
     Graph,
+    GraphName,
     ImageFormat,
     LatentFormat,
     LogsnrRange,
@@ -28,8 +29,26 @@ def _tensors(shapes: dict[str, tuple[int | str, ...]]) -> tuple[TensorFormat, ..
     )
 
 
+def _graph(name: GraphName, image: ImageFormat, latent: LatentFormat, opset: int) -> Graph:
+    inputs, outputs = interface(name, image, latent)
+    return Graph(
+        file=f"{name}.onnx",
+        weights=f"{NETWORK_OF_GRAPH[name]}.safetensors",
+        precision="fp32",
+        opset=opset,
+        inputs=_tensors(inputs),
+        outputs=_tensors(outputs),
+    )
+
+
 def describe(
-    config: Config, class_names: tuple[str, ...], run_id: str, data_fingerprint: str, step: int, opset: int
+    config: Config,
+    class_names: tuple[str, ...],
+    run_id: str,
+    data_fingerprint: str,
+    step: int,
+    opset: int,
+    encoder_sha256: str | None = None,
 ) -> BundleInfo:
     """The manifest of a bundle of this run, without hashes, quality and parity."""
     objective, sampling = config.make_objective(), config.sampling
@@ -40,17 +59,6 @@ def describe(
         fit=config.image.fit,
     )
     latent = LatentFormat(channels=config.latent_channels, size=config.latent_size)
-    graphs = {}
-    for name in GRAPH_NAMES:
-        inputs, outputs = interface(name, image, latent)
-        graphs[name] = Graph(
-            file=f"{name}.onnx",
-            weights=f"{NETWORK_OF_GRAPH[name]}.safetensors",
-            precision="fp32",
-            opset=opset,
-            inputs=_tensors(inputs),
-            outputs=_tensors(outputs),
-        )
     z_min, z_max = objective.schedule_z.ends
     x_min, x_max = objective.schedule_x.ends
     return BundleInfo(
@@ -67,12 +75,13 @@ def describe(
                 num_steps=sampling.steps,
                 guidance=sampling.guidance if class_names else 1.0,
                 guidance_interval=sampling.guidance_interval,
+                guidance_rescale=sampling.guidance_rescale,
             ),
             decoder=DecoderDefaults(
                 sampler=sampling.decoder_sampler, grid=sampling.decoder_grid, num_steps=sampling.decoder_steps
             ),
         ),
-        graphs=graphs,
+        graphs={name: _graph(name, image, latent, opset) for name in GRAPH_NAMES},
         provenance=Provenance(
             run_id=run_id,
             config_sha256=config_hash(config),
@@ -80,5 +89,6 @@ def describe(
             step=step,
             weights="ema",
             code_version=__version__,
+            encoder_sha256=encoder_sha256,
         ),
     )

@@ -20,6 +20,7 @@ def job_of(pipeline: Pipeline, command: str, **settings: Any) -> dict[str, Any]:
     return {
         "command": command,
         "bundle": pipeline.bundle.hash,
+        **({} if pipeline.guide is None else {"guide": pipeline.guide.bundle.hash}),
         **settings,
         "backend": pipeline.backend.name,
         "precision": pipeline.backend.precision,

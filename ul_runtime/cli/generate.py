@@ -35,6 +35,8 @@ def generate(
     grid: options.Grid = None,
     guidance: options.Guidance = None,
     guidance_interval: options.GuidanceInterval = None,
+    guidance_rescale: options.GuidanceRescale = None,
+    guide: options.GuideBundle = None,
     decoder_steps: options.DecoderSteps = None,
     decoder_sampler: options.DecoderSampler = None,
     decoder_grid: options.DecoderGrid = None,
@@ -51,10 +53,11 @@ def generate(
     from ul_runtime.cli.fill import fill, job_of, summary
     from ul_runtime.settings import NO_LABEL, Overrides, label_cycle
 
-    pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
-    prior = Overrides(steps=steps, sampler=sampler, grid=grid, guidance=guidance, guidance_interval=interval)
+    pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, threads=threads, allow_spinning=spinning)
+    prior = Overrides(steps=steps, sampler=sampler, grid=grid)
+    guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
-    overrides = prior | decoder
+    overrides = prior | guided | decoder
     settings = pipeline.settings(**overrides)
     classes = [*pipeline.manifest.classes, NO_LABEL]
     names = [classes[number] for number in label_cycle(label, pipeline.manifest.classes)]
@@ -77,7 +80,8 @@ def _title(pipeline: "Pipeline", seed: int, settings: "Settings", names: list[st
     prior, decoder = len(pipeline.prior_table(settings.prior)), len(pipeline.decoder_table(settings.decoder))
     loops = f"{prior} {settings.prior.sampler} + {decoder} {settings.decoder.sampler}"
     only = f"{names[0]}, " if len(names) == 1 and names[0] != "none" else ""
-    guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1.0 else ""
+    by = f" by {pipeline.guide.manifest.name}" if pipeline.guide else ""
+    guidance = f", guidance {settings.guidance:g}{by}" if settings.guidance != 1.0 else ""
     return f"{pipeline.manifest.name}, {only}seed {seed}, {loops} calls{guidance}"
 
 

@@ -63,12 +63,32 @@ Grid: TypeAlias = Annotated[
 ]
 Guidance: TypeAlias = Annotated[
     float | None,
-    typer.Option("--guidance", metavar="WEIGHT", help="Classifier-free guidance, 1 = off.", show_default=_BUNDLES),
+    typer.Option(
+        "--guidance", metavar="WEIGHT", help="Guidance: classifier-free, or by --guide; 1 = off.", show_default=_BUNDLES
+    ),
+]
+GuideBundle: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--guide",
+        metavar="BUNDLE",
+        help="A lesser prior of the same latents: guidance leads away from it.",
+        show_default="no label",
+    ),
 ]
 GuidanceInterval: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--guidance-interval", metavar="LO,HI", help="Guide where logsnr is in it; or all.", show_default=_BUNDLES
+    ),
+]
+GuidanceRescale: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance-rescale",
+        metavar="PHI",
+        help="Share (0 to 1) by which guided predictions get back the standard deviation of unguided ones.",
+        show_default=_BUNDLES,
     ),
 ]
 
