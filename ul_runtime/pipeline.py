@@ -1,8 +1,10 @@
 """The three networks of a bundle as one thing: generate, encode, bits, decode. numpy in and out.
 
 Image i depends only on (bundle, seed, i, its label, settings, backend): not on batch size, position or order.
+Image indices are 0 to 2^63 - 1 (int64), seeds 0 to 2^64 - 1.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
@@ -21,6 +23,7 @@ from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, lab
 
 _PIXELS_A_BATCH = 2**16  # of one default batch: 64 images of 32 px, 16 of 64 px, 1 of 256 px
 _SEEDS = 2**64
+_INDICES = 2**63
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -308,15 +311,19 @@ def _per_step(control: Control, steps: int) -> Control:
 
 
 def _indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:
-    """A count (0, 1, ...) or a list of indices as int64; UsageError for none and for negative ones."""
+    """A count (0, 1, ...) or a list of indices as int64; UsageError for what is not whole or out of range."""
     if isinstance(images, (int, np.integer)):
         if images < 1:
             raise UsageError(f"the number of images is {images}; expected 1 or more")
         return np.arange(images, dtype=np.int64)
-    indices = np.asarray(images, dtype=np.int64)
-    if indices.ndim != 1 or (indices < 0).any():
-        raise UsageError("image indices must be a flat list of numbers from 0 up")
-    return indices
+    try:
+        numbers = [operator.index(index) for index in images]
+    except TypeError as error:
+        raise UsageError(f"image indices: {error}; a flat list of whole numbers is expected") from error
+    for number in numbers:
+        if not 0 <= number < _INDICES:
+            raise UsageError(f"image index {number} is out of range; expected 0 to 2^63 - 1")
+    return np.array(numbers, np.int64)
 
 
 def _check_seed(seed: int) -> None:
