@@ -113,6 +113,15 @@ def test_without_guidance_or_label_every_step_has_one_branch(pipeline, settings)
     assert {len(label[0]) for _, label, _ in recorder.calls} == {1}
 
 
+def test_an_image_without_label_does_not_depend_on_the_labels_of_the_others(tmp_path):
+    write_analytic_bundle(tmp_path / "bundle", class_mean=MEANS + np.float32(0.3))
+    pipeline = ul_runtime.load(tmp_path / "bundle", threads=1)
+    settings = {"guidance": 1.7, "guidance_interval": (-np.inf, np.inf)}
+    (beside,) = pipeline.generate(4, labels=["red", "none"], **settings)
+    (alone,) = pipeline.generate([1, 3], labels="none", **settings)
+    assert np.array_equal(beside.x[1::2], alone.x)
+
+
 def test_guidance_everywhere_moves_latents_to_the_guided_mean(pipeline):
     settings = pipeline.settings(guidance=2.0, guidance_interval=(-np.inf, np.inf), steps=50)
     plain = pipeline.settings(guidance=1.0, steps=50)

@@ -205,9 +205,10 @@ class Pipeline:
         low, high = settings.guidance_interval or (-np.inf, np.inf)
         weight = settings.guidance
         plain = label[:, None], np.ones((len(label), 1), np.float32)
+        pull = np.where(label == self.num_classes, 1.0, weight)  # without a label, as in a batch that is not guided
         guided = (
             np.stack([label, np.full_like(label, self.num_classes)], axis=1),
-            np.tile(np.array([weight, 1.0 - weight], np.float32), (len(label), 1)),
+            np.stack([pull, 1.0 - pull], axis=1).astype(np.float32),
         )
 
         def step(z: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
