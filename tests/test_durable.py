@@ -37,6 +37,10 @@ def write_over_file(root: Path) -> None:
     durable.atomic_write(root / "target", NEW)
 
 
+def write_new_file(root: Path) -> None:
+    durable.atomic_write(root / "target", NEW, overwrite=False)
+
+
 def commit(root: Path) -> None:
     with durable.temporary_directory_beside(root / "target") as temporary:
         fill(temporary)
@@ -61,6 +65,7 @@ def old_directory(root: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], bytes | Tree]] = {
     "atomic_write, new": (lambda root: None, write_over_file, NEW),
     "atomic_write, over a file": (old_file, write_over_file, NEW),
+    "atomic_write, to a free name": (lambda root: None, write_new_file, NEW),
     "commit_directory": (lambda root: None, commit, NEW_TREE),
     "replace_directory": (old_directory, replace, NEW_TREE),
 }
@@ -115,6 +120,10 @@ class FailingDisk(durable.Disk):
     def rename(self, source: Path, target: Path) -> None:
         self._count()
         super().rename(source, target)
+
+    def rename_to_free(self, source: Path, target: Path) -> None:
+        self._count()
+        super().rename_to_free(source, target)
 
     def exchange(self, a: Path, b: Path) -> None:
         self._count()
@@ -191,6 +200,22 @@ def test_append_line_ends_a_half_line_first(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == ["one", '{"torn', "two"]
     with pytest.raises(ValueError, match="one line"):
         durable.append_line(path, "a\nb")
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link to nowhere"])
+def test_a_write_that_may_not_overwrite_leaves_whatever_has_the_name(tmp_path: Path, there: str) -> None:
+    target = tmp_path / "target"
+    if there == "file":
+        target.write_bytes(OLD)
+    elif there == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to("nowhere")
+    before = os.lstat(target)
+    with pytest.raises(UsageError, match="exists already"):
+        durable.atomic_write(target, NEW, overwrite=False)
+    assert os.lstat(target) == before
+    assert os.listdir(tmp_path) == ["target"]
 
 
 @pytest.mark.parametrize("there", ["file", "full directory", "link"])
