@@ -96,7 +96,7 @@ class Pipeline:
         Labels go by index, in turn: image i has labels[i mod len]; None = all classes, "none" = no label.
         Non-finite images are left out; after the last batch they raise NonFiniteError. Else UsageError, StoppedError.
         """
-        _check_seed(seed)
+        check_seed(seed)
         indices = _indices(images)
         settings = self.settings(**overrides)
         cycle = np.array(label_cycle(labels, self.manifest.classes), np.int64)
@@ -129,7 +129,7 @@ class Pipeline:
         `indices` `n` choose the decoder's noise (None = 0, 1, ...). `mean_of` K averages K decodes, of seed, seed + 1,
         ...: closer to the original than one, which is a draw. Errors as for `generate`.
         """
-        _check_seed(seed)
+        check_seed(seed)
         z_0 = _check_shape("z_0", z_0, self.latent_shape)
         if mean_of < 1:
             raise UsageError(f"the number of decodes to average is {mean_of}; expected 1 or more")
@@ -150,7 +150,7 @@ class Pipeline:
 
     def encode(self, x: np.ndarray, *, seed: int = 0, indices: Sequence[int] | np.ndarray | None = None) -> Encoded:
         """z_clean and z_0 of images x `b c h w` in [-1, 1], one batch; `indices` choose the fixed noise of z_0."""
-        _check_seed(seed)
+        check_seed(seed)
         x = _check_shape("x", x, self.image_shape)
         at = _indices(len(x) if indices is None else indices)
         z_clean = self.backend.run("encoder", {"x": x})["z_clean"]
@@ -173,7 +173,7 @@ class Pipeline:
         An upper bound under the bundle's prior: that is the base, trained for pictures with a sigmoid weighting, so
         the bound is valid but looser than the training log's, which is that of the prior of stage 1.
         """
-        _check_seed(seed)
+        check_seed(seed)
         z_clean = _check_shape("z_clean", z_clean, self.latent_shape)
         if num_samples < 1:
             raise UsageError(f"the number of noise levels is {num_samples}; expected 1 or more")
@@ -327,7 +327,8 @@ def _indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """UsageError for a seed that is not 0 to 2^64 - 1."""
     if not 0 <= seed < _SEEDS:
         raise UsageError(f"the seed is {seed}; expected 0 to {_SEEDS - 1}")
 

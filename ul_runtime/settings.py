@@ -10,6 +10,7 @@ from ul_runtime.errors import UsageError
 from ul_runtime.samplers import GRIDS, SAMPLERS
 
 NO_LABEL = "none"
+MOST_STEPS = 65536  # as in a manifest
 Label: TypeAlias = int | str
 
 
@@ -38,8 +39,8 @@ class SamplerSettings:
         for what, name, known in (("sampler", self.sampler, SAMPLERS), ("grid", self.grid, GRIDS)):
             if name not in known:
                 raise UsageError(f"{what} {name!r} is not known; expected one of {', '.join(known)}")
-        if self.num_steps < 1:
-            raise UsageError(f"the number of steps is {self.num_steps}; expected 1 or more")
+        if not 1 <= self.num_steps <= MOST_STEPS:
+            raise UsageError(f"the number of steps is {self.num_steps}; expected 1 to {MOST_STEPS}")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""ul-generate: a bundle to images, PNG files and a labelled contact sheet."""
+"""ul-generate: a bundle to images, PNG files and a labelled contact sheet; --replay makes one of them again."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ul_runtime.cli import options
-from ul_runtime.errors import run_command
+from ul_runtime.errors import UsageError, run_command
 
 if TYPE_CHECKING:
     from ul_runtime.settings import Settings
@@ -16,8 +18,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog="Example: ul-generate bundle --num-images 64 --seed 0 --steps 32 --out pictures")
 def generate(
+    context: typer.Context,
     bundle: options.BundleArgument,
-    out: options.OutFolder,
+    out: options.OptionalOutFolder = None,
     num_images: Annotated[int, typer.Option("--num-images", metavar="COUNT", help="How many images.")] = 64,
     seed: options.Seed = 0,
     label: Annotated[
@@ -41,13 +44,22 @@ def generate(
     threads: options.Threads = None,
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", metavar="IMAGE", help="Make this PNG of ul-generate again; exit code 1 if not equal."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Generate images from a bundle: PNG files and a contact sheet; the same command goes on where it stopped."""
+    if replay is not None:
+        return _replay(context, replay, bundle, out, as_json, backend=backend, threads=threads, spinning=spinning)
+    if out is None:
+        raise UsageError("--out is missing; give the folder of the images")
     options.check_count("--num-images", num_images)
     interval = options.parse_interval(guidance_interval)
     import ul_runtime
     from ul_runtime.cli.fill import fill, job_of, summary
+    from ul_runtime.provenance import ALL_CLASSES, GenerateJob
     from ul_runtime.settings import NO_LABEL, Overrides, label_cycle
 
     pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
@@ -57,10 +69,10 @@ def generate(
     settings = pipeline.settings(**overrides)
     classes = [*pipeline.manifest.classes, NO_LABEL]
     names = [classes[number] for number in label_cycle(label, pipeline.manifest.classes)]
-    labels = names if label else "all classes in turn"
+    labels = names if label else ALL_CLASSES
     result = fill(
         out,
-        job_of(pipeline, "ul-generate", seed=seed, labels=labels, **settings.as_dict()),
+        job_of(pipeline, GenerateJob, seed, labels=labels, **settings.as_dict()),
         num_images,
         pipeline,
         lambda missing, control: pipeline.generate(
@@ -70,6 +82,25 @@ def generate(
         names if len(names) > 1 else (),
     )
     print(json.dumps(result) if as_json else summary(result))
+
+
+def _replay(context: typer.Context, image: Path, bundle: Path, out: Path | None, as_json: bool, **machine: Any) -> None:
+    """The picture says how it was made: options that would say so too are refused."""
+    allowed = {"bundle", "out", "replay", "as_json", *machine}
+    for name in sorted(context.params.keys() - allowed):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')}: cannot be given with --replay; the picture says it")
+    from ul_runtime.cli.replay import check_equal, replay, said
+
+    result = replay(image, bundle, out, **machine)
+    for line in said(result):
+        print(f"ul-generate: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(result))
+    line = check_equal(result)
+    if not as_json:
+        print(line)
 
 
 def _title(bundle: str, seed: int, settings: "Settings", names: list[str]) -> str:
