@@ -286,6 +286,8 @@ def test_sweep_removes_the_dead_and_leaves_the_living_and_the_others(tmp_path: P
         (tmp_path / name).write_bytes(b"")
     assert durable.sweep(tmp_path, "target") == sorted([dead.name, ".target.0123456789abcdef.tmp"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    with durable.temporary_directory_beside(target):
+        assert durable.sweep(tmp_path) == [".target2.0123456789abcdef.tmp"]
 
 
 def test_a_second_holder_of_a_directory_is_told_who_has_it_until_the_first_dies(tmp_path: Path) -> None:

@@ -281,12 +281,13 @@ def _in_use(path: Path) -> bool:
     return False
 
 
-def sweep(parent: Path, name: str) -> list[str]:
+def sweep(parent: Path, name: str | None = None) -> list[str]:
     """Remove the temporary files and directories of dead attempts at `parent/name`; returns their names.
 
-    Directories of living attempts stay. For files, hold the directory lock. OutputError.
+    None = at any name in `parent`. Directories of living attempts stay. For files, hold the directory lock.
+    OutputError.
     """
-    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
     removed = []
     with _as_output_error(parent):
         names = sorted(os.listdir(parent)) if parent.is_dir() else []

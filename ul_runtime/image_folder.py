@@ -6,7 +6,7 @@ job.json (the settings and their fingerprint, written first), 000000.png ..., co
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from PIL import Image, PngImagePlugin
 
 from ul_runtime import durable
 from ul_runtime.contact_sheet import MOST_TILES, contact_sheet, to_picture
-from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.errors import BadInputError, StoppedError, UsageError
+from ul_runtime.loop import never
 from ul_runtime.provenance import Job, fingerprint, is_picture_of, picture_chunks, sheet_chunks
 
 SHEET = "contact_sheet.png"
@@ -85,9 +86,17 @@ class ImageFolder:
             return None
         return pixels if is_picture_of(text, self.fingerprint, index) else None
 
-    def missing(self) -> list[int]:
-        """Indices still to be made: absent, damaged, or not this job's."""
-        return [index for index in range(self.num_images) if self._read(index) is None]
+    def missing(self, stop: Callable[[], bool] = never) -> np.ndarray:
+        """Indices still to be made, int64: absent, damaged, or not this job's. `stop` is asked often: StoppedError."""
+
+        def found() -> Iterator[int]:
+            for index in range(self.num_images):
+                if stop():
+                    raise StoppedError(f"{self.path}: stopped before any image; run the same command again to go on")
+                if self._read(index) is None:
+                    yield index
+
+        return np.fromiter(found(), np.int64)
 
     def write(self, index: int, image: np.ndarray, label: str) -> None:
         """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its provenance. OutputError."""
@@ -149,6 +158,5 @@ def open_image_folder(path: Path, job: Job, bundle_name: str, num_images: int) -
     with durable.lock_directory(path):
         folder = ImageFolder(path, job, bundle_name, num_images)
         folder.begin(path / job_name)
-        for name in [SHEET, job_name]:
-            durable.sweep(path, name)
+        durable.sweep(path)
         yield folder

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
+
+from ul_runtime.background import Background
 from ul_runtime.errors import BadInputError, NonFiniteError
 from ul_runtime.image_folder import ImageFolder, open_image_folder
 from ul_runtime.pipeline import UNWATCHED, Control, Images, Pipeline, check_seed
@@ -13,8 +16,9 @@ from ul_runtime.provenance import Job
 from ul_runtime.settings import NO_LABEL
 from ul_runtime.signals import stop_on_signal
 
+_MOST_BATCHES = 2  # made and not yet written
 SomeJob = TypeVar("SomeJob", bound=Job)
-Batches: TypeAlias = Callable[[list[int], Control], Iterator[Images]]
+Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
 
 
 def job_of(pipeline: Pipeline, kind: type[SomeJob], seed: int, **fields: Any) -> SomeJob:
@@ -35,20 +39,27 @@ def fill(
 ) -> dict[str, Any]:
     """Make the images that `out` lacks, then the sheet; returns the command's result.
 
+    Images are written while the next are made; an error of writing ends the work before the next step.
     StoppedError on a signal: what is written is whole. NonFiniteError after all other images are written.
     """
     if (channels := pipeline.manifest.image.channels) not in (1, 3, 4):
         raise BadInputError(f"{pipeline.bundle.path}: images have {channels} channels; PNG takes 1, 3 or 4")
-    batches([], UNWATCHED)  # refuses what cannot be before anything is written
+    batches(np.zeros(0, np.int64), UNWATCHED)  # refuses what cannot be before anything is written
     failed: NonFiniteError | None = None
     names = [*pipeline.manifest.classes, NO_LABEL]
     with stop_on_signal() as stop, open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
-        missing = folder.missing()
+        missing = folder.missing(stop)
         start, made = time.monotonic(), 0
+        writer: Background[Images] = Background(lambda batch: _write(folder, batch, names), _MOST_BATCHES)
+
+        def stopped() -> bool:
+            writer.check()
+            return stop()
+
         try:
-            with progress(job.command.removeprefix("ul-"), len(missing), "images") as advance:
-                for batch in batches(missing, Control(stop, advance)):
-                    _write(folder, batch, names)
+            with progress(job.command.removeprefix("ul-"), len(missing), "images") as advance, writer:
+                for batch in batches(missing, Control(stopped, advance)):
+                    writer.put(batch)
                     made += len(batch.indices)
         except NonFiniteError as error:
             failed = error
