@@ -69,6 +69,12 @@ def test_another_seed_gives_other_images(pipeline):
     assert not np.array_equal(made(pipeline, 2, seed=0)[2], made(pipeline, 2, seed=1)[2])
 
 
+@pytest.mark.parametrize(("size", "batch"), [(8, 16), (32, 16), (64, 8), (128, 2), (256, 1), (512, 1)])
+def test_the_default_batch_is_bounded_in_pixels(tmp_path, size, batch):
+    write_analytic_bundle(tmp_path / "bundle", size=size)
+    assert ul_runtime.load(tmp_path / "bundle").default_batch_size == batch
+
+
 def test_classes_come_in_turn_and_look_like_their_class(pipeline):
     indices, labels, images = made(pipeline, 9)
     assert indices.tolist() == list(range(9))

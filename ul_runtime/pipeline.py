@@ -21,7 +21,7 @@ from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
 
-_PIXELS_A_BATCH = 2**16  # of one default batch: 64 images of 32 px, 16 of 64 px, 1 of 256 px
+_PIXELS_A_BATCH, _MOST_A_BATCH = 2**15, 16  # of one default batch: 16 images of 32 px, 8 of 64 px, 1 of 256 px
 _SEEDS = 2**64
 _INDICES = 2**63
 _GOLDEN = (5**0.5 - 1) / 2
@@ -75,7 +75,7 @@ class Pipeline:
         self.num_classes = len(manifest.classes)
         self.image_shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
         self.latent_shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
-        self.default_batch_size = min(64, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
+        self.default_batch_size = min(_MOST_A_BATCH, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
 
     def settings(self, **overrides: Unpack[Overrides]) -> Settings:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""
