@@ -47,6 +47,10 @@ class RecordingDisk(durable.Disk):
         super().rename(source, target)
         self.log.append(("rename", source, target))
 
+    def rename_to_free(self, source: Path, target: Path) -> None:
+        super().rename_to_free(source, target)
+        self.log.append(("rename", source, target))
+
     def exchange(self, a: Path, b: Path) -> None:
         super().exchange(a, b)
         self.log.append(("exchange", a, b))

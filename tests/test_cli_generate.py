@@ -1,11 +1,13 @@
 """ul-generate: pictures, provenance, resume, and one clear line for each mistake."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from analytic_bundle import MEANS, write_analytic_bundle
 from PIL import Image
 
 import ul_runtime
+from ul_runtime import durable
+from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.cli.generate import _title, main
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
@@ -215,3 +219,64 @@ assert not heavy, heavy
     process = start(code)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+
+
+class FullDisk(durable.Disk):
+    """No image of index `full_at` or later can be written; counts what is tried."""
+
+    def __init__(self, full_at: int) -> None:
+        self.full_at, self.tried = full_at, []
+
+    def create(self, path: Path) -> int:
+        number = re.match(r"\.(\d{6})\.png\.", path.name)
+        if number:
+            self.tried.append(int(number[1]))
+            if int(number[1]) >= self.full_at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().create(path)
+
+
+def test_a_disk_that_fills_ends_the_work_at_once_and_leaves_whole_files(
+    command, analytic_bundle, tmp_path, monkeypatch
+):
+    disk, out = FullDisk(full_at=6), tmp_path / "out"
+    monkeypatch.setattr(durable, "disk", disk)
+    arguments = (analytic_bundle, "--out", out, "--num-images", 100_000, "--batch-size", 4, *FAST)
+    command.fails(main, 74, "cannot write: No space left on device; free space", *arguments)
+    assert disk.tried == list(range(7))
+    assert sorted(tree(out)) == [*(f"{i:06d}.png" for i in range(6)), "generate.json"]
+
+
+def test_images_are_written_while_the_next_are_made(command, analytic_bundle, tmp_path, monkeypatch):
+    """The disk hangs at the first image until the network is asked for the second batch."""
+    asked = threading.Event()
+
+    class Waiting(durable.Disk):
+        def create(self, path: Path) -> int:
+            if path.name.startswith(".000000.png"):
+                assert asked.wait(60)
+            return super().create(path)
+
+    monkeypatch.setattr(durable, "disk", Waiting())
+    run, calls = OrtCpuBackend.run, []
+
+    def counted(self, graph_name, inputs):
+        calls.append(graph_name)
+        if len(calls) == 6:  # 3 prior and 2 decoder steps are the first batch
+            asked.set()
+        return run(self, graph_name, inputs)
+
+    monkeypatch.setattr(OrtCpuBackend, "run", counted)
+    result = command(main, analytic_bundle, "--out", tmp_path / "out", "--num-images", 4, "--batch-size", 2, *FAST)
+    assert result.code == 0, result
+    assert len(calls) == 10
+
+
+def test_temporary_files_of_a_killed_run_are_swept(command, analytic_bundle, tmp_path):
+    out = tmp_path / "out"
+    command(main, analytic_bundle, "--out", out, "--num-images", 2, *FAST)
+    expected = tree(out)
+    (out / ".000001.png.0123456789abcdef.tmp").write_bytes(b"half a picture")
+    (out / "000001.png").unlink()
+    assert command(main, analytic_bundle, "--out", out, "--num-images", 2, *FAST).code == 0
+    assert tree(out) == expected

@@ -37,6 +37,10 @@ def write_over_file(root: Path) -> None:
     durable.atomic_write(root / "target", NEW)
 
 
+def write_new_file(root: Path) -> None:
+    durable.atomic_write(root / "target", NEW, overwrite=False)
+
+
 def commit(root: Path) -> None:
     with durable.temporary_directory_beside(root / "target") as temporary:
         fill(temporary)
@@ -61,6 +65,7 @@ def old_directory(root: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], bytes | Tree]] = {
     "atomic_write, new": (lambda root: None, write_over_file, NEW),
     "atomic_write, over a file": (old_file, write_over_file, NEW),
+    "atomic_write, to a free name": (lambda root: None, write_new_file, NEW),
     "commit_directory": (lambda root: None, commit, NEW_TREE),
     "replace_directory": (old_directory, replace, NEW_TREE),
 }
@@ -115,6 +120,10 @@ class FailingDisk(durable.Disk):
     def rename(self, source: Path, target: Path) -> None:
         self._count()
         super().rename(source, target)
+
+    def rename_to_free(self, source: Path, target: Path) -> None:
+        self._count()
+        super().rename_to_free(source, target)
 
     def exchange(self, a: Path, b: Path) -> None:
         self._count()
@@ -193,6 +202,22 @@ def test_append_line_ends_a_half_line_first(tmp_path: Path) -> None:
         durable.append_line(path, "a\nb")
 
 
+@pytest.mark.parametrize("there", ["file", "folder", "link to nowhere"])
+def test_a_write_that_may_not_overwrite_leaves_whatever_has_the_name(tmp_path: Path, there: str) -> None:
+    target = tmp_path / "target"
+    if there == "file":
+        target.write_bytes(OLD)
+    elif there == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to("nowhere")
+    before = os.lstat(target)
+    with pytest.raises(UsageError, match="exists already"):
+        durable.atomic_write(target, NEW, overwrite=False)
+    assert os.lstat(target) == before
+    assert os.listdir(tmp_path) == ["target"]
+
+
 @pytest.mark.parametrize("there", ["file", "full directory", "link"])
 def test_commit_refuses_a_name_that_is_taken(tmp_path: Path, there: str) -> None:
     target = tmp_path / "target"
@@ -261,6 +286,8 @@ def test_sweep_removes_the_dead_and_leaves_the_living_and_the_others(tmp_path: P
         (tmp_path / name).write_bytes(b"")
     assert durable.sweep(tmp_path, "target") == sorted([dead.name, ".target.0123456789abcdef.tmp"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    with durable.temporary_directory_beside(target):
+        assert durable.sweep(tmp_path) == [".target2.0123456789abcdef.tmp"]
 
 
 def test_a_second_holder_of_a_directory_is_told_who_has_it_until_the_first_dies(tmp_path: Path) -> None:

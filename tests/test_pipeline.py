@@ -81,8 +81,24 @@ def test_images_are_the_same_bytes_at_any_batch_size_order_and_thread_count(pipe
     assert np.array_equal(made(other, [11, 2, 7], seed=3, **settings)[2], expected[[11, 2, 7]])
 
 
+def test_an_index_of_more_than_32_bits_is_its_own_image_at_any_batch_size(pipeline):
+    at = [5, 2**32 - 1, 2**32, 2**32 + 5, 2**63 - 1]
+    indices, labels, images = made(pipeline, at, seed=3, batch_size=5)
+    assert indices.tolist() == at
+    assert labels.tolist() == [index % 3 for index in at]
+    assert len({image.tobytes() for image in images}) == len(at)
+    for index, image in zip(at, images, strict=True):
+        assert np.array_equal(made(pipeline, np.array([index], np.uint64), seed=3)[2][0], image)
+
+
 def test_another_seed_gives_other_images(pipeline):
     assert not np.array_equal(made(pipeline, 2, seed=0)[2], made(pipeline, 2, seed=1)[2])
+
+
+@pytest.mark.parametrize(("size", "batch"), [(8, 16), (32, 16), (64, 8), (128, 2), (256, 1), (512, 1)])
+def test_the_default_batch_is_bounded_in_pixels(tmp_path, size, batch):
+    write_analytic_bundle(tmp_path / "bundle", size=size)
+    assert ul_runtime.load(tmp_path / "bundle").default_batch_size == batch
 
 
 def test_classes_come_in_turn_and_look_like_their_class(pipeline):
@@ -127,6 +143,15 @@ def test_without_guidance_or_label_every_step_has_one_branch(pipeline, settings)
     recorder = Recorder(pipeline.backend)
     made(Pipeline(pipeline.bundle, recorder), 1, **settings)
     assert {len(label[0]) for _, label, _ in recorder.calls} == {1}
+
+
+def test_an_image_without_label_does_not_depend_on_the_labels_of_the_others(tmp_path):
+    write_analytic_bundle(tmp_path / "bundle", class_mean=MEANS + np.float32(0.3))
+    pipeline = ul_runtime.load(tmp_path / "bundle", threads=1)
+    settings = {"guidance": 1.7, "guidance_interval": (-np.inf, np.inf)}
+    (beside,) = pipeline.generate(4, labels=["red", "none"], **settings)
+    (alone,) = pipeline.generate([1, 3], labels="none", **settings)
+    assert np.array_equal(beside.x[1::2], alone.x)
 
 
 def test_guidance_everywhere_moves_latents_to_the_guided_mean(pipeline):
@@ -213,7 +238,12 @@ def test_float_to_uint8_is_round_of_x_plus_1_times_127_5():
     ("arguments", "message"),
     [
         ({"images": 0}, "number of images is 0"),
-        ({"images": [-1]}, "from 0 up"),
+        ({"images": [-1]}, "index -1 is out of range; expected 0 to"),
+        ({"images": [0, 2**63]}, "index 9223372036854775808 is out of range"),
+        ({"images": np.array([2**64 - 1], np.uint64)}, "index 18446744073709551615 is out of range"),
+        ({"images": [1.5]}, "whole numbers"),
+        ({"images": [[0, 1]]}, "flat list"),
+        ({"images": None}, "flat list"),
         ({"steps": 0}, "number of steps is 0"),
         ({"decoder_steps": -3}, "number of steps is -3"),
         ({"sampler": "euler"}, "sampler 'euler' is not known; expected one of ddim"),

@@ -22,7 +22,7 @@ from pathlib import Path
 from ul_runtime.errors import OutputError, UsageError
 
 LOCK_NAME = ".lock"
-_RENAME_EXCHANGE = 2
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
 _ADVICE = {
     errno.ENOSPC: "free space on this disk and run again",
@@ -33,6 +33,15 @@ _ADVICE = {
     errno.EROFS: "choose a folder on a writable disk",
     errno.EIO: "the disk reports an error; write to another one",
 }
+
+
+def _renameat2(a: Path, b: Path, flag: int) -> None:
+    """Linux renameat2 (2)."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(b))
+    if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(flag)) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
 
 
 class Disk:
@@ -70,13 +79,13 @@ class Disk:
         """Rename in one step: over a file, or of a directory to a free name or an empty directory."""
         os.rename(source, target)
 
+    def rename_to_free(self, source: Path, target: Path) -> None:
+        """Rename in one step to a name that is free: else EEXIST; ENOSYS where the system cannot."""
+        _renameat2(source, target, _RENAME_NOREPLACE)
+
     def exchange(self, a: Path, b: Path) -> None:
-        """Swap two names in one step (Linux renameat2); ENOSYS where the system cannot."""
-        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if call is None:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(b))
-        if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+        """Swap two names in one step; ENOSYS where the system cannot."""
+        _renameat2(a, b, _RENAME_EXCHANGE)
 
     def remove(self, path: Path) -> None:
         """Remove a file."""
@@ -146,15 +155,21 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
         on_failure.pop_all()
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, replacing a file there; at any crash, old or new, whole. OutputError."""
+def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """Put `data` at `path`, replacing a file there; at any crash, old or new, whole. OutputError.
+
+    Without `overwrite`, a name that is taken is a UsageError, and what is there stays.
+    """
     path = _absolute(path)
     temporary = _temporary_name(path)
     with ExitStack() as on_failure:
         on_failure.callback(_remove_quietly, temporary)
         write_file(temporary, [data])
         with _as_output_error(path):
-            disk.rename(temporary, path)
+            try:
+                (disk.rename if overwrite else disk.rename_to_free)(temporary, path)
+            except FileExistsError:
+                raise UsageError(f"{path}: exists already; choose another name or remove it") from None
             on_failure.pop_all()
             _sync(path.parent)
 
@@ -266,12 +281,13 @@ def _in_use(path: Path) -> bool:
     return False
 
 
-def sweep(parent: Path, name: str) -> list[str]:
+def sweep(parent: Path, name: str | None = None) -> list[str]:
     """Remove the temporary files and directories of dead attempts at `parent/name`; returns their names.
 
-    Directories of living attempts stay. For files, hold the directory lock. OutputError.
+    None = at any name in `parent`. Directories of living attempts stay. For files, hold the directory lock.
+    OutputError.
     """
-    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
     removed = []
     with _as_output_error(parent):
         names = sorted(os.listdir(parent)) if parent.is_dir() else []

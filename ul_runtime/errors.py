@@ -18,6 +18,12 @@ class ULError(Exception):
     exit_code = 70
 
 
+class DifferentError(ULError):
+    """Two things that should be equal were compared, and differ."""
+
+    exit_code = 1
+
+
 class UsageError(ULError):
     """An option, a configuration or a combination of them that cannot be."""
 

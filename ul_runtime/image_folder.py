@@ -3,10 +3,10 @@
 job.json (the settings and their fingerprint, written first), 000000.png ..., contact_sheet.png
 """
 
-import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,20 @@ from PIL import Image, PngImagePlugin
 
 from ul_runtime import durable
 from ul_runtime.contact_sheet import MOST_TILES, contact_sheet, to_picture
-from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.errors import BadInputError, StoppedError, UsageError
+from ul_runtime.loop import never
+from ul_runtime.provenance import Job, fingerprint, is_picture_of, picture_chunks, sheet_chunks
 
 SHEET = "contact_sheet.png"
 _FORMAT = "unified-latents-images"
+_MOST_PIXELS = 2**26
+_MOST_BYTES = 2**28
+_END_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def image_name(index: int) -> str:
+    """File name of image `index`."""
+    return f"{index:06d}.png"
 
 
 def png_bytes(picture: Image.Image, text: Mapping[str, str]) -> bytes:
@@ -32,41 +42,66 @@ def png_bytes(picture: Image.Image, text: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def fingerprint(job: Mapping[str, Any]) -> str:
-    """SHA-256 of the job's settings as canonical JSON."""
-    return hashlib.sha256(json.dumps(job, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def read_png(path: Path) -> tuple[np.ndarray, dict[str, str], bytes]:
+    """A PNG file's pixels `h w c`, its text chunks and its bytes. BadInputError: not whole, or larger than is read."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"a file of at most {_MOST_BYTES} bytes is expected")
+        data = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pixels, text = _parse_png(data)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise BadInputError(f"{path}: is not a whole PNG file: {ascii(str(error))[1:-1][:200]}") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels, text, data
+
+
+def _parse_png(data: bytes) -> tuple[np.ndarray, dict[str, str]]:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        if picture.width * picture.height > _MOST_PIXELS:
+            raise ValueError(f"{picture.width} by {picture.height} px, at most {_MOST_PIXELS} pixels are read")
+        picture.verify()  # the checksums, which reading the pixels would pass over
+    if not data.endswith(_END_CHUNK):
+        raise ValueError("it does not end where a PNG file ends")
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        text = {str(key): str(value) for key, value in picture.info.items() if isinstance(value, str)}
+        return np.asarray(picture), text
 
 
 class ImageFolder:
     """The open folder of one job; made by `open_image_folder`."""
 
-    def __init__(self, path: Path, job: Mapping[str, Any], num_images: int) -> None:
+    def __init__(self, path: Path, job: Job, bundle_name: str, num_images: int) -> None:
         self.path = path
         self.job = job
+        self.bundle_name = bundle_name
         self.num_images = num_images
         self.fingerprint = fingerprint(job)
-
-    def _file(self, index: int) -> Path:
-        return self.path / f"{index:06d}.png"
 
     def _read(self, index: int) -> np.ndarray | None:
         """Image `index` as uint8 `h w c` if it is there, whole and of this job."""
         try:
-            with Image.open(self._file(index), formats=("PNG",)) as picture:
-                pixels = np.asarray(picture)
-                ours = picture.info.get("job") == self.fingerprint and picture.info.get("index") == str(index)
-        except (FileNotFoundError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            pixels, text, _ = read_png(self.path / image_name(index))
+        except BadInputError:
             return None
-        return (pixels[..., None] if pixels.ndim == 2 else pixels) if ours else None
+        return pixels if is_picture_of(text, self.fingerprint, index) else None
 
-    def missing(self) -> list[int]:
-        """Indices still to be made: absent, damaged, or not this job's."""
-        return [index for index in range(self.num_images) if self._read(index) is None]
+    def missing(self, stop: Callable[[], bool] = never) -> np.ndarray:
+        """Indices still to be made, int64: absent, damaged, or not this job's. `stop` is asked often: StoppedError."""
 
-    def write(self, index: int, image: np.ndarray, text: Mapping[str, str]) -> None:
+        def found() -> Iterator[int]:
+            for index in range(self.num_images):
+                if stop():
+                    raise StoppedError(f"{self.path}: stopped before any image; run the same command again to go on")
+                if self._read(index) is None:
+                    yield index
+
+        return np.fromiter(found(), np.int64)
+
+    def write(self, index: int, image: np.ndarray, label: str) -> None:
         """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its provenance. OutputError."""
-        text = {**text, "index": str(index), "job": self.fingerprint}
-        durable.atomic_write(self._file(index), png_bytes(to_picture(image), text))
+        text = picture_chunks(self.job, self.bundle_name, index, label)
+        durable.atomic_write(self.path / image_name(index), png_bytes(to_picture(image), text))
 
     def write_sheet(self, title: str, columns: Sequence[str]) -> Path | None:
         """The contact sheet of the first images that are there; None if there are none. OutputError."""
@@ -76,7 +111,8 @@ class ImageFolder:
             return None
         images = [np.full_like(example, 255) if image is None else image for image in found]
         path = self.path / SHEET
-        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns), {"job": self.fingerprint}))
+        text = sheet_chunks(self.job, self.bundle_name)
+        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns), text))
         return path
 
     def begin(self, job_file: Path) -> None:
@@ -86,12 +122,12 @@ class ImageFolder:
         elif next(self.path.glob("*.png"), None):
             raise UsageError(f"{self.path}: holds images but no {job_file.name}; choose an empty folder")
         head = {"format": _FORMAT, "format_version": 1, "num_images": self.num_images}
-        content = {**head, "fingerprint": self.fingerprint, "job": self.job}
+        content = {**head, "fingerprint": self.fingerprint, "job": self.job.model_dump(mode="json")}
         durable.atomic_write(job_file, (json.dumps(content, indent=2) + "\n").encode())
 
     def _check_same(self, job_file: Path, found: dict[str, Any]) -> None:
         job, count = found["job"], found["num_images"]
-        wanted = json.loads(json.dumps(self.job))
+        wanted = self.job.model_dump(mode="json")
         for key in sorted(set(job) | set(wanted)):
             if job.get(key) != wanted.get(key):
                 message = f"{job_file}: the images here were made with {key} {job.get(key)}, now {wanted.get(key)}"
@@ -112,16 +148,15 @@ def _read_job(job_file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def open_image_folder(path: Path, job: Mapping[str, Any], num_images: int, job_name: str) -> Iterator[ImageFolder]:
-    """The folder `path`, held for this process: new, empty, or filled by the same job before.
+def open_image_folder(path: Path, job: Job, bundle_name: str, num_images: int) -> Iterator[ImageFolder]:
+    """The folder `path`, held for this process: new, empty, or filled by the same job before, or by less of it.
 
-    `job` is everything the images depend on, but not how many there are: a job may be extended.
     UsageError: other things in it, or another job. OutputError: not writable.
     """
+    job_name = f"{job.command.removeprefix('ul-')}.json"
     durable.check_output_directory(path, [job_name, SHEET, "[0-9]" * 6 + "*.png"])
     with durable.lock_directory(path):
-        folder = ImageFolder(path, job, num_images)
+        folder = ImageFolder(path, job, bundle_name, num_images)
         folder.begin(path / job_name)
-        for name in [SHEET, job_name]:
-            durable.sweep(path, name)
+        durable.sweep(path)
         yield folder

@@ -333,10 +333,11 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     try:
         return Manifest.model_validate_json(canonical, strict=True)
     except ValidationError as error:
-        raise BadInputError(f"{where}: {_first_error(error)}; export the bundle again") from error
+        raise BadInputError(f"{where}: {first_error(error)}; export the bundle again") from error
 
 
-def _first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """One line, safe to print: where, what is wrong, and what was given."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = ascii(".".join(str(part) for part in first["loc"]))[1:-1][:200]
     given = f" (given {str(first['input'])[:60]!a})" if place else ""

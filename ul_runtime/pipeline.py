@@ -1,8 +1,10 @@
 """The three networks of a bundle as one thing: generate, encode, bits, decode. numpy in and out.
 
 Image i depends only on (bundle, seed, i, its label, settings, backend): not on batch size, position or order.
+Image indices are 0 to 2^63 - 1 (int64), seeds 0 to 2^64 - 1.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
@@ -21,8 +23,9 @@ from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
 
-_PIXELS_A_BATCH = 2**16  # of one default batch: 64 images of 32 px, 16 of 64 px, 1 of 256 px
+_PIXELS_A_BATCH, _MOST_A_BATCH = 2**15, 16  # of one default batch: 16 images of 32 px, 8 of 64 px, 1 of 256 px
 _SEEDS = 2**64
+_INDICES = 2**63
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -78,7 +81,12 @@ class Pipeline:
         self.num_classes = len(manifest.classes)
         self.image_shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
         self.latent_shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
-        self.default_batch_size = min(64, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
+        self.default_batch_size = min(_MOST_A_BATCH, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
+
+    @property
+    def guide_hash(self) -> str | None:
+        """Hash of the guide's bundle."""
+        return None if self.guide is None else self.guide.bundle.hash
 
     def settings(self, **overrides: Unpack[Overrides]) -> Settings:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""
@@ -112,7 +120,7 @@ class Pipeline:
         the guided prediction's standard deviation, of each image, back to that of pred(label).
         Non-finite images are left out; after the last batch they raise NonFiniteError. Else UsageError, StoppedError.
         """
-        _check_seed(seed)
+        check_seed(seed)
         indices = _indices(images)
         settings = self.settings(**overrides)
         check_effective(settings, overrides, has_guide=self.guide is not None)
@@ -147,7 +155,7 @@ class Pipeline:
         `indices` `n` choose the decoder's noise (None = 0, 1, ...). `mean_of` K averages K decodes, of seed, seed + 1,
         ...: closer to the original than one, which is a draw. Errors as for `generate`.
         """
-        _check_seed(seed)
+        check_seed(seed)
         z_0 = _check_shape("z_0", z_0, self.latent_shape)
         if mean_of < 1:
             raise UsageError(f"the number of decodes to average is {mean_of}; expected 1 or more")
@@ -168,7 +176,7 @@ class Pipeline:
 
     def encode(self, x: np.ndarray, *, seed: int = 0, indices: Sequence[int] | np.ndarray | None = None) -> Encoded:
         """z_clean and z_0 of images x `b c h w` in [-1, 1], one batch; `indices` choose the fixed noise of z_0."""
-        _check_seed(seed)
+        check_seed(seed)
         x = _check_shape("x", x, self.image_shape)
         at = _indices(len(x) if indices is None else indices)
         z_clean = self.backend.run("encoder", {"x": x})["z_clean"]
@@ -191,7 +199,7 @@ class Pipeline:
         An upper bound under the bundle's prior: that is the base, trained for pictures with a sigmoid weighting, so
         the bound is valid but looser than the training log's, which is that of the prior of stage 1.
         """
-        _check_seed(seed)
+        check_seed(seed)
         z_clean = _check_shape("z_clean", z_clean, self.latent_shape)
         if num_samples < 1:
             raise UsageError(f"the number of noise levels is {num_samples}; expected 1 or more")
@@ -327,18 +335,23 @@ def _per_step(control: Control, calls: int) -> Control:
 
 
 def _indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:
-    """A count (0, 1, ...) or a list of indices as int64; UsageError for none and for negative ones."""
+    """A count (0, 1, ...) or a list of indices as int64; UsageError for what is not whole or out of range."""
     if isinstance(images, (int, np.integer)):
         if images < 1:
             raise UsageError(f"the number of images is {images}; expected 1 or more")
         return np.arange(images, dtype=np.int64)
-    indices = np.asarray(images, dtype=np.int64)
-    if indices.ndim != 1 or (indices < 0).any():
-        raise UsageError("image indices must be a flat list of numbers from 0 up")
-    return indices
+    try:
+        numbers = [operator.index(index) for index in images]
+    except TypeError as error:
+        raise UsageError(f"image indices: {error}; a flat list of whole numbers is expected") from error
+    for number in numbers:
+        if not 0 <= number < _INDICES:
+            raise UsageError(f"image index {number} is out of range; expected 0 to 2^63 - 1")
+    return np.array(numbers, np.int64)
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """UsageError for a seed that is not 0 to 2^64 - 1."""
     if not 0 <= seed < _SEEDS:
         raise UsageError(f"the seed is {seed}; expected 0 to {_SEEDS - 1}")
 

@@ -11,6 +11,7 @@ from ul_runtime.grids import parse_grid
 from ul_runtime.samplers import parse_sampler
 
 NO_LABEL = "none"
+MOST_STEPS = 65536  # as in a manifest
 Label: TypeAlias = int | str
 
 
@@ -39,8 +40,8 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         parse_sampler(self.sampler)
         parse_grid(self.grid)
-        if self.num_steps < 1:
-            raise UsageError(f"the number of steps is {self.num_steps}; expected 1 or more")
+        if not 1 <= self.num_steps <= MOST_STEPS:
+            raise UsageError(f"the number of steps is {self.num_steps}; expected 1 to {MOST_STEPS}")
 
 
 @dataclass(frozen=True)

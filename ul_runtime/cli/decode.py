@@ -43,6 +43,7 @@ def decode(
     import ul_runtime
     from ul_runtime.cli.fill import fill, job_of, summary
     from ul_runtime.latents import read_latents
+    from ul_runtime.provenance import DecodeJob
     from ul_runtime.settings import Overrides
 
     file = read_latents(latents)
@@ -56,7 +57,7 @@ def decode(
     average = f", mean of {mean_of}" if mean_of > 1 else ""
     result = fill(
         out,
-        job_of(pipeline, "ul-decode", latents=file.sha256, seed=seed, mean_of=mean_of, **settings),
+        job_of(pipeline, DecodeJob, seed, latents=file.sha256, mean_of=mean_of, **settings),
         len(z_0),
         pipeline,
         lambda missing, control: pipeline.decode(

@@ -3,33 +3,34 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-import ul_runtime
+import numpy as np
+
+from ul_runtime.background import Background
 from ul_runtime.errors import BadInputError, NonFiniteError
 from ul_runtime.image_folder import ImageFolder, open_image_folder
-from ul_runtime.pipeline import UNWATCHED, Control, Images, Pipeline
+from ul_runtime.pipeline import UNWATCHED, Control, Images, Pipeline, check_seed
 from ul_runtime.progress import progress
+from ul_runtime.provenance import Job
+from ul_runtime.settings import NO_LABEL
 from ul_runtime.signals import stop_on_signal
 
-Batches: TypeAlias = Callable[[list[int], Control], Iterator[Images]]
+_MOST_BATCHES = 2  # made and not yet written
+SomeJob = TypeVar("SomeJob", bound=Job)
+Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
 
 
-def job_of(pipeline: Pipeline, command: str, **settings: Any) -> dict[str, Any]:
-    """All that an image of the command depends on beside its index, JSON-ready."""
-    return {
-        "command": command,
-        "bundle": pipeline.bundle.hash,
-        **({} if pipeline.guide is None else {"guide": pipeline.guide.bundle.hash}),
-        **settings,
-        "backend": pipeline.backend.name,
-        "precision": pipeline.backend.precision,
-    }
+def job_of(pipeline: Pipeline, kind: type[SomeJob], seed: int, **fields: Any) -> SomeJob:
+    """The job of `kind` on this bundle and backend. UsageError: a seed that cannot be."""
+    check_seed(seed)
+    backend, precision = pipeline.backend.name, pipeline.backend.precision
+    return kind(bundle=pipeline.bundle.hash, seed=seed, **fields, backend=backend, precision=precision)
 
 
 def fill(
     out: Path,
-    job: Mapping[str, Any],
+    job: Job,
     num_images: int,
     pipeline: Pipeline,
     batches: Batches,
@@ -38,20 +39,27 @@ def fill(
 ) -> dict[str, Any]:
     """Make the images that `out` lacks, then the sheet; returns the command's result.
 
+    Images are written while the next are made; an error of writing ends the work before the next step.
     StoppedError on a signal: what is written is whole. NonFiniteError after all other images are written.
     """
     if (channels := pipeline.manifest.image.channels) not in (1, 3, 4):
         raise BadInputError(f"{pipeline.bundle.path}: images have {channels} channels; PNG takes 1, 3 or 4")
-    batches([], UNWATCHED)  # refuses what cannot be before anything is written
+    batches(np.zeros(0, np.int64), UNWATCHED)  # refuses what cannot be before anything is written
     failed: NonFiniteError | None = None
-    job_name = f"{job['command'].removeprefix('ul-')}.json"
-    with stop_on_signal() as stop, open_image_folder(out, job, num_images, job_name) as folder:
-        missing = folder.missing()
+    names = [*pipeline.manifest.classes, NO_LABEL]
+    with stop_on_signal() as stop, open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
+        missing = folder.missing(stop)
         start, made = time.monotonic(), 0
+        writer: Background[Images] = Background(lambda batch: _write(folder, batch, names), _MOST_BATCHES)
+
+        def stopped() -> bool:
+            writer.check()
+            return stop()
+
         try:
-            with progress(job_name.removesuffix(".json"), len(missing), "images") as advance:
-                for batch in batches(missing, Control(stop, advance)):
-                    _write(folder, batch, pipeline)
+            with progress(job.command.removeprefix("ul-"), len(missing), "images") as advance, writer:
+                for batch in batches(missing, Control(stopped, advance)):
+                    writer.put(batch)
                     made += len(batch.indices)
         except NonFiniteError as error:
             failed = error
@@ -61,20 +69,13 @@ def fill(
         raise failed
     rate = round(made / seconds, 3) if made else None
     counts = {"num_images": num_images, "made": made, "seconds": round(seconds, 3), "images_per_s": rate}
-    return {"out": str(out), "sheet": str(sheet), **counts, "fingerprint": folder.fingerprint, **job}
+    where = {"out": str(out), "sheet": str(sheet)}
+    return where | counts | {"fingerprint": folder.fingerprint} | job.model_dump(mode="json")
 
 
-def _write(folder: ImageFolder, batch: Images, pipeline: Pipeline) -> None:
-    """The images of a batch, each with its provenance as PNG text."""
-    names = [*pipeline.manifest.classes, "none"]
-    shared = {key: _text(value) for key, value in folder.job.items() if key != "labels"}
-    shared |= {"Software": f"unified-latents {ul_runtime.__version__}", "bundle_name": pipeline.manifest.name}
+def _write(folder: ImageFolder, batch: Images, names: list[str]) -> None:
     for index, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True):
-        folder.write(index, image, {**shared, "label": names[label]})
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        folder.write(index, image, names[label])
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -1,24 +1,27 @@
-"""ul-generate: a bundle to images, PNG files and a labelled contact sheet."""
+"""ul-generate: a bundle to images, PNG files and a labelled contact sheet; --replay makes one of them again."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ul_runtime.cli import options
-from ul_runtime.errors import run_command
+from ul_runtime.errors import UsageError, run_command
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline
-    from ul_runtime.settings import Settings
+    from ul_runtime.settings import Overrides, Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command(epilog="Example: ul-generate bundle --num-images 64 --seed 0 --steps 32 --out pictures")
 def generate(
+    context: typer.Context,
     bundle: options.BundleArgument,
-    out: options.OutFolder,
+    out: options.OptionalOutFolder = None,
     num_images: Annotated[int, typer.Option("--num-images", metavar="COUNT", help="How many images.")] = 64,
     seed: options.Seed = 0,
     label: Annotated[
@@ -44,27 +47,52 @@ def generate(
     threads: options.Threads = None,
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", metavar="IMAGE", help="Make this PNG of ul-generate again; exit code 1 if not equal."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Generate images from a bundle: PNG files and a contact sheet; the same command goes on where it stopped."""
+    if replay is not None:
+        machine = {"backend": backend, "threads": threads, "spinning": spinning}
+        return _replay(context, replay, bundle, guide, out, as_json, **machine)
+    if out is None:
+        raise UsageError("--out is missing; give the folder of the images")
     options.check_count("--num-images", num_images)
     interval = options.parse_interval(guidance_interval)
     import ul_runtime
-    from ul_runtime.cli.fill import fill, job_of, summary
-    from ul_runtime.settings import NO_LABEL, Overrides, label_cycle
+    from ul_runtime.cli.fill import summary
+    from ul_runtime.settings import Overrides
 
     pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, threads=threads, allow_spinning=spinning)
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)
     guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
-    overrides = prior | guided | decoder
+    result = _generate(pipeline, out, num_images, seed, label, batch_size, prior | guided | decoder)
+    print(json.dumps(result) if as_json else summary(result))
+
+
+def _generate(
+    pipeline: "Pipeline",
+    out: Path,
+    num_images: int,
+    seed: int,
+    label: list[str] | None,
+    batch_size: int | None,
+    overrides: "Overrides",
+) -> dict[str, Any]:
+    from ul_runtime.cli.fill import fill, job_of
+    from ul_runtime.provenance import ALL_CLASSES, GenerateJob
+    from ul_runtime.settings import NO_LABEL, label_cycle
+
     settings = pipeline.settings(**overrides)
     classes = [*pipeline.manifest.classes, NO_LABEL]
     names = [classes[number] for number in label_cycle(label, pipeline.manifest.classes)]
-    labels = names if label else "all classes in turn"
-    result = fill(
+    labels = names if label else ALL_CLASSES
+    return fill(
         out,
-        job_of(pipeline, "ul-generate", seed=seed, labels=labels, **settings.as_dict()),
+        job_of(pipeline, GenerateJob, seed, guide=pipeline.guide_hash, labels=labels, **settings.as_dict()),
         num_images,
         pipeline,
         lambda missing, control: pipeline.generate(
@@ -73,7 +101,33 @@ def generate(
         _title(pipeline, seed, settings, names),
         names if len(names) > 1 else (),
     )
-    print(json.dumps(result) if as_json else summary(result))
+
+
+def _replay(
+    context: typer.Context,
+    image: Path,
+    bundle: Path,
+    guide: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **machine: Any,
+) -> None:
+    """The picture says how it was made: options that would say so too are refused."""
+    allowed = {"bundle", "guide", "out", "replay", "as_json", *machine}
+    for name in sorted(context.params.keys() - allowed):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')}: cannot be given with --replay; the picture says it")
+    from ul_runtime.cli.replay import check_equal, replay, said
+
+    result = replay(image, bundle, guide, out, **machine)
+    for line in said(result):
+        print(f"ul-generate: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(result))
+    line = check_equal(result)
+    if not as_json:
+        print(line)
 
 
 def _title(pipeline: "Pipeline", seed: int, settings: "Settings", names: list[str]) -> str:

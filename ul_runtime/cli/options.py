@@ -12,9 +12,9 @@ _SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2,
 _GRIDS = "uniform, cosine, karras, flow, mix or mix:RHO,CENTRE,WIDTH"
 
 BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle of ul-export (a folder).")]
-OutFolder: TypeAlias = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Folder of the images: new, empty, or of the same job to go on.")
-]
+_OUT = typer.Option("--out", metavar="DIR", help="Folder of the images: new, empty, or of the same job to go on.")
+OutFolder: TypeAlias = Annotated[Path, _OUT]
+OptionalOutFolder: TypeAlias = Annotated[Path | None, _OUT]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of all noise.")]
 BatchSize: TypeAlias = Annotated[
     int | None,

@@ -1,0 +1,231 @@
+"""ul-generate --replay: the same picture from its own text chunks, and one clear line for all else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from analytic_bundle import write_analytic_bundle
+from PIL import Image
+
+from ul_runtime.bundle import Bundle
+from ul_runtime.cli.decode import main as decode
+from ul_runtime.cli.generate import main
+from ul_runtime.contact_sheet import to_picture
+from ul_runtime.image_folder import png_bytes, read_png
+from ul_runtime.latents import latents_bytes
+from ul_runtime.provenance import picture_chunks, read_chunks
+
+FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
+NOISY = ("--sampler", "ancestral", "--decoder-sampler", "ancestral", "--seed", 2**64 - 1)
+JOBS = {
+    "plain": FAST,
+    "the bundle's defaults": ("--threads", 1),
+    "every setting": (
+        *FAST, *NOISY, "--grid", "mix", "--decoder-grid", "cosine", "--guidance", "1.7", "--guidance-interval=-inf,3.3",
+    ),
+    "labels and none": (
+        *FAST, *NOISY, "--label", "blue", "--label", "none", "--guidance", 2.3, "--guidance-interval", "all",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def guided_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its defaults guide, so that a setting that a replay forgets shows."""
+    return write_analytic_bundle(tmp_path_factory.mktemp("guided") / "bundle", guidance=1.5).path
+
+
+@pytest.fixture
+def picture(command, guided_bundle, tmp_path) -> Path:
+    """Image 2 of a job."""
+    assert command(main, guided_bundle, "--out", tmp_path / "job", "--num-images", 3, *NOISY, *FAST).code == 0
+    return tmp_path / "job" / "000002.png"
+
+
+def rewrite(path: Path, pixels: np.ndarray | None = None, **changes: Any) -> Path:
+    """The picture with other pixels, or with another job and text, whole and coherent as a forger would make it."""
+    there, text, _ = read_png(path)
+    origin = read_chunks(text, str(path))
+    label = changes.pop("label", origin.label)
+    software = {"Software": changes.pop("software", origin.software)}
+    job = origin.job.model_copy(update=changes)
+    chunks = picture_chunks(job, origin.bundle_name, origin.index, label) | software
+    path.write_bytes(png_bytes(to_picture(there if pixels is None else pixels), chunks))
+    return path
+
+
+@pytest.mark.parametrize("arguments", JOBS.values(), ids=JOBS)
+def test_every_picture_of_a_job_is_made_again_byte_for_byte(command, guided_bundle, tmp_path, arguments):
+    assert command(main, guided_bundle, "--out", tmp_path / "job", "--num-images", 4, *arguments).code == 0
+    for index in range(4):
+        file = tmp_path / "job" / f"{index:06d}.png"
+        result = command(main, guided_bundle, "--replay", file, "--out", tmp_path / "again", "--threads", 1)
+        assert result.code == 0, result
+        assert "the same file, byte for byte" in result.out
+        assert result.err == ""
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_json_says_what_was_compared(command, guided_bundle, picture):
+    result = command(main, guided_bundle, "--replay", picture, "--json")
+    assert json.loads(result.out) == {
+        "image": str(picture), "index": 2, "label": "blue", "seed": 2**64 - 1, "changed": {}, "pixels_equal": True,
+        "pixels_differing": 0, "largest_difference": 0, "out": None, "bytes_equal": True,
+    }  # fmt: skip
+    assert result.out.count("\n") == 1
+
+
+def test_one_changed_pixel_is_found(command, guided_bundle, picture):
+    pixels = read_png(picture)[0].copy()
+    pixels[3, 4, 1] ^= 8
+    rewrite(picture, pixels)
+    message = "is not the picture made again: 1 pixels differ, by at most 8"
+    command.fails(main, 1, message, guided_bundle, "--replay", picture)
+    result = command(main, guided_bundle, "--replay", picture, "--json")
+    assert result.code == 1
+    found = json.loads(result.out)
+    assert (found["pixels_equal"], found["pixels_differing"], found["largest_difference"]) == (False, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 8}, {"guidance": 2.5}, {"prior_num_steps": 4}, {"prior_grid": "cosine"}, {"decoder_num_steps": 3},
+        {"prior_sampler": "ddim"}, {"decoder_sampler": "ddim"}, {"decoder_grid": "mix"}, {"label": "red"},
+        {"guidance_interval": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_setting_is_used(command, guided_bundle, picture, changes):
+    result = command(main, guided_bundle, "--replay", rewrite(picture, **changes))
+    assert result.code == 1, result
+    assert "pixels differ" in result.err
+
+
+def test_a_picture_of_another_shape_is_different(command, guided_bundle, picture):
+    rewrite(picture, np.zeros((16, 16, 3), np.uint8))
+    command.fails(main, 1, "has another shape or depth", guided_bundle, "--replay", picture)
+
+
+def test_another_compression_of_the_same_pixels_is_the_same_picture_and_is_said(command, guided_bundle, picture):
+    pixels, text, before = read_png(picture)
+    stored = png_bytes(to_picture(pixels), text | {"Comment": "mine"})
+    assert stored != before
+    picture.write_bytes(stored)
+    result = command(main, guided_bundle, "--replay", picture)
+    assert result.code == 0
+    assert "the same pixels in other bytes of the file" in result.out
+
+
+def test_another_bundle_is_refused_with_both_hashes(command, guided_bundle, picture, tmp_path):
+    other = write_analytic_bundle(tmp_path / "other", latent_std=0.7)
+    hashes = f"made from bundle {Bundle.open(guided_bundle).hash}, and this one is {other.hash}"
+    command.fails(main, 65, hashes, other.path, "--replay", picture, "--out", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_picture_is_never_written_over(command, guided_bundle, picture, tmp_path):
+    before = picture.read_bytes()
+    command.fails(main, 2, "000002.png: exists", guided_bundle, "--replay", picture, "--out", picture.parent)
+    assert picture.read_bytes() == before
+    shutil.copy(picture, tmp_path / "mine.png")
+    arguments = (guided_bundle, "--replay", tmp_path / "mine.png", "--out", tmp_path / "again")
+    assert command(main, *arguments).code == 0
+    command.fails(main, 2, "000002.png: exists", *arguments)
+
+
+def test_a_picture_that_differs_is_written_too_so_that_it_can_be_looked_at(command, guided_bundle, picture, tmp_path):
+    again = read_png(picture)[0]
+    rewrite(picture, 255 - again)
+    result = command(main, guided_bundle, "--replay", picture, "--out", tmp_path / "again")
+    assert result.code == 1
+    assert np.array_equal(read_png(tmp_path / "again" / "000002.png")[0], again)
+
+
+def test_another_version_or_precision_is_said(command, guided_bundle, picture):
+    rewrite(picture, software="unified-latents 0.0.9", precision="bf16")
+    result = command(main, guided_bundle, "--replay", picture)
+    assert result.code == 0
+    assert "the same pixels in other bytes of the file" in result.out
+    assert "precision was bf16, is fp32" in result.err
+    assert "software was unified-latents 0.0.9, is unified-latents" in result.err
+    changed = json.loads(command(main, guided_bundle, "--replay", picture, "--json").out)["changed"]
+    assert changed["precision"] == ["bf16", "fp32"]
+
+
+def test_another_backend_must_be_asked_for_and_is_said(command, guided_bundle, picture):
+    rewrite(picture, backend="abacus")
+    command.fails(main, 65, "made by backend 'abacus'; choose one", guided_bundle, "--replay", picture)
+    result = command(main, guided_bundle, "--replay", picture, "--backend", "ort-cpu")
+    assert result.code == 0
+    assert "backend was abacus, is ort-cpu" in result.err
+
+
+def test_what_ul_decode_made_says_that_it_needs_its_latents(command, guided_bundle, tmp_path):
+    (tmp_path / "z.npz").write_bytes(latents_bytes(".npz", {"z_0": np.zeros((1, 4, 4, 4), np.float32)}, {}))
+    assert command(decode, guided_bundle, tmp_path / "z.npz", "--out", tmp_path / "out", "--threads", 1).code == 0
+    picture = tmp_path / "out" / "000000.png"
+    message = "made by ul-decode from a file of latents"
+    command.fails(main, 65, message, guided_bundle, "--replay", picture)
+
+
+def test_a_contact_sheet_is_not_one_picture(command, guided_bundle, picture):
+    sheet = picture.with_name("contact_sheet.png")
+    command.fails(main, 65, "is not one picture of a job", guided_bundle, "--replay", sheet)
+
+
+def test_a_picture_of_someone_else_has_no_provenance(command, guided_bundle, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    command.fails(main, 65, "has no provenance", guided_bundle, "--replay", tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    command.fails(main, 65, "is not a whole PNG file", guided_bundle, "--replay", tmp_path / "a.jpg")
+    command.fails(main, 2, "no such file", guided_bundle, "--replay", tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prior_sampler": "astrology"}, "cannot be made again: sampler 'astrology'"),
+        ({"decoder_grid": "\u202eevil"}, "cannot be made again: grid"),
+        ({"label": "mauve"}, "label 'mauve' is not a class of the bundle"),
+        ({"guidance_interval": (3.0, -3.0)}, "cannot be made again: the guidance interval"),
+        ({"guidance_interval": (float("nan"), 1.0)}, "cannot be made again: the guidance interval"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line_about_the_picture(command, guided_bundle, picture, changes, message):
+    rewrite(picture, **changes)
+    command.fails(main, 65, message, guided_bundle, "--replay", picture)
+
+
+def test_guidance_of_a_bundle_without_classes_is_refused(command, tmp_path):
+    bundle = write_analytic_bundle(tmp_path / "bundle", classes=()).path
+    assert command(main, bundle, "--out", tmp_path / "job", "--num-images", 1, *FAST).code == 0
+    picture = tmp_path / "job" / "000000.png"
+    assert command(main, bundle, "--replay", picture).code == 0
+    rewrite(picture, guidance=3.0)
+    command.fails(main, 65, "cannot be made again: guidance 3.0", bundle, "--replay", picture)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--seed", 1), ("--steps", 3), ("--num-images", 64), ("--label", "red"), ("--batch-size", 1), ("--guidance", 1.5)],
+)
+def test_options_that_the_picture_says_are_refused(command, guided_bundle, picture, option):
+    command.fails(main, 2, f"{option[0]}: cannot be given with --replay", guided_bundle, "--replay", picture, *option)
+
+
+def test_without_replay_a_folder_is_needed(command, guided_bundle):
+    command.fails(main, 2, "--out is missing", guided_bundle)
+
+
+def test_a_guided_picture_needs_its_guide(command, guided_bundle, tmp_path):
+    guide = write_analytic_bundle(tmp_path / "guide", latent_std=0.7).path
+    made = command(main, guided_bundle, "--guide", guide, "--out", tmp_path / "job", "--num-images", 2, *FAST)
+    assert made.code == 0
+    picture = tmp_path / "job" / "000001.png"
+    assert "byte for byte" in command(main, guided_bundle, "--guide", guide, "--replay", picture).out
+    command.fails(main, 65, "--guide gives None", guided_bundle, "--replay", picture)
+    command.fails(main, 65, "give the guide that made it", guided_bundle, "--guide", guided_bundle, "--replay", picture)

@@ -1,0 +1,135 @@
+"""ul-generate --replay: a picture made again from its own text chunks, and compared."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ul_runtime
+from ul_runtime import durable
+from ul_runtime.backends import BACKENDS
+from ul_runtime.contact_sheet import to_picture
+from ul_runtime.errors import BadInputError, DifferentError, UsageError
+from ul_runtime.image_folder import image_name, png_bytes, read_png
+from ul_runtime.pipeline import Control, Pipeline
+from ul_runtime.provenance import SOFTWARE, DecodeJob, GenerateJob, Provenance, picture_chunks, read_chunks
+from ul_runtime.settings import NO_LABEL, Overrides
+from ul_runtime.signals import stop_on_signal
+
+
+def replay(
+    image: Path,
+    bundle: Path,
+    guide: Path | None,
+    out: Path | None,
+    *,
+    backend: str,
+    threads: int | None,
+    spinning: bool,
+) -> dict[str, Any]:
+    """Make `image` again from `bundle` (into the folder `out`, if given); what agrees and what does not.
+
+    `backend` "auto" is the one that made it. UsageError: no such file, or a picture of that name in `out`.
+    BadInputError: not a picture of ul-generate, or of another bundle.
+    """
+    if not image.is_file():
+        raise UsageError(f"{image}: no such file")
+    pixels, text, data = read_png(image)
+    origin = read_chunks(text, str(image))
+    if isinstance(origin.job, DecodeJob):
+        latents = origin.job.latents[:12]
+        message = f"made by ul-decode from a file of latents (SHA-256 {latents}...) that it does not hold"
+        raise BadInputError(f"{image}: {message}; give that file to ul-decode again")
+    if backend == "auto" and origin.job.backend not in BACKENDS:
+        raise BadInputError(f"{image}: made by backend {origin.job.backend!a}; choose one of this version by --backend")
+    target = None if out is None else out / image_name(origin.index)
+    if target is not None and target.exists():
+        raise UsageError(f"{target}: exists; choose another folder")
+    chosen = origin.job.backend if backend == "auto" else backend
+    pipeline = ul_runtime.load(bundle, guide=guide, backend=chosen, threads=threads, allow_spinning=spinning)
+    again, written = _make(image, origin, origin.job, pipeline)
+    if target is not None:
+        durable.make_directory(target.parent)
+        durable.atomic_write(target, written, overwrite=False)
+    found = {"out": None if target is None else str(target), "bytes_equal": data == written}
+    facts = {"image": str(image), "index": origin.index, "label": origin.label, "seed": origin.job.seed}
+    return facts | {"changed": _changed(origin, pipeline)} | _compare(pixels, again) | found
+
+
+def _make(image: Path, origin: Provenance, job: GenerateJob, pipeline: Pipeline) -> tuple[np.ndarray, bytes]:
+    """The picture made again, uint8 `h w c`, and its file as this program writes it today."""
+    if job.bundle != pipeline.bundle.hash:
+        message = f"made from bundle {job.bundle}, and this one is {pipeline.bundle.hash}"
+        raise BadInputError(f"{image}: {message}; give the bundle that made it")
+    if job.guide != pipeline.guide_hash:
+        message = f"guided by bundle {job.guide}, --guide gives {pipeline.guide_hash}"
+        raise BadInputError(f"{image}: {message}; give the guide that made it, none if there was none")
+    if origin.label not in (*pipeline.manifest.classes, NO_LABEL):
+        raise BadInputError(f"{image}: label {origin.label!a} is not a class of the bundle")
+    overrides = _overrides(job)
+    try:
+        settings = pipeline.settings(**overrides)
+    except UsageError as error:
+        raise BadInputError(f"{image}: cannot be made again: {error}") from error
+    if not settings.as_dict().items() <= job.model_dump(mode="json").items():
+        raise BadInputError(f"{image}: its settings are not what this bundle makes of them; they were changed")
+    with stop_on_signal() as stop:
+        made = pipeline.generate(
+            [origin.index], seed=job.seed, labels=origin.label, control=Control(stop), **overrides
+        )  # fmt: skip
+        (batch,) = made
+    today = job.model_copy(update={"backend": pipeline.backend.name, "precision": pipeline.backend.precision})
+    text = picture_chunks(today, pipeline.manifest.name, origin.index, origin.label)
+    return batch.images[0], png_bytes(to_picture(batch.images[0]), text)
+
+
+def _overrides(job: GenerateJob) -> Overrides:
+    """All settings of the job, so that none is left to the bundle's defaults."""
+    return Overrides(
+        steps=job.prior_num_steps,
+        sampler=job.prior_sampler,
+        grid=job.prior_grid,
+        guidance=job.guidance,
+        guidance_interval=job.guidance_interval or (-np.inf, np.inf),
+        guidance_rescale=job.guidance_rescale,
+        decoder_steps=job.decoder_num_steps,
+        decoder_sampler=job.decoder_sampler,
+        decoder_grid=job.decoder_grid,
+    )
+
+
+def _changed(origin: Provenance, pipeline: Pipeline) -> dict[str, tuple[str, str]]:
+    """What is not as it was when the picture was made: was, now."""
+    pairs = {
+        "backend": (origin.job.backend, pipeline.backend.name),
+        "precision": (origin.job.precision, pipeline.backend.precision),
+        "software": (origin.software, SOFTWARE),
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _compare(was: np.ndarray, now: np.ndarray) -> dict[str, Any]:
+    """Two pictures, uint8 `h w c`: how many pixels differ, and by how much at most (None: not of one shape)."""
+    if was.shape != now.shape or was.dtype != now.dtype:
+        return {"pixels_equal": False, "pixels_differing": None, "largest_difference": None, "shape": list(was.shape)}
+    apart = np.abs(was.astype(int) - now)
+    differing = int(apart.any(axis=-1).sum())
+    return {"pixels_equal": differing == 0, "pixels_differing": differing, "largest_difference": int(apart.max())}
+
+
+def said(result: Mapping[str, Any]) -> list[str]:
+    """What has changed since the picture was made, one line each."""
+    return [f"{result['image']}: {name} was {was}, is {now}" for name, (was, now) in result["changed"].items()]
+
+
+def check_equal(result: Mapping[str, Any]) -> str:
+    """The result for people: one line. DifferentError if the pixels differ."""
+    where = f" (in {result['out']})" if result["out"] else ""
+    if not result["pixels_equal"]:
+        if result["pixels_differing"] is None:
+            raise DifferentError(f"{result['image']}: has another shape or depth than the picture made again{where}")
+        message = f"{result['pixels_differing']} pixels differ, by at most {result['largest_difference']} of 255"
+        raise DifferentError(f"{result['image']}: is not the picture made again{where}: {message}")
+    same = "the same file, byte for byte" if result["bytes_equal"] else "the same pixels in other bytes of the file"
+    return f"{result['image']}: made again{where}, {same}"

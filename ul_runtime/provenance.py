@@ -1,0 +1,163 @@
+"""Where a picture comes from, as the text chunks of its PNG: the one place that names, writes and reads them.
+
+A job is all that its pictures depend on beside their index and label; its fingerprint is a hash of it. A chunk holds
+one field: a name as it is, any other value as JSON.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from ul_runtime import __version__
+from ul_runtime.errors import BadInputError
+from ul_runtime.manifest import Count, Sha256, Text, first_error
+
+ALL_CLASSES = "all classes in turn"
+SOFTWARE = f"unified-latents {__version__}"
+_MOST_CHARACTERS = 2**20  # of one chunk
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+
+
+class _Fields(BaseModel):
+    """Fields that are chunks of their names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def chunks(self) -> dict[str, str]:
+        """A text for each field."""
+        values = self.model_dump(mode="json")
+        return {key: value if _is_name(type(self), key) else json.dumps(value) for key, value in values.items()}
+
+    @classmethod
+    def from_chunks(cls, text: Mapping[str, str]) -> Self:
+        """The inverse of `chunks`; other chunks are passed over. ValueError: missing, or not what it must be."""
+        values: dict[str, Any] = {}
+        for key in cls.model_fields:
+            if key not in text:
+                raise ValueError(f"{key} is missing")
+            values[key] = str(text[key]) if _is_name(cls, key) else json.loads(text[key])
+        return cls.model_validate_json(json.dumps(values), strict=True)
+
+
+def _is_name(fields: type[_Fields], key: str) -> bool:
+    annotation = fields.model_fields[key].annotation
+    return annotation is str or get_origin(annotation) is Literal
+
+
+class GenerateJob(_Fields):
+    """A job of ul-generate."""
+
+    command: Literal["ul-generate"] = "ul-generate"
+    bundle: Sha256
+    guide: Sha256 | None  # hash of the bundle that guided
+    seed: Seed
+    labels: Literal["all classes in turn"] | tuple[Text, ...]  # image i has labels[i mod len]
+    prior_sampler: Text
+    prior_grid: Text
+    prior_num_steps: Count
+    decoder_sampler: Text
+    decoder_grid: Text
+    decoder_num_steps: Count
+    guidance: FiniteFloat
+    guidance_interval: tuple[float, float] | None  # logsnr; None = everywhere
+    guidance_rescale: FiniteFloat
+    backend: Text
+    precision: Text
+
+
+class DecodeJob(_Fields):
+    """A job of ul-decode; its pictures come from a file of latents."""
+
+    command: Literal["ul-decode"] = "ul-decode"
+    bundle: Sha256
+    latents: Sha256  # of the file
+    seed: Seed
+    mean_of: Annotated[int, Field(ge=1)]
+    decoder_sampler: Text
+    decoder_grid: Text
+    decoder_num_steps: Count
+    backend: Text
+    precision: Text
+
+
+Job: TypeAlias = GenerateJob | DecodeJob
+
+
+class _Sheet(_Fields):
+    """What a contact sheet has beside its job."""
+
+    job: Sha256
+    bundle_name: Text
+    Software: Annotated[str, Field(pattern=r"^unified-latents [0-9A-Za-z.+-]{1,40}$")] = SOFTWARE
+
+
+class _Picture(_Sheet):
+    """What a picture has beside its job."""
+
+    index: Annotated[int, Field(ge=0, lt=2**63)]
+    label: Text
+
+
+def fingerprint(job: Job) -> str:
+    """SHA-256 of the job as canonical JSON."""
+    text = json.dumps(job.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def picture_chunks(job: Job, bundle_name: str, index: int, label: str) -> dict[str, str]:
+    """The text chunks of one picture."""
+    picture = _Picture(job=fingerprint(job), bundle_name=bundle_name, index=index, label=label)
+    return job.chunks() | picture.chunks()
+
+
+def sheet_chunks(job: Job, bundle_name: str) -> dict[str, str]:
+    """The text chunks of a contact sheet: no index, no label."""
+    return job.chunks() | _Sheet(job=fingerprint(job), bundle_name=bundle_name).chunks()
+
+
+def is_picture_of(text: Mapping[Any, Any], job_fingerprint: str, index: int) -> bool:
+    """Whether chunks read from a PNG are those of picture `index` of the job."""
+    return text.get("job") == job_fingerprint and text.get("index") == str(index)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the chunks of a picture say, every field checked."""
+
+    job: Job
+    bundle_name: str
+    index: int
+    label: str
+    software: str  # name and version
+
+
+def read_chunks(text: Mapping[str, str], where: str) -> Provenance:
+    """The inverse of `picture_chunks`. BadInputError: not a picture of this toolkit, damaged, changed or too new."""
+    kinds: dict[str, type[GenerateJob | DecodeJob]] = {"ul-generate": GenerateJob, "ul-decode": DecodeJob}
+    if text.get("command") not in kinds:
+        raise BadInputError(f"{where}: has no provenance: its text chunks are not those of ul-generate")
+    if "index" not in text:
+        raise BadInputError(f"{where}: is not one picture of a job (a contact sheet?); choose one with an index")
+    if max(map(len, text.values())) > _MOST_CHARACTERS:
+        raise BadInputError(f"{where}: a text chunk has more than {_MOST_CHARACTERS} characters; it is not ours")
+    try:
+        job = kinds[text["command"]].from_chunks(text)
+        picture = _Picture.from_chunks(text)
+    except ValidationError as error:
+        raise BadInputError(f"{where}: its text chunks are damaged: {first_error(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{where}: its text chunks are damaged: {_one_line(error)}") from error
+    if picture.job != fingerprint(job):
+        message = "its text chunks were changed, or come from a newer version: they do not give the job they name"
+        raise BadInputError(f"{where}: {message}")
+    return Provenance(job, picture.bundle_name, picture.index, picture.label, picture.Software)
+
+
+def _one_line(error: Exception, most: int = 200) -> str:
+    return re.sub(r"\s+", " ", ascii(str(error))[1:-1])[:most]
