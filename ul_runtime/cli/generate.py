@@ -24,15 +24,7 @@ def generate(
     out: options.OptionalOutFolder = None,
     num_images: Annotated[int, typer.Option("--num-images", metavar="COUNT", help="How many images.")] = 64,
     seed: options.Seed = 0,
-    label: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label",
-            metavar="NAME|INT|none",
-            help="Class of the images; repeat it for several in turn.",
-            show_default="all classes in turn",
-        ),
-    ] = None,
+    label: options.Labels = None,
     steps: options.Steps = None,
     sampler: options.Sampler = None,
     grid: options.Grid = None,
@@ -47,10 +39,7 @@ def generate(
     threads: options.Threads = None,
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
-    replay: Annotated[
-        Path | None,
-        typer.Option("--replay", metavar="IMAGE", help="Make this PNG of ul-generate again; exit code 1 if not equal."),
-    ] = None,
+    replay: options.Replay = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Generate images from a bundle: PNG files and a contact sheet; the same command goes on where it stopped."""

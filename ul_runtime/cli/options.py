@@ -15,6 +15,19 @@ BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", hel
 _OUT = typer.Option("--out", metavar="DIR", help="Folder of the images: new, empty, or of the same job to go on.")
 OutFolder: TypeAlias = Annotated[Path, _OUT]
 OptionalOutFolder: TypeAlias = Annotated[Path | None, _OUT]
+Labels: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        metavar="NAME|INT|none",
+        help="Class of the images; repeat it for several in turn.",
+        show_default="all classes in turn",
+    ),
+]
+Replay: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--replay", metavar="IMAGE", help="Make this PNG of ul-generate again; exit code 1 if not equal."),
+]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of all noise.")]
 BatchSize: TypeAlias = Annotated[
     int | None,

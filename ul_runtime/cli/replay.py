@@ -75,13 +75,11 @@ def _make(image: Path, origin: Provenance, job: GenerateJob, pipeline: Pipeline)
     if not settings.as_dict().items() <= job.model_dump(mode="json").items():
         raise BadInputError(f"{image}: its settings are not what this bundle makes of them; they were changed")
     with stop_on_signal() as stop:
-        made = pipeline.generate(
-            [origin.index], seed=job.seed, labels=origin.label, control=Control(stop), **overrides
-        )  # fmt: skip
-        (batch,) = made
+        control = Control(stop)
+        (made,) = pipeline.generate([origin.index], seed=job.seed, labels=origin.label, control=control, **overrides)
     today = job.model_copy(update={"backend": pipeline.backend.name, "precision": pipeline.backend.precision})
     text = picture_chunks(today, pipeline.manifest.name, origin.index, origin.label)
-    return batch.images[0], png_bytes(to_picture(batch.images[0]), text)
+    return made.images[0], png_bytes(to_picture(made.images[0]), text)
 
 
 def _overrides(job: GenerateJob) -> Overrides:
