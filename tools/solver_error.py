@@ -267,4 +267,4 @@ def plot(record: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    run_command(lambda: app(prog_name="solver_error"), "solver_error")
+    run_command(app, "solver_error")
