@@ -97,7 +97,8 @@ def test_the_backward_pass_costs_twice_the_matrices_and_two_and_a_half_times_the
 def test_the_paper_prior_costs_its_closed_form() -> None:
     n, d, c = 32 * 32, 1024, 32
     blocks = 8 * (24 * n * d**2 + 4 * n**2 * d)
-    conditioning = 2 * (64 * d + d * d) + 2 * d * 6 * d + 2 * d * 2 * d  # logsnr, blocks' and output's modulation
+    # of logsnr; modulation of the blocks, of the output, and the carry
+    conditioning = 2 * (64 * d + d * d) + 2 * d * 6 * d + 2 * d * 2 * d + 2 * d * c
     with torch.device("meta"):
         prior = make_prior(load_config("imagenet-512", []))
         z, logsnr = torch.empty(1, c, 32, 32), torch.empty(1)

@@ -72,7 +72,8 @@ def test_help_and_success_end_with_0(command: Runner) -> None:
 
 
 UNWINDING = """
-import time, typer
+import signal, time, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs and their children
 from ul_runtime.errors import run_command
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 @app.command()
