@@ -121,7 +121,7 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_a_hostile_manifest_is_refused_quickly_and_in_little_memory(path: Path, attack: str) -> None:
+def test_a_hostile_manifest_is_refused_in_linear_time_and_in_little_memory(path: Path, attack: str) -> None:
     good = (path / "manifest.json").read_bytes()
     bad = HOSTILE[attack](good)
     assert bad != good
@@ -129,7 +129,7 @@ def test_a_hostile_manifest_is_refused_quickly_and_in_little_memory(path: Path, 
     memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(BadInputError) as caught:
         Bundle.open(path)
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 10.0  # a check that is quadratic in the entries takes minutes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000
     assert len(str(caught.value)) < 600
     assert "\x1b" not in str(caught.value)
