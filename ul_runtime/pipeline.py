@@ -7,6 +7,7 @@ Image indices are 0 to 2^63 - 1 (int64), seeds 0 to 2^64 - 1.
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Unpack
 
 import numpy as np
@@ -318,8 +319,9 @@ def _finite(array: np.ndarray) -> np.ndarray:
     return np.isfinite(array).reshape(len(array), -1).all(axis=1)
 
 
+@lru_cache(maxsize=32)
 def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> np.ndarray:
-    return sampler_table(
+    table = sampler_table(
         sampler.sampler,
         sampler.grid,
         sampler.num_steps,
@@ -327,6 +329,8 @@ def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> 
         logsnr_max=ends.max,
         ends_clean=ends_clean,
     )
+    table.setflags(write=False)  # all batches share it
+    return table
 
 
 def _per_step(control: Control, calls: int) -> Control:
