@@ -145,15 +145,26 @@ def test_a_picture_that_differs_is_written_too_so_that_it_can_be_looked_at(comma
     assert np.array_equal(read_png(tmp_path / "again" / "000002.png")[0], again)
 
 
-def test_another_version_or_precision_is_said(command, guided_bundle, picture):
-    rewrite(picture, software="unified-latents 0.0.9", precision="bf16")
+def test_another_version_is_said(command, guided_bundle, picture):
+    rewrite(picture, software="unified-latents 0.0.9")
     result = command(main, guided_bundle, "--replay", picture)
     assert result.code == 0
     assert "the same pixels in other bytes of the file" in result.out
-    assert "precision was bf16, is fp32" in result.err
     assert "software was unified-latents 0.0.9, is unified-latents" in result.err
     changed = json.loads(command(main, guided_bundle, "--replay", picture, "--json").out)["changed"]
-    assert changed["precision"] == ["bf16", "fp32"]
+    assert list(changed) == ["software"]
+
+
+def test_backend_precision_and_threads_are_those_of_the_picture_unless_given(command, guided_bundle, tmp_path):
+    job, options = tmp_path / "job", ("--backend", "openvino", "--threads", 1)
+    assert command(main, guided_bundle, "--out", job, "-n", 1, "--precision", "fp32", *options).code == 0
+    picture = job / "000000.png"
+    result = command(main, guided_bundle, "--replay", picture)
+    assert (result.code, result.err) == (0, "")
+    assert "byte for byte" in result.out
+    result = command(main, guided_bundle, "--replay", picture, "--backend", "ort-cpu", "--json")
+    assert json.loads(result.out)["changed"] == {"backend": ["openvino", "ort-cpu"], "threads": [1, None]}
+    assert "backend was openvino, is ort-cpu" in result.err
 
 
 def test_another_backend_must_be_asked_for_and_is_said(command, guided_bundle, picture):

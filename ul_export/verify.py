@@ -40,6 +40,11 @@ class Recorder:
         """Of the backend behind."""
         return self.backend.precision
 
+    @property
+    def threads(self) -> int | None:
+        """Of the backend behind."""
+        return self.backend.threads
+
     def run(self, graph_name: GraphName, inputs: Arrays) -> Arrays:
         """Run and remember."""
         outputs = self.backend.run(graph_name, inputs)

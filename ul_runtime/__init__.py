@@ -14,21 +14,24 @@ def load(
     *,
     guide: str | Path | None = None,
     backend: str = "auto",
+    precision: str | None = None,
     threads: int | None = None,
     allow_spinning: bool = True,
 ) -> "Pipeline":
     """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
 
     `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
-    (autoguidance, Karras et al. 2024). `threads` None = one per core.
-    UsageError: unknown backend. BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
+    (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = one per core.
+    UsageError: a backend that is unknown, not installed or not able to compute in that precision.
+    BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
     """
     from ul_runtime.backends import open_backend
     from ul_runtime.bundle import Bundle
     from ul_runtime.pipeline import Pipeline
 
     def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
-        return Pipeline(bundle, open_backend(backend, bundle, threads=threads, allow_spinning=allow_spinning), guide)
+        opened = open_backend(backend, bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)
+        return Pipeline(bundle, opened, guide)
 
     lesser = None if guide is None else pipeline(Bundle.open(Path(guide), graphs=["prior_step"]))
     return pipeline(Bundle.open(Path(path)), lesser)

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -88,6 +88,11 @@ class Pipeline:
     def guide_hash(self) -> str | None:
         """Hash of the guide's bundle."""
         return None if self.guide is None else self.guide.bundle.hash
+
+    @property
+    def computed_by(self) -> dict[str, Any]:
+        """What computes: backend, precision, and the number of threads where bytes depend on it (else None)."""
+        return {"backend": self.backend.name, "precision": self.backend.precision, "threads": self.backend.threads}
 
     def settings(self, **overrides: Unpack[Overrides]) -> Settings:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""

@@ -69,6 +69,7 @@ class GenerateJob(_Fields):
     guidance_rescale: FiniteFloat
     backend: Text
     precision: Text
+    threads: Count | None  # None: pictures do not depend on it
 
 
 class DecodeJob(_Fields):
@@ -84,6 +85,7 @@ class DecodeJob(_Fields):
     decoder_num_steps: Count
     backend: Text
     precision: Text
+    threads: Count | None  # None: pictures do not depend on it
 
 
 Job: TypeAlias = GenerateJob | DecodeJob

@@ -60,6 +60,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    threads = None
 
     def __init__(
         self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, device: torch.device, precision: str = "fp32"
@@ -80,14 +81,15 @@ class TorchBackend:
     def run(self, graph_name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs of a graph by name; networks run in evaluation mode."""
         graph = self.graphs[graph_name]
-        was_training = graph.training
-        graph.eval()
+        if was_training := graph.training:
+            graph.eval()
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()
         }
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             results = graph(**tensors)
-        graph.train(was_training)
+        if was_training:
+            graph.train()
         results = results if isinstance(results, tuple) else (results,)
         return {
             name: value.float().cpu().numpy() for name, value in zip(self.outputs[graph_name], results, strict=True)

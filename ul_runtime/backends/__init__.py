@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ul_runtime.errors import UsageError
+from ul_runtime.errors import UsageError, require_packages
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
     from ul_runtime.manifest import GraphName
 
-BACKENDS = ("auto", "ort-cpu")
+BACKENDS = ("auto", "ort-cpu", "openvino")
+PRECISIONS = ("fp32", "bf16")
 
 
 class Backend(Protocol):
@@ -18,20 +19,67 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """The backend's class, part of what a picture depends on."""
+        """Its name for --backend."""
 
     @property
     def precision(self) -> str:
         """What the networks compute in, for example fp32."""
 
+    @property
+    def threads(self) -> int | None:
+        """How many threads compute, where the bytes of a picture depend on it; else None."""
+
     def run(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs of a graph by name; arrays cross the boundary in float32 (labels: int64)."""
 
 
-def open_backend(name: str, bundle: "Bundle", *, threads: int | None = None, allow_spinning: bool = True) -> Backend:
-    """The backend `name` over a verified bundle; `auto` is the best that runs here. UsageError if unknown."""
+def check_threads(threads: int | None) -> None:
+    """UsageError for a number of threads below 1."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"the number of threads is {threads}; expected 1 or more")
+
+
+def bundle_precision(bundle: "Bundle") -> str:
+    """Precision of the graphs that make images, in which ul-export proved them: one for both, or "prior+decoder"."""
+    graphs = bundle.manifest.graphs
+    return "+".join(dict.fromkeys(graphs[name].precision for name in ("prior_step", "decoder_step")))
+
+
+def choose_backend(bundle: "Bundle", precision: str | None) -> tuple[str, str]:
+    """(the backend that `auto` stands for, why). It never depends on what is installed."""
+    own = bundle_precision(bundle)
+    if precision in (None, own):
+        return "ort-cpu", f"computes in {own} as ul-export proved the bundle"
+    return "openvino", f"the one backend that computes a bundle of {own} in {precision} on a CPU"
+
+
+def open_backend(
+    name: str,
+    bundle: "Bundle",
+    *,
+    precision: str | None = None,
+    threads: int | None = None,
+    allow_spinning: bool = True,
+) -> Backend:
+    """The backend `name` over a verified bundle, in `precision` (None = the bundle's own).
+
+    UsageError: unknown, not installed, or not able to compute in that precision; no other backend takes its place.
+    """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; expected one of {', '.join(BACKENDS)}")
+    if precision not in (None, *PRECISIONS):
+        raise UsageError(f"precision {precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+    check_threads(threads)
+    own = bundle_precision(bundle)
+    if name == "auto":
+        name, _ = choose_backend(bundle, precision)
+    if name == "openvino":
+        require_packages("openvino", extras="openvino")
+        from ul_runtime.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(bundle, precision or own, threads=threads)
+    if precision not in (None, own):
+        raise UsageError(f"ort-cpu computes in the bundle's precision, {own}; for {precision} give --backend openvino")
     from ul_runtime.backends.ort_cpu import OrtCpuBackend
 
     return OrtCpuBackend(bundle, threads=threads, allow_spinning=allow_spinning)

@@ -1,13 +1,18 @@
 """ONNX Runtime on the CPU: the default backend, and the only file that imports onnxruntime."""
 
+import json
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from ul_runtime.errors import BadInputError, ULError, UsageError
+from ul_runtime.backends import bundle_precision, check_threads
+from ul_runtime.errors import BadInputError, ULError
+from ul_runtime.flops import Node
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -29,16 +34,22 @@ _ORT_ERRORS = (
 # Weights that the bundle does not hand over must not be looked for on the disk: nothing is below a device file.
 _NO_FOLDER = os.path.join(os.devnull, "no-files")
 
+# y = a b as an ONNX model, each float32 n n; tests/test_ceiling.py makes these bytes anew.
+_PRODUCT = (
+    b'\x08\n:a\n\x11\n\x01a\n\x01b\x12\x01y"\x06MatMul\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01n'
+    b"Z\x15\n\x01b\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nb\x15\n\x01y\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nB\x02\x10\x12"
+)
+
 
 class OrtCpuBackend:
     """Runs a bundle's graphs on the CPU. A session is built when its graph is first run."""
 
     name = "ort-cpu"
+    threads = None  # of no effect on the bytes
 
     def __init__(self, bundle: "Bundle", *, threads: int | None = None, allow_spinning: bool = True) -> None:
         """`threads` None = one per core; `allow_spinning` False is kinder to a shared machine, 1-25 % slower."""
-        if threads is not None and threads < 1:
-            raise UsageError(f"the number of threads is {threads}; expected 1 or more")
+        check_threads(threads)
         self._bundle = bundle
         self._threads = threads
         self._allow_spinning = allow_spinning
@@ -47,9 +58,8 @@ class OrtCpuBackend:
 
     @property
     def precision(self) -> str:
-        """Precision of the networks that make images: one for both, or "prior+decoder"."""
-        graphs = self._bundle.manifest.graphs
-        return "+".join(dict.fromkeys(graphs[name].precision for name in ("prior_step", "decoder_step")))
+        """The bundle's own: graphs run as they were exported."""
+        return bundle_precision(self._bundle)
 
     def run(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See Backend.run. Raises BadInputError if the graph cannot be loaded, ULError if it fails."""
@@ -63,7 +73,7 @@ class OrtCpuBackend:
 
     def _session(self, graph_name: "GraphName") -> ort.InferenceSession:
         if graph_name not in self._sessions:
-            self._sessions[graph_name] = self._build(graph_name)
+            self._sessions[graph_name] = self._build(graph_name, self._options())
         return self._sessions[graph_name]
 
     def _options(self) -> ort.SessionOptions:
@@ -75,10 +85,24 @@ class OrtCpuBackend:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
         return options
 
-    def _build(self, graph_name: "GraphName") -> ort.InferenceSession:
+    def nodes(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> list[Node]:
+        """Every operator that a call runs, as the graph has it (not optimised), from ONNX Runtime's own profile."""
+        import tempfile
+
+        options = self._options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")  # keeps the weights' shapes
+        options.enable_profiling = True
+        with tempfile.TemporaryDirectory() as folder:
+            options.profile_file_prefix = os.path.join(folder, "profile")
+            session = self._build(graph_name, options)
+            session.run(None, inputs)
+            events = json.loads(Path(session.end_profiling()).read_bytes())
+        return [_node(event["args"]) for event in events if "input_type_shape" in event.get("args", {})]
+
+    def _build(self, graph_name: "GraphName", options: ort.SessionOptions) -> ort.InferenceSession:
         weights = self._bundle.initializers(graph_name)
         values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in weights.values()]
-        options = self._options()
         options.add_external_initializers(list(weights), values)
         try:
             model = self._bundle.graph(graph_name)
@@ -89,6 +113,23 @@ class OrtCpuBackend:
             raise BadInputError(message) from error
         self._values += values
         return session
+
+
+def _node(event: dict[str, Any]) -> Node:
+    """An event of the profile; shapes come as [{"float": [1, 64]}, ...]."""
+    inputs, outputs = (
+        tuple(tuple(shape) for typed in event[key] for shape in typed.values())
+        for key in ("input_type_shape", "output_type_shape")
+    )
+    return Node(event["op_name"], inputs, outputs)
+
+
+def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(_PRODUCT, options, providers=["CPUExecutionProvider"])
+    return lambda a, b: session.run(None, {"a": a, "b": b})[0]
 
 
 def _one_line(error: Exception, most: int = 300) -> str:

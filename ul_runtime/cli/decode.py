@@ -36,6 +36,7 @@ def decode(
     threads: options.Threads = None,
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
+    precision: options.Precision = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Decode latents to images: PNG files and a contact sheet; of ul-encode's latents, the reconstructions."""
@@ -47,7 +48,8 @@ def decode(
     from ul_runtime.settings import Overrides
 
     file = read_latents(latents)
-    pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
+    pipeline = ul_runtime.load(bundle, backend=backend, precision=precision, threads=threads, allow_spinning=spinning)
+    options.say_choice(backend, precision, pipeline)
     _check_fits(latents, file, pipeline)
     overrides = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
     sampler = pipeline.settings(**overrides).decoder

@@ -40,6 +40,7 @@ def encode(
     threads: options.Threads = None,
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
+    precision: options.Precision = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Encode images to latents (z_0, z_clean), their labels (class folders) and the bits of each."""
@@ -54,7 +55,8 @@ def encode(
     if out.exists():
         raise UsageError(f"{out}: exists; choose another name or remove it")
     files = list_images(images)
-    pipeline = ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=spinning)
+    pipeline = ul_runtime.load(bundle, backend=backend, precision=precision, threads=threads, allow_spinning=spinning)
+    options.say_choice(backend, precision, pipeline)
     if batch_size is not None:
         options.check_count("--batch-size", batch_size)
     durable.make_directory(out.parent)
@@ -62,6 +64,7 @@ def encode(
     info = {
         "bundle": pipeline.bundle.hash,
         "seed": seed,
+        **pipeline.computed_by,
         "bits_samples": bits_samples,
         "classes": list(pipeline.manifest.classes),
         "names": [str(file) for file in files],

@@ -24,8 +24,7 @@ Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
 def job_of(pipeline: Pipeline, kind: type[SomeJob], seed: int, **fields: Any) -> SomeJob:
     """The job of `kind` on this bundle and backend. UsageError: a seed that cannot be."""
     check_seed(seed)
-    backend, precision = pipeline.backend.name, pipeline.backend.precision
-    return kind(bundle=pipeline.bundle.hash, seed=seed, **fields, backend=backend, precision=precision)
+    return kind(bundle=pipeline.bundle.hash, seed=seed, **fields, **pipeline.computed_by)
 
 
 def fill(

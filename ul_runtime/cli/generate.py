@@ -22,7 +22,7 @@ def generate(
     context: typer.Context,
     bundle: options.BundleArgument,
     out: options.OptionalOutFolder = None,
-    num_images: Annotated[int, typer.Option("--num-images", metavar="COUNT", help="How many images.")] = 64,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", metavar="COUNT", help="How many images.")] = 64,
     seed: options.Seed = 0,
     label: options.Labels = None,
     steps: options.Steps = None,
@@ -39,13 +39,14 @@ def generate(
     threads: options.Threads = None,
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
+    precision: options.Precision = None,
     replay: options.Replay = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Generate images from a bundle: PNG files and a contact sheet; the same command goes on where it stopped."""
+    machine: dict[str, Any] = {"precision": precision, "threads": threads, "allow_spinning": spinning}
     if replay is not None:
-        machine = {"backend": backend, "threads": threads, "spinning": spinning}
-        return _replay(context, replay, bundle, guide, out, as_json, **machine)
+        return _replay(context, replay, bundle, guide, out, as_json, backend=backend, **machine)
     if out is None:
         raise UsageError("--out is missing; give the folder of the images")
     options.check_count("--num-images", num_images)
@@ -54,7 +55,8 @@ def generate(
     from ul_runtime.cli.fill import summary
     from ul_runtime.settings import Overrides
 
-    pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, threads=threads, allow_spinning=spinning)
+    pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine)
+    options.say_choice(backend, precision, pipeline)
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)
     guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
@@ -102,7 +104,7 @@ def _replay(
     **machine: Any,
 ) -> None:
     """The picture says how it was made: options that would say so too are refused."""
-    allowed = {"bundle", "guide", "out", "replay", "as_json", *machine}
+    allowed = {"bundle", "guide", "out", "replay", "as_json", "backend", "precision", "threads", "spinning"}
     for name in sorted(context.params.keys() - allowed):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

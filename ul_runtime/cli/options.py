@@ -1,11 +1,15 @@
 """Options that several commands share, spelled once."""
 
+import sys
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from ul_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from ul_runtime.pipeline import Pipeline
 
 _BUNDLES = "the bundle's"
 _SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2, heun"
@@ -37,9 +41,16 @@ Threads: TypeAlias = Annotated[
     int | None, typer.Option("--threads", metavar="COUNT", help="CPU threads.", show_default="one per core")
 ]
 Spinning: TypeAlias = Annotated[
-    bool, typer.Option("--spinning/--no-spinning", help="Threads wait busily: faster, rude on a shared machine.")
+    bool,
+    typer.Option("--spinning/--no-spinning", help="Threads wait busily (ort-cpu): faster, rude on a shared machine."),
 ]
-BackendName: TypeAlias = Annotated[str, typer.Option("--backend", metavar="auto|ort-cpu", help="What runs the graphs.")]
+BackendName: TypeAlias = Annotated[
+    str, typer.Option("--backend", metavar="auto|ort-cpu|openvino", help="What runs the graphs.")
+]
+Precision: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="fp32|bf16", help="What the networks compute in.", show_default=_BUNDLES),
+]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
 DecoderSteps: TypeAlias = Annotated[
     int | None,
@@ -123,3 +134,12 @@ def check_count(option: str, count: int) -> None:
     """UsageError for a count below 1."""
     if count < 1:
         raise UsageError(f"{option} is {count}; expected 1 or more")
+
+
+def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> None:
+    """What `--backend auto` chose and why, in one line on stderr; nothing for any other choice."""
+    if backend == "auto":
+        from ul_runtime.backends import choose_backend
+
+        _, why = choose_backend(pipeline.bundle, precision)
+        print(f"backend auto: {pipeline.backend.name}, {why}", file=sys.stderr, flush=True)

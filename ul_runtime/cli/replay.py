@@ -25,35 +25,40 @@ def replay(
     out: Path | None,
     *,
     backend: str,
+    precision: str | None,
     threads: int | None,
-    spinning: bool,
+    allow_spinning: bool,
 ) -> dict[str, Any]:
     """Make `image` again from `bundle` (into the folder `out`, if given); what agrees and what does not.
 
-    `backend` "auto" is the one that made it. UsageError: no such file, or a picture of that name in `out`.
+    `backend` "auto" is the one that made it, with its precision and threads unless they are given.
+    UsageError: no such file, or a picture of that name in `out`.
     BadInputError: not a picture of ul-generate, or of another bundle.
     """
     if not image.is_file():
         raise UsageError(f"{image}: no such file")
     pixels, text, data = read_png(image)
     origin = read_chunks(text, str(image))
-    if isinstance(origin.job, DecodeJob):
-        latents = origin.job.latents[:12]
+    job = origin.job
+    if isinstance(job, DecodeJob):
+        latents = job.latents[:12]
         message = f"made by ul-decode from a file of latents (SHA-256 {latents}...) that it does not hold"
         raise BadInputError(f"{image}: {message}; give that file to ul-decode again")
-    if backend == "auto" and origin.job.backend not in BACKENDS:
-        raise BadInputError(f"{image}: made by backend {origin.job.backend!a}; choose one of this version by --backend")
+    if backend == "auto" and job.backend not in BACKENDS:
+        raise BadInputError(f"{image}: made by backend {job.backend!a}; choose one of this version by --backend")
     target = None if out is None else out / image_name(origin.index)
     if target is not None and target.exists():
         raise UsageError(f"{target}: exists; choose another folder")
-    chosen = origin.job.backend if backend == "auto" else backend
-    pipeline = ul_runtime.load(bundle, guide=guide, backend=chosen, threads=threads, allow_spinning=spinning)
-    again, written = _make(image, origin, origin.job, pipeline)
+    if backend == "auto":
+        backend, precision, threads = job.backend, precision or job.precision, threads or job.threads
+    machine: dict[str, Any] = {"precision": precision, "threads": threads, "allow_spinning": allow_spinning}
+    pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine)
+    again, written = _make(image, origin, job, pipeline)
     if target is not None:
         durable.make_directory(target.parent)
         durable.atomic_write(target, written, overwrite=False)
     found = {"out": None if target is None else str(target), "bytes_equal": data == written}
-    facts = {"image": str(image), "index": origin.index, "label": origin.label, "seed": origin.job.seed}
+    facts = {"image": str(image), "index": origin.index, "label": origin.label, "seed": job.seed}
     return facts | {"changed": _changed(origin, pipeline)} | _compare(pixels, again) | found
 
 
@@ -77,7 +82,7 @@ def _make(image: Path, origin: Provenance, job: GenerateJob, pipeline: Pipeline)
     with stop_on_signal() as stop:
         control = Control(stop)
         (made,) = pipeline.generate([origin.index], seed=job.seed, labels=origin.label, control=control, **overrides)
-    today = job.model_copy(update={"backend": pipeline.backend.name, "precision": pipeline.backend.precision})
+    today = job.model_copy(update=pipeline.computed_by)
     text = picture_chunks(today, pipeline.manifest.name, origin.index, origin.label)
     return made.images[0], png_bytes(to_picture(made.images[0]), text)
 
@@ -97,13 +102,10 @@ def _overrides(job: GenerateJob) -> Overrides:
     )
 
 
-def _changed(origin: Provenance, pipeline: Pipeline) -> dict[str, tuple[str, str]]:
+def _changed(origin: Provenance, pipeline: Pipeline) -> dict[str, tuple[Any, Any]]:
     """What is not as it was when the picture was made: was, now."""
-    pairs = {
-        "backend": (origin.job.backend, pipeline.backend.name),
-        "precision": (origin.job.precision, pipeline.backend.precision),
-        "software": (origin.software, SOFTWARE),
-    }
+    was, now = origin.job.model_dump() | {"software": origin.software}, pipeline.computed_by | {"software": SOFTWARE}
+    pairs = {name: (was[name], now[name]) for name in now}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
