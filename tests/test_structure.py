@@ -128,7 +128,7 @@ for module in pkgutil.walk_packages(ul_runtime.__path__, "ul_runtime."):
 def test_importing_the_commands_imports_nothing_heavy() -> None:
     code = """
 import sys
-import ul_train.cli, ul_export.cli, ul_runtime.cli.generate
+import ul_train.cli, ul_export.cli, ul_export.bench_cli, ul_runtime.cli.generate
 print([name for name in ("torch", "onnx", "onnxruntime", "numpy", "PIL", "pydantic") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -1,0 +1,36 @@
+"""The matrix products that are this machine's ceiling: they are products, and the best of them is taken."""
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from ul_runtime.backends import openvino, ort_cpu
+from ul_runtime.ceiling import ceilings
+
+A, B = np.random.default_rng(0).standard_normal((2, 64, 64), np.float32)
+
+
+def test_the_onnx_model_of_a_product_is_what_onnx_makes() -> None:
+    a, b, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "n"]) for name in "aby")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["y"])], "product", [a, b], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    for part in (model, model.opset_import[0]):
+        part.ClearField("producer_name" if part is model else "domain")
+    assert model.SerializeToString(deterministic=True) == ort_cpu._PRODUCT
+
+
+def test_products_are_products() -> None:
+    assert np.allclose(ort_cpu.product(1)(A, B), A @ B, atol=1e-4)
+    assert np.allclose(openvino.product("fp32", 1, B)(A), A @ B, atol=1e-4)
+
+
+def test_a_product_in_bfloat16_has_its_error_and_no_more() -> None:
+    if "BF16" in openvino._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        gap = np.abs(openvino.product("bf16", 1, B)(A) - A @ B).max()
+        assert 1e-3 < gap < 0.3
+
+
+def test_every_precision_that_something_here_multiplies_in_has_a_ceiling() -> None:
+    found = ceilings(1, {"fp32", "int8"}, 0.0)
+    assert list(found) == ["fp32"]
+    assert float(found["fp32"]["gflops_per_s"]) > 0
+    assert str(found["fp32"]["by"]).startswith(("ONNX Runtime, ", "OpenVINO, "))

@@ -1,0 +1,106 @@
+"""The figures of ul-bench for people: tables, and images per second against batch size as a picture."""
+
+import sys
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ul_runtime import durable
+
+_STEPS = {"prior_step": "prior step", "guided_prior_step": "guided prior step", "decoder_step": "decoder step"}
+_WIDTH = 110  # of tables that no terminal limits
+
+
+def print_report(result: Mapping[str, Any]) -> None:
+    """Tables on stdout."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(step_table(result))
+    console.print(image_table(result))
+    for precision, ceiling in result["ceilings"].items():
+        console.print(f"ceiling {precision}: {ceiling['gflops_per_s']:.0f} GFLOP/s, {ceiling['by']}")
+    if result["start_up"]:
+        console.print(start_up_table(result["start_up"]))
+    machine = result["machine"]
+    console.print(f"{machine['processor']}, {machine['processors']} processors; commit {result['commit']}")
+
+
+def step_table(result: Mapping[str, Any]) -> Table:
+    """A row for each batch size and contender: the time of a step, and how far it is from the first contender's."""
+    title = f"{result['bundle']['name']}, threads: {result['threads']}; ms a step, median (95th percentile)"
+    table = Table("batch", "contender", title=title, title_justify="left")
+    for name in (*_STEPS.values(), "largest difference"):
+        table.add_column(name, justify="right")
+    for row in result["results"]:
+        steps = [row.get(step) for step in _STEPS]
+        differences = [step["largest_difference"] for step in steps if step]
+        times = (f"{step['median_ms']:.3g} ({step['p95_ms']:.3g})" if step else "" for step in steps)
+        far = f"{max(differences):.1g}" if differences else ""
+        table.add_row(str(row["batch_size"]), row["contender"], *times, far)
+    return table
+
+
+def image_table(result: Mapping[str, Any]) -> Table:
+    """A row for each batch size and contender: whole images."""
+    title = f"whole images, {result['an_image']['flops'] / 1e9:.3g} GFLOP each"
+    table = Table("batch", "contender", title=title, title_justify="left")
+    for name in ("images/s", "ms a batch", "of ceiling", "loop beyond graphs", "warm-up, s"):
+        table.add_column(name, justify="right")
+    for row in result["results"]:
+        images = row["images"]
+        share, loop = images["of_ceiling"], images.get("loop_overhead")
+        table.add_row(
+            str(row["batch_size"]),
+            row["contender"],
+            f"{images['images_per_s']:.3g}",
+            f"{images['median_ms']:.4g} ({images['p95_ms']:.4g})",
+            "" if share is None else f"{share:.1%}",
+            "" if loop is None else f"{loop:.1%}",
+            f"{row['warm_up_s']:.2f}",
+        )
+    return table
+
+
+def start_up_table(started: Mapping[str, Mapping[str, float]]) -> Table:
+    """Seconds in a fresh process."""
+    table = Table("start-up, s", title="a fresh process", title_justify="left")
+    columns = {
+        "import": "import_s",
+        "load": "load_s",
+        "first image": "first_image_s",
+        "next image": "next_image_s",
+        "ul-generate -n 1": "ul_generate_s",
+        "beyond sampling": "ul_generate_beyond_sampling_s",
+    }
+    for name in columns:
+        table.add_column(name, justify="right")
+    for contender, figures in started.items():
+        table.add_row(contender, *(f"{figures[key]:.2f}" if key in figures else "" for key in columns.values()))
+    return table
+
+
+def write_plot(result: Mapping[str, Any], path: Path) -> None:
+    """Images per second against batch size, a line for each contender, as PNG. OutputError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["contender"] for row in result["results"]):
+        rows = [row for row in result["results"] if row["contender"] == name]
+        batches, rates = ([row["batch_size"] for row in rows], [row["images"]["images_per_s"] for row in rows])
+        axes.plot(batches, rates, marker="o", label=name)
+    sizes = sorted({row["batch_size"] for row in result["results"]})
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images/s")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xticks([], minor=True)
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
+    axes.set_title(f"{result['bundle']['name']}, threads: {result['threads']}, {result['machine']['processor']}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    durable.atomic_write(path, buffer.getvalue())
