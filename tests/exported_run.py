@@ -14,15 +14,15 @@ from ul_train.session import load_networks
 
 # name -> opset, overrides of the preset, classes
 CASES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
+    "grey with classes, opset 20": (20, (), DIGITS),
     "grey with classes, opset 18": (18, (), DIGITS),
-    "grey with classes, opset 23": (23, (), DIGITS),
-    "RGB without classes, opset 18": (
-        18,
+    "RGB without classes, opset 20": (
+        20,
         ("image.channels=3", "latent_channels=3", "base.widths=[32]", "base.blocks=[2]"),
         (),
     ),
 }
-PLAIN = "grey with classes, opset 18"
+PLAIN = "grey with classes, opset 20"
 
 
 @dataclass(frozen=True)

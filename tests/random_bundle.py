@@ -14,7 +14,7 @@ from ul_train.model import make_base, make_decoder, make_encoder
 
 
 def write_random_bundle(
-    path: Path, recipe: str = "fashion-32", *overrides: str, classes: Sequence[str] = DIGITS, opset: int = 18
+    path: Path, recipe: str = "fashion-32", *overrides: str, classes: Sequence[str] = DIGITS, opset: int = 20
 ) -> Bundle:
     """Export the encoder, base and decoder of `recipe` as they start, but for their weights."""
     config = load_config(recipe, list(overrides))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from ul_train.networks import DecoderUViT, Encoder, LatentViT
+from ul_train.networks import DecoderUViT, Encoder, LatentViT, layers
 
 BATCH = 3
 
@@ -233,3 +233,28 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(network(z_t, logsnr), network(z_t, logsnr))
     network.train()
     assert not torch.equal(network(z_t, logsnr), network(z_t, logsnr))
+
+
+def test_merging_tokens_is_pixel_unshuffle_and_splitting_them_is_its_inverse():
+    h = torch.randn(2, 8 * 8, 3)
+    merged = layers.merge_tokens(h, 8)
+    assert torch.equal(merged, layers.to_tokens(nn.functional.pixel_unshuffle(layers.to_grid(h, 8), 2)))
+    assert torch.equal(layers.split_tokens(merged, 4), h)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes", "fused"),
+    [
+        (layers.attention, [(2, 3, 5, 16)] * 3, "scaled_dot_product"),
+        (layers.rms_norm, [(2, 3, 5, 16), (16,)], "rms_norm"),
+    ],
+)
+def test_what_is_written_out_for_export_is_the_operator_of_torch(layer, shapes, fused):
+    class Layer(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return layer(*inputs)
+
+    inputs = tuple(torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
+    program = export(Layer(), inputs)
+    assert not any(fused in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*inputs), layer(*inputs))

@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of ul-train, both stages trained.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
-    opset: Annotated[int, typer.Option(metavar="18|23", help="ONNX opset of the graphs.")] = 18,
+    opset: Annotated[int, typer.Option(metavar="18|20", help="ONNX opset of the graphs.")] = 20,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")
     ] = None,

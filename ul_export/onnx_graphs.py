@@ -21,7 +21,7 @@ from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
 from ul_train.step import DecoderStep, PriorStep
 
-OPSETS = (18, 23)  # those that the tests prove
+OPSETS = (18, 20)  # those that the tests prove
 _INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ul_export.onnx_graphs import OPSETS
 from ul_runtime.benchmark import Contender, pipeline_contender
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import UsageError
@@ -52,7 +53,7 @@ class TorchRun:
         """The finished run at `run`, with torch on so many threads. BadInputError."""
         torch.set_num_threads(threads)
         config, info, networks, step = load_networks(run)
-        described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, 18)
+        described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, OPSETS[-1])
         return cls(described, {name: network.eval() for name, network in networks.items()})
 
     def check_same(self, run: Path, bundle: Bundle) -> None:

@@ -62,7 +62,7 @@ class DecoderUViT(nn.Module):
         below = [*channels[1:], width]
         for stage_width, next_width, blocks in zip(channels, below, num_blocks, strict=True):
             self.down.append(ConvStage(stage_width, stage_width, blocks, width))
-            self.shrink.append(nn.Conv2d(4 * stage_width, next_width, 1))
+            self.shrink.append(nn.Conv2d(stage_width, next_width, 2, stride=2))
             self.grow.append(nn.Conv2d(next_width, 4 * stage_width, 1))
             self.up.append(ConvStage(2 * stage_width, stage_width, blocks, width))
         self.embed_z = nn.Linear(latent_channels, width)
@@ -81,7 +81,7 @@ class DecoderUViT(nn.Module):
         for stage, shrink in zip(self.down, self.shrink, strict=True):
             h = stage(h, cond)
             skips.append(h)
-            h = shrink(F.pixel_unshuffle(h, 2))
+            h = shrink(h)
         tokens = to_tokens(h) + self.embed_z(to_tokens(z_0)) + self.position  # b (h w) d
         h = to_grid(self.middle(tokens, cond), self.latent_size)
         for i in reversed(range(len(self.up))):

@@ -3,9 +3,17 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from ul_train.networks.layers import LogsnrEmbedding, Modulation, TransformerBlock, grid_positions, to_grid, to_tokens
+from ul_train.networks.layers import (
+    LogsnrEmbedding,
+    Modulation,
+    TransformerBlock,
+    grid_positions,
+    merge_tokens,
+    split_tokens,
+    to_grid,
+    to_tokens,
+)
 
 
 class Level(nn.Module):
@@ -71,10 +79,10 @@ class LatentViT(nn.Module):
         for i, (down, merge) in enumerate(zip(self.down, self.merge, strict=True)):
             h = down(h, cond)
             skips.append(h)
-            h = merge(to_tokens(F.pixel_unshuffle(to_grid(h, self.size >> i), 2)))
+            h = merge(merge_tokens(h, self.size >> i))
         h = self.middle(h, cond)
         for i in reversed(range(len(self.up))):
-            h = to_tokens(F.pixel_shuffle(to_grid(self.split[i](h), self.size >> (i + 1)), 2))
+            h = split_tokens(self.split[i](h), self.size >> (i + 1))
             h = self.up[i](skips[i] + h, cond)
         m = self.modulation(cond)[:, :, None]  # b 2 1 d
         h = self.out(self.norm(h) * (1 + m[:, 1]) + m[:, 0])
