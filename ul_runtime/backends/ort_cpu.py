@@ -34,6 +34,9 @@ _ORT_ERRORS = (
 # Weights that the bundle does not hand over must not be looked for on the disk: nothing is below a device file.
 _NO_FOLDER = os.path.join(os.devnull, "no-files")
 
+# This fused kernel sums on one thread: 0.5 ms for 1,024 tokens of width 192, against 0.1 ms of the two it replaces.
+_SLOW_FUSIONS = ["SkipLayerNormFusion"]
+
 # y = a b as an ONNX model, each float32 n n; tests/test_ceiling.py makes these bytes anew.
 _PRODUCT = (
     b'\x08\n:a\n\x11\n\x01a\n\x01b\x12\x01y"\x06MatMul\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01n'
@@ -82,6 +85,7 @@ class OrtCpuBackend:
         options.intra_op_num_threads = self._threads or 0
         options.log_severity_level = 4  # errors come as exceptions
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._allow_spinning else "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # or they hinder the next graph's threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
         return options
 
@@ -106,7 +110,9 @@ class OrtCpuBackend:
         options.add_external_initializers(list(weights), values)
         try:
             model = self._bundle.graph(graph_name)
-            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOW_FUSIONS
+            )
         except (*_ORT_ERRORS, ValueError) as error:
             advice = "export again with ul-export, or update onnxruntime"
             message = f"{self._bundle.path}: graph {graph_name} cannot be loaded: {_one_line(error)}; {advice}"
