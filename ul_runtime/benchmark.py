@@ -18,7 +18,7 @@ from ul_runtime.manifest import GraphName
 from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
 from ul_runtime.settings import Overrides
 
-_REST_S = 0.01  # before each turn: threads of the one before that wait busily go to sleep
+_REST_S = 0.05  # before each turn: threads of the one before that wait busily go to sleep
 Arrays: TypeAlias = dict[str, np.ndarray]
 Step: TypeAlias = tuple[GraphName, int]  # a graph, and its branches of guidance (1: none)
 
