@@ -19,6 +19,7 @@ from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
 from ul_runtime.settings import Overrides
 
 _REST_S = 0.05  # before each turn: threads of the one before that wait busily go to sleep
+_WARM_S = 0.05  # of a step, before it is measured
 Arrays: TypeAlias = dict[str, np.ndarray]
 Step: TypeAlias = tuple[GraphName, int]  # a graph, and its branches of guidance (1: none)
 
@@ -129,14 +130,15 @@ def in_turn(
 ) -> list[list[float]]:
     """Seconds of each task, `repeats` times, in turn, so that what disturbs the machine disturbs all of them.
 
-    `warm` runs the task once more before each turn, not measured: its data are then in the caches as within a loop.
+    `warm` runs the task for a while before each turn, not measured: caches, threads and clock are then as within a loop.
     """
     seconds: list[list[float]] = [[] for _ in tasks]
     for _ in range(repeats):
         for task, times in zip(tasks, seconds, strict=True):
             control.check()
             time.sleep(_REST_S)
-            if warm:
+            warm_until = time.perf_counter() + _WARM_S
+            while warm and time.perf_counter() < warm_until:
                 task()
             start = time.perf_counter()
             task()
