@@ -130,7 +130,7 @@ def in_turn(
 ) -> list[list[float]]:
     """Seconds of each task, `repeats` times, in turn, so that what disturbs the machine disturbs all of them.
 
-    `warm` runs the task for a while before each turn, not measured: caches, threads and clock are then as within a loop.
+    `warm` runs the task for a while before each turn, not measured: caches, threads and clock are as within a loop.
     """
     seconds: list[list[float]] = [[] for _ in tasks]
     for _ in range(repeats):
