@@ -48,6 +48,12 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
     ] = None,
+    target_bits_per_pixel: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS", help="Steer loss_factor to this rate: short for --set objective.target_bits_per_pixel=BITS."
+        ),
+    ] = None,
     stage: Annotated[str, typer.Option(metavar="joint|base|all", help="Which stage to train.")] = "all",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     allow: Annotated[
@@ -70,7 +76,8 @@ def train(
     from ul_train.config import load_config
 
     run = _run_named(recipe, out, resume)
-    config = load_config(str(run / "config.toml") if run else recipe, set_ or [])
+    target = [] if target_bits_per_pixel is None else [f"objective.target_bits_per_pixel={target_bits_per_pixel}"]
+    config = load_config(str(run / "config.toml") if run else recipe, [*(set_ or []), *target])
     if stage not in ("joint", "base", "all"):
         raise UsageError(f"--stage {stage}: expected joint, base or all")
     if dry_run:

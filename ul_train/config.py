@@ -72,6 +72,7 @@ class ObjectiveConfig(Section):
     """The loss; all logsnr values are the full log(alpha^2 / sigma^2)."""
 
     loss_factor: Annotated[float, Field(gt=0.0)] = 1.5  # c_lf: weight of a decoder nat at low logsnr
+    target_bits_per_pixel: Annotated[float, Field(gt=0.0)] | None = None  # steers loss_factor, which is where it starts
     bias: float = 0.0  # b of the decoder's sigmoid weight, logsnr
     base_bias: float = 2.0  # b of the base's sigmoid weight, logsnr
     latent_logsnr: float = 5.0  # least noise of the prior = noise of z_0
@@ -335,10 +336,10 @@ def _known_keys() -> list[str]:
 
 
 def config_toml(config: Config) -> str:
-    """The resolved recipe as TOML that loads back to the same Config."""
+    """The resolved recipe as TOML that loads back to the same Config; what is off (None) is left out."""
     lines: list[str] = []
     sections: list[str] = []
-    for key, value in config.model_dump(mode="json").items():
+    for key, value in config.model_dump(mode="json", exclude_none=True).items():
         if isinstance(value, dict):
             sections += ["", f"[{key}]", *(f"{name} = {_toml_value(item)}" for name, item in value.items())]
         else:

@@ -1,7 +1,7 @@
 """The two stages of training: which networks learn, and the loss of one batch."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ul_train import randomness
 from ul_train.config import Config, StageConfig
 from ul_train.data import ImageSet
 from ul_train.model import joint_networks, make_base
+from ul_train.rate_control import RateControl
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Stage:
     precision: str  # bf16 or fp32
     modules: dict[str, nn.Module]
     frozen: dict[str, nn.Module] = field(default_factory=dict)
+    rate_control: RateControl | None = None
 
     def __post_init__(self) -> None:
         self.objective = self.config.make_objective()
@@ -54,6 +56,11 @@ class Stage:
             module.to(self.device).train()
         self.ema = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in self.modules.items()}
         self.compute = dict(self.modules)  # what the loss calls: the modules, compiled on request
+
+    @property
+    def loss_factor(self) -> float:
+        """Of this step."""
+        return self.rate_control.loss_factor if self.rate_control else self.objective.loss_factor
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -86,7 +93,7 @@ class Stage:
             self.compute["decoder"],
             batch.x,
             batch.draws,
-            self.objective,
+            replace(self.objective, loss_factor=self.loss_factor),
             prior_share=min(1.0, step / ramp) if ramp else 1.0,
         )
         num_values = batch.x[0].numel()
@@ -114,7 +121,11 @@ def joint_stage(config: Config, device: torch.device, precision: str) -> Stage:
     if device.type == "cpu":  # convolutions are a tenth faster in this layout
         for module in modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Stage("joint", config, config.joint, 0, device, precision, modules)
+    stage = Stage("joint", config, config.joint, 0, device, precision, modules)
+    o = config.objective
+    if o.target_bits_per_pixel is not None:
+        stage.rate_control = RateControl(o.target_bits_per_pixel, config.joint.steps, o.prior_ramp_steps, o.loss_factor)
+    return stage
 
 
 def base_stage(

@@ -97,6 +97,9 @@ class Trainer:
             self._update(figures["learning_rate"])
         else:
             self._skip(figures["loss"], norm)
+        if (control := self.stage.rate_control) is not None:
+            figures["loss_factor"] = control.loss_factor
+            control.follow(figures["bits_per_pixel"], self.step)
         self.optimizer.zero_grad(set_to_none=True)
         return figures
 
@@ -135,6 +138,7 @@ class Trainer:
             config_sha256=config_hash(config),
             data_fingerprint=self.images.fingerprint,
             counters=self.counters,
+            rate_control=self.stage.rate_control.state() if self.stage.rate_control else {},
             encoder_checkpoint=self.encoder_checkpoint,
         )
         optimizer = ckpt.optimizer_tensors(self.optimizer, list(self.parameters))
@@ -153,4 +157,6 @@ class Trainer:
         ckpt.load_tensors(self.stage.modules, saved.weights, str(path))
         ckpt.load_tensors(self.stage.ema, saved.ema, str(path))
         ckpt.load_optimizer(self.optimizer, list(self.parameters), saved.optimizer)
+        if self.stage.rate_control is not None:
+            self.stage.rate_control.restore(saved.state.rate_control)
         self.step, self.counters = saved.state.step, dict(saved.state.counters)

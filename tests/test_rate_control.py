@@ -1,0 +1,69 @@
+"""The bitrate as a setting: the control meets its target on processes like training, and survives a resume."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ul_train.config import config_hash, config_toml, load_config
+from ul_train.rate_control import RateControl
+
+STEPS, RAMP = 700, 200
+
+
+def trained(target: float, sensitivity: float, lag: float, noise: float = 0.0) -> tuple[float, float]:
+    """(bits, loss_factor) of a run whose log bits follow log loss_factor with a lag, and fall as the prior learns."""
+    control = RateControl(target, STEPS, RAMP, loss_factor=2.0)
+    settled = log_bits = math.log(0.12)
+    for step in range(STEPS):
+        goal = settled + sensitivity * math.log(control.loss_factor / 2.0) + 2.0 * math.exp(-step / 100)
+        log_bits += (goal - log_bits) / lag
+        control.follow(math.exp(log_bits + noise * math.sin(7.3 * step)), step)
+    return math.exp(log_bits), control.loss_factor
+
+
+@given(target=st.floats(0.06, 0.3), sensitivity=st.floats(1.0, 2.5), lag=st.floats(5, 60), noise=st.floats(0.0, 0.2))
+def test_the_bits_end_within_ten_percent_of_the_target(target, sensitivity, lag, noise):
+    assert trained(target, sensitivity, lag, noise)[0] == pytest.approx(target, rel=0.1)
+
+
+def test_without_steering_the_same_run_misses_the_target(monkeypatch):
+    monkeypatch.setattr("ul_train.rate_control._GAIN", 0.0)
+    bits, loss_factor = trained(0.2, 1.5, 30)
+    assert loss_factor == 2.0
+    assert bits == pytest.approx(0.12, rel=0.01)
+
+
+def test_nothing_is_steered_before_the_start_or_by_bits_that_are_no_number():
+    control = RateControl(0.1, STEPS, RAMP, loss_factor=2.0)
+    for step in range(RAMP):
+        control.follow(0.8, step)
+    assert control.loss_factor == 2.0
+    before = control.state()
+    for bits in (math.nan, math.inf, 0.0, -1.0):
+        control.follow(bits, RAMP)
+    assert control.state() == before
+
+
+def test_a_restored_control_goes_on_as_if_it_had_never_stopped():
+    bits = [0.3 + 0.1 * math.sin(step) for step in range(400)]
+    whole, first, second = (RateControl(0.2, STEPS, 50, loss_factor=2.0) for _ in range(3))
+    for step, value in enumerate(bits):
+        whole.follow(value, step)
+        (first if step < 150 else second).follow(value, step)
+        if step == 149:
+            second.restore(first.state())
+    assert second.state() == whole.state()
+    fresh = RateControl(0.2, STEPS, 50, loss_factor=2.0)
+    fresh.restore({})
+    assert fresh == RateControl(0.2, STEPS, 50, loss_factor=2.0)
+
+
+def test_a_recipe_without_a_target_is_what_it_was_and_one_with_it_loads_back(tmp_path):
+    plain = load_config("tiny", [])
+    assert "target" not in config_toml(plain)
+    steered = load_config("tiny", ["objective.target_bits_per_pixel=0.2"])
+    assert config_hash(steered) != config_hash(plain)
+    (tmp_path / "mine.toml").write_text(config_toml(steered))
+    assert load_config(str(tmp_path / "mine.toml"), []) == steered
