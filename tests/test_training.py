@@ -39,6 +39,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+STEERED = ("objective.target_bits_per_pixel=0.5", "objective.prior_ramp_steps=1")
+
+
 def losses(run: Path, stage: str) -> dict[int, float]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line.get("stage") == stage and "loss" in line]
@@ -89,9 +92,11 @@ def test_one_batch_overfits(tmp_path: Path, make: Callable[..., Stage]) -> None:
 # stop and resume
 
 
-@pytest.mark.parametrize("stop", [2, 4])
-def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, stop: int) -> None:
-    config = tiny(*HARD)
+@pytest.mark.parametrize(("stop", "more"), [(2, ()), (4, ()), (3, STEERED)])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    tmp_path: Path, stop: int, more: tuple[str, ...]
+) -> None:
+    config = tiny(*HARD, *more)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     unbroken = session(whole, config)
     for stage in ("joint", "base"):
@@ -378,3 +383,10 @@ def test_a_living_latent_is_not_said_to_have_died(tmp_path: Path, capsys: pytest
 
 def test_splits_hold_both_classes() -> None:
     assert set(splits().train.labels.tolist()) == {0, 1}
+
+
+def test_a_target_for_the_bits_changes_loss_factor_and_nothing_before_it_is_steered(tmp_path: Path) -> None:
+    for name, options in (("plain", ("objective.prior_ramp_steps=1",)), ("steered", STEERED)):
+        session(tmp_path / name, tiny(*options)).run_stage("joint")
+    plain, steered = losses(tmp_path / "plain", "joint"), losses(tmp_path / "steered", "joint")
+    assert [plain[step] == steered[step] for step in (1, 2, 3)] == [True, True, False]
