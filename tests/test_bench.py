@@ -56,7 +56,7 @@ def test_people_get_tables_and_a_plot(command: Runner, analytic_bundle: Path, tm
     for part in ("ort-cpu", "decoder step", "images/s", "GFLOP/s", "beyond sampling", "analytic, threads: 1"):
         assert part in result.out
     with Image.open(tmp_path / "plot.png") as picture:
-        assert picture.size == (840, 540)
+        assert picture.size == (1020, 540)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
     """Images per second against batch size, a line for each contender, as PNG. OutputError."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(row["contender"] for row in result["results"]):
         rows = [row for row in result["results"] if row["contender"] == name]
@@ -100,7 +100,7 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
         formatted("{x:g}")
     axes.set_title(f"{result['bundle']['name']}, threads: {result['threads']}, {result['machine']['processor']}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     durable.atomic_write(path, buffer.getvalue())
