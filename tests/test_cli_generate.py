@@ -44,7 +44,13 @@ def test_a_png_says_where_it_comes_from(command, analytic_bundle, tmp_path):
     with Image.open(tmp_path / "out/000001.png") as picture:
         text = picture.info
     expected = {"index": "1", "seed": "9", "label": "green", "prior_sampler": "dpmpp2m", "prior_num_steps": "3"}
-    expected |= {"prior_grid": "uniform", "guidance": "1.0", "backend": "ort-cpu", "precision": "fp32"}
+    expected |= {
+        "prior_grid": "uniform",
+        "guidance": "1.0",
+        "backend": "ort-cpu",
+        "precision": "fp32",
+        "threads": "null",
+    }
     assert expected.items() <= text.items()
     assert re.fullmatch(r"[0-9a-f]{64}", text["bundle"])
     assert text["Software"].startswith("unified-latents ")

@@ -138,7 +138,7 @@ def test_a_bundle_that_guides_itself_is_unguided(analytic_bundle, plain):
 class Recorder:
     """A backend that keeps the inputs of every prior step."""
 
-    name, precision = "recorder", "fp32"
+    name, precision, threads = "recorder", "fp32", None
 
     def __init__(self, backend):
         self.backend, self.calls = backend, []

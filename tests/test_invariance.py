@@ -74,7 +74,7 @@ def test_the_files_of_the_real_networks_are_the_same_at_any_batch_size(command, 
 class Sloppy:
     """A backend whose decoder is off in the last bit of one value, in the second row of any batch."""
 
-    name, precision = "sloppy", "fp32"
+    name, precision, threads = "sloppy", "fp32", None
 
     def __init__(self, backend):
         self.backend = backend

@@ -118,7 +118,7 @@ def test_labels_by_name_number_and_none(pipeline, labels, expected):
 class Recorder:
     """A backend that notes the shape of `label` for each prior step."""
 
-    name, precision = "recorder", "fp32"
+    name, precision, threads = "recorder", "fp32", None
 
     def __init__(self, backend):
         self.backend, self.calls = backend, []

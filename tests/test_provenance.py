@@ -29,7 +29,7 @@ from ul_runtime.settings import SamplerSettings, Settings
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HASH, OTHER = "0123456789abcdef" * 4, "f" * 64
 PRIOR, DECODER = SamplerSettings("dpmpp2m", "mix", 32), SamplerSettings("ddim", "uniform", 8)
-MACHINE = {"backend": "ort-cpu", "precision": "fp32"}
+MACHINE = {"backend": "ort-cpu", "precision": "fp32", "threads": None}
 JOB = GenerateJob(
     bundle=HASH,
     guide=None,
@@ -92,8 +92,8 @@ def test_the_chunks_are_spelled_so_that_people_can_read_them():
         "seed": "9", "labels": f'"{ALL_CLASSES}"', "prior_sampler": "dpmpp2m",
         "prior_grid": "mix", "prior_num_steps": "32", "decoder_sampler": "ddim", "decoder_grid": "uniform",
         "decoder_num_steps": "8", "guidance": "1.5", "guidance_interval": "[-3.0, 1.5]", "backend": "ort-cpu",
-        "precision": "fp32", "job": fingerprint(JOB), "bundle_name": "fashion", "Software": SOFTWARE, "index": "7",
-        "label": "Bag",
+        "precision": "fp32", "threads": "null", "job": fingerprint(JOB), "bundle_name": "fashion", "Software": SOFTWARE,
+        "index": "7", "label": "Bag",
     }  # fmt: skip
     assert expected == CHUNKS
 

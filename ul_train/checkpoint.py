@@ -38,8 +38,8 @@ class State:
     config_sha256: str
     data_fingerprint: str
     counters: dict[str, int] = field(default_factory=dict)
-    rate_control: dict[str, float] = field(default_factory=dict)  # of a run with a target for its bits
     encoder_checkpoint: str | None = None  # stage base: state hash of the joint checkpoint whose latents it learns
+    rate_control: dict[str, float] = field(default_factory=dict)  # of a run with a target for its bits
 
 
 @dataclass(frozen=True)
