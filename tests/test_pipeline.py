@@ -65,7 +65,7 @@ def test_every_sampler_through_the_graphs_is_its_walk_in_float64(pipeline, sampl
             lambda k: fresh(noise.prior_step(k)),
         )
 
-    table = pipeline.prior_table(settings.prior)
+    table = pipeline.prior_table(settings.prior).copy()
     assert np.allclose(given, walked(table), rtol=1e-4, atol=1e-5)
     table[-1, B_0] *= 1.01  # negative control
     assert not np.allclose(given, walked(table), rtol=1e-4, atol=1e-5)

@@ -103,7 +103,7 @@ def test_each_field_of_a_job_is_in_its_fingerprint():
         "bundle": OTHER, "seed": 10, "labels": ("Bag",), "prior_sampler": "ddim", "prior_grid": "uniform",
         "prior_num_steps": 31, "decoder_sampler": "ancestral", "decoder_grid": "mix", "decoder_num_steps": 7,
         "guidance": 1.25, "guidance_interval": None, "guidance_rescale": 0.5, "guide": OTHER,
-        "backend": "other", "precision": "bf16",
+        "backend": "other", "precision": "bf16", "threads": 2,
     }  # fmt: skip
     assert changed.keys() == GenerateJob.model_fields.keys() - {"command"}
     prints = {fingerprint(JOB.model_copy(update={key: value})) for key, value in changed.items()}

@@ -20,6 +20,12 @@ Data = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")]
+TargetBits = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS", help="Steer loss_factor to this rate: short for --set objective.target_bits_per_pixel=BITS."
+    ),
+]
 Cache = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where prepared images are kept; default $UL_CACHE or the user's cache."),
@@ -48,12 +54,7 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
     ] = None,
-    target_bits_per_pixel: Annotated[
-        float | None,
-        typer.Option(
-            metavar="BITS", help="Steer loss_factor to this rate: short for --set objective.target_bits_per_pixel=BITS."
-        ),
-    ] = None,
+    target_bits_per_pixel: TargetBits = None,
     stage: Annotated[str, typer.Option(metavar="joint|base|all", help="Which stage to train.")] = "all",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     allow: Annotated[
@@ -76,8 +77,7 @@ def train(
     from ul_train.config import load_config
 
     run = _run_named(recipe, out, resume)
-    target = [] if target_bits_per_pixel is None else [f"objective.target_bits_per_pixel={target_bits_per_pixel}"]
-    config = load_config(str(run / "config.toml") if run else recipe, [*(set_ or []), *target])
+    config = load_config(str(run / "config.toml") if run else recipe, _overrides(set_, target_bits_per_pixel))
     if stage not in ("joint", "base", "all"):
         raise UsageError(f"--stage {stage}: expected joint, base or all")
     if dry_run:
@@ -129,6 +129,12 @@ def report(
         run, data, heldout, images, mean_of, decoder_steps, threads, cache_dir(cache), device, precision
     )
     _print(figures, json_)
+
+
+def _overrides(set_: list[str] | None, target_bits_per_pixel: float | None) -> list[str]:
+    """--set, and what is short for it."""
+    target = [] if target_bits_per_pixel is None else [f"objective.target_bits_per_pixel={target_bits_per_pixel}"]
+    return [*(set_ or []), *target]
 
 
 def _run_named(recipe: str, out: Path | None, resume: bool) -> Path | None:
