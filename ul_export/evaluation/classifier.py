@@ -20,8 +20,8 @@ STEPS = 1500  # of training, by default
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 64, 2e-3, 0.01
 _SEED = 0
 _FORMAT = "unified-latents-classifier-1"
-_WIDTHS = (32, 64, 128, 128)
-_STRIDES = (1, 2, 2, 1)
+_WIDTHS = (32, 64, 128)
+_STRIDES = (2, 2, 1)
 _GROUPS = 8
 
 

@@ -24,9 +24,10 @@ def draw_sheets(subject: Subject, generated: Generated, rebuilt: Rebuilt, found:
     real = np.asarray(subject.reference.images[real_ids])
     pairs = [side for pair in zip(rebuilt.originals, rebuilt.decoded, strict=True) for side in pair]
     seed = subject.seeds[0]
+    matched = ", of the same classes in the same order" if subject.labels(seed) else ""
     sheets = (
         _png(generated.samples[:_TILES], f"samples, seed {seed}"),
-        _png(real, f"real images ({subject.part}) of the same classes, in the same order"),
+        _png(real, f"real images, {subject.part}{matched}"),
         _png(pairs, f"held-out images beside their reconstructions, seed {seed}", ("original", "decoded") * 4),
         _neighbours(subject, generated, found, first, "the first samples and their nearest training images"),
         _neighbours(subject, generated, found, closest, "the samples nearest to a training image"),
