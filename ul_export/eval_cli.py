@@ -66,8 +66,7 @@ def evaluate(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure a bundle against real images: samples, reconstructions, bits, and whether samples are copies."""
-    require_packages("torch", extras="train")
-    require_packages("scipy", extras="eval")
+    require_packages("torch", "scipy", extras="eval")
     from ul_export.evaluation.command import EvalOptions, run_eval
     from ul_runtime.settings import Overrides
     from ul_train.cli import cache_dir
