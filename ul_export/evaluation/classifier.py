@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +22,26 @@ _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 64, 2e-3, 0.01
 _SEED = 0
 _FORMAT = "unified-latents-classifier-1"
 _WIDTHS = (32, 64, 128)
-_STRIDES = (2, 2, 1)
 _GROUPS = 8
+_PLACES = 4  # a side, of the last map
+_FEATURES = 128
 
 
 class Classifier(nn.Module):
-    """Convolutions of 3x3, 4x down, then the mean over places (the features, `b 128`) and a linear layer."""
+    """Three 3x3 convolutions of stride 2, their map averaged to 4x4, a linear layer (the features), and the classes."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, width, stride in zip((channels, *_WIDTHS), _WIDTHS, _STRIDES, strict=False):
-            layers += [nn.Conv2d(before, width, 3, stride, padding=1), nn.GroupNorm(_GROUPS, width), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers)
-        self.head = nn.Linear(_WIDTHS[-1], num_classes)
+        for before, width in pairwise((channels, *_WIDTHS)):
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(_GROUPS, width), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(_PLACES), nn.Flatten(), nn.Linear(_WIDTHS[-1] * _PLACES**2, _FEATURES)]
+        self.trunk = nn.Sequential(*layers, nn.ReLU())
+        self.head = nn.Linear(_FEATURES, num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """x `b c h w` in [-1, 1] -> `b 128`."""
-        return self.trunk(x).mean(dim=(2, 3))
+        return self.trunk(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `b c h w` in [-1, 1] -> logits `b num_classes`."""
