@@ -90,8 +90,8 @@ def said(result: Mapping[str, Any]) -> list[str]:
     data, found = result["data"], result["memorisation"]
     return [
         f"Means ± standard deviation over seeds {', '.join(map(str, result['seeds']))}. Real: as many real images in "
-        f"the model's place, {data['reference_images']} of the {data['reference']} images in two halves; for a reconstruction, another held-out "
-        "image; for bits, images that were trained on.",
+        f"the model's place, {data['reference_images']} of the {data['reference']} images in two halves; for a "
+        "reconstruction, another held-out image; for bits, images that were trained on.",
         f"Nearest training images, among {found['train_images']} of {found['all_train_images']}: median distance "
         f"{found['median_distance']:.3g} for samples, {found['heldout_median_distance']:.3g} for held-out images.",
         *(f"Absent: {name}: {why}." for name, why in result["absent"].items()),

@@ -20,7 +20,7 @@ def draw_sheets(subject: Subject, generated: Generated, rebuilt: Rebuilt, found:
     """PNG by file name."""
     first = np.arange(_ROWS)[: subject.count]
     closest = np.argsort(found.nearest.distance[:, 0], kind="stable")[:_ROWS]
-    real_ids = subject.pool[subject.halves(subject.seeds[0])[0]][:_TILES]
+    real_ids = subject.pool[subject.halves(subject.seeds[0])[1]][:_TILES]
     real = np.asarray(subject.reference.images[real_ids])
     pairs = [side for pair in zip(rebuilt.originals, rebuilt.decoded, strict=True) for side in pair]
     seed = subject.seeds[0]

@@ -66,12 +66,15 @@ class Subject:
         return order[: self.count], order[self.count :]
 
     def labels(self, seed: int) -> list[int] | None:
-        """The bundle's classes of the first half: samples are of the real images' classes; None = all in turn."""
+        """The bundle's classes of the second half, in whose place the samples stand; None = all in turn.
+
+        Classes of the first half would be unfair to the second, whose class counts differ from it by chance.
+        """
         names, classes = self.reference.class_names, self.pipeline.manifest.classes
         if not names or not set(names) <= set(classes):
             return None
         to_bundle = [classes.index(name) for name in names]
-        return [to_bundle[label] for label in self.reference.labels[self.pool[self.halves(seed)[0]]]]
+        return [to_bundle[label] for label in self.reference.labels[self.pool[self.halves(seed)[1]]]]
 
     def features(
         self, what: str, images: ImageSet, ids: np.ndarray, spaces: Sequence[FeatureSpace]
