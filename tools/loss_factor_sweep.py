@@ -158,7 +158,7 @@ def gaussian_curve(
     from ul_train.session import read_run
 
     config = read_run(run)[0]
-    splits = open_splits(config, data, heldout, cache_dir(cache), never)
+    splits = open_splits(config.image, data, heldout, cache_dir(cache), never)
     eigenvalues, _ = yardstick(splits.heldout, splits.train, rows[0]["num_images"])
     if eigenvalues is None:
         return []

@@ -102,8 +102,8 @@ def run_bench(path: Path, options: BenchOptions) -> dict[str, Any]:
         "results": results,
         "start_up": started,
         "machine": {"processor": _processor(), "processors": os.cpu_count()},
-        "versions": {"python": platform.python_version()} | _versions(),
-        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | versions(_PACKAGES),
+        "commit": commit(),
     }
 
 
@@ -168,9 +168,10 @@ def _processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
     found = {}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -178,7 +179,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout that this file lies in, with -dirty if it was changed; None for an installed package."""
     if not (_ROOT / ".git").exists():
         return None

@@ -17,7 +17,7 @@ from ul_runtime.pipeline import Control
 from ul_runtime.progress import progress
 from ul_runtime.signals import stop_on_signal
 from ul_train import checkpoint as ckpt
-from ul_train.config import Config
+from ul_train.config import Config, ImageConfig
 from ul_train.data import Splits, open_data
 from ul_train.device import choose_device, choose_precision
 from ul_train.heldout import HeldoutFigures
@@ -52,9 +52,8 @@ class TrainOptions:
     report_images: int
 
 
-def open_splits(config: Config, data: str, heldout: str | None, cache: Path, stop: Callable[[], bool]) -> Splits:
-    """The images of a recipe, prepared or mapped; what was converted or set aside is said. StoppedError."""
-    image = config.image
+def open_splits(image: ImageConfig, data: str, heldout: str | None, cache: Path, stop: Callable[[], bool]) -> Splits:
+    """The images, prepared or mapped; what was converted or set aside is said. StoppedError."""
     with ExitStack() as stack:
         advance: Callable[[float], None] | None = None
         shown = 0
@@ -146,7 +145,7 @@ def train_command(config: Config, options: TrainOptions) -> dict[str, Any]:
         heldout = options.heldout or (info.heldout if info else None)
         if options.stages == ("base",):
             finished_joint(out, config)
-        splits = open_splits(config, data, heldout, options.cache, stop)
+        splits = open_splits(config.image, data, heldout, options.cache, stop)
         if not there:
             held.enter_context(durable.lock_directory(out))
             _check_run(options, out, config)  # again: another process may have been faster
@@ -220,7 +219,7 @@ def report_command(
     if threads:
         torch.set_num_threads(threads)
     with stop_on_signal() as stop:
-        splits = open_splits(config, data or info.data, heldout or info.heldout, cache, stop)
+        splits = open_splits(config.image, data or info.data, heldout or info.heldout, cache, stop)
         check_data(run, info, splits)
         log = RunLog(run, config.run.log_every)
         session = Session(run, config, info, splits, device, "fp32", False, stop, log)

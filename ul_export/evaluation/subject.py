@@ -1,0 +1,102 @@
+"""What is evaluated: a bundle, real images in two halves, the feature spaces and the seeds."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ul_export.evaluation.features import FeatureSpace, features_of
+from ul_runtime.errors import UsageError
+from ul_runtime.pipeline import Control, Pipeline
+from ul_runtime.progress import progress
+from ul_runtime.settings import Overrides
+from ul_train.data import ImageSet, Splits, epoch_order
+
+_POOL, _HALVES = 0, 1  # streams of the orders below
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that the figures are computed from. `count` samples a seed stand against `count` real images."""
+
+    pipeline: Pipeline
+    splits: Splits
+    spaces: Sequence[FeatureSpace]
+    count: int
+    seeds: tuple[int, ...]
+    overrides: Overrides
+    bits_samples: int
+    stop: Callable[[], bool]
+
+    @cached_property
+    def part(self) -> str:
+        """Where the real images come from: those held out if there are two halves of them, else those trained on."""
+        return reference_part(self.splits, self.count)
+
+    @property
+    def reference(self) -> ImageSet:
+        """The real images that samples are compared with."""
+        return self.splits.heldout if self.part == "heldout" else self.splits.train
+
+    @cached_property
+    def pool(self) -> np.ndarray:
+        """Indices of the 2 count real images in use."""
+        return epoch_order(len(self.reference), 0, _POOL)[: 2 * self.count]
+
+    @cached_property
+    def pool_features(self) -> dict[str, np.ndarray]:
+        """Features of the pool `2n d`, by space."""
+        return self.features("features of real images", self.reference, self.pool, self.spaces)
+
+    @cached_property
+    def heldout_ids(self) -> np.ndarray:
+        """Held-out images for reconstructions and bits: `count` of them, or as many as there are."""
+        return epoch_order(len(self.splits.heldout), 0, _POOL)[: self.count]
+
+    @cached_property
+    def heldout_features(self) -> dict[str, np.ndarray]:
+        """Features of these, by space."""
+        return self.features("features of held-out images", self.splits.heldout, self.heldout_ids, self.spaces)
+
+    def halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the pool: two halves without a common image, divided anew for each seed."""
+        order = epoch_order(2 * self.count, seed, _HALVES)
+        return order[: self.count], order[self.count :]
+
+    def labels(self, seed: int) -> list[int] | None:
+        """The bundle's classes of the second half, in whose place the samples stand; None = all in turn.
+
+        Classes of the first half would be unfair to the second, whose class counts differ from it by chance.
+        """
+        names, classes = self.reference.class_names, self.pipeline.manifest.classes
+        if not names or not set(names) <= set(classes):
+            return None
+        to_bundle = [classes.index(name) for name in names]
+        return [to_bundle[label] for label in self.reference.labels[self.pool[self.halves(seed)[1]]]]
+
+    def features(
+        self, what: str, images: ImageSet, ids: np.ndarray, spaces: Sequence[FeatureSpace]
+    ) -> dict[str, np.ndarray]:
+        """Features `n d` of these images, by space."""
+        with self.watched(what, len(ids) * len(spaces)) as control:
+            return {space.name: features_of(space, images.images, ids, control) for space in spaces}
+
+    @contextmanager
+    def watched(self, what: str, total: int) -> Iterator[Control]:
+        """A control with a progress bar over `total` images."""
+        with progress(what, total, "images") as advance:
+            yield Control(self.stop, advance)
+
+
+def reference_part(splits: Splits, count: int) -> str:
+    """heldout or train, whichever first has 2 count images; UsageError if neither."""
+    sizes = {"heldout": len(splits.heldout), "train": len(splits.train)}
+    for part, size in sizes.items():
+        if size >= 2 * count:
+            return part
+    raise UsageError(
+        f"--images {count}: needs {2 * count} real images, for two halves; there are {sizes['train']} to train on and "
+        f"{sizes['heldout']} held out: give {max(sizes.values()) // 2} or less"
+    )
