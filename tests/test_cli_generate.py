@@ -19,6 +19,7 @@ from PIL import Image
 import ul_runtime
 from ul_runtime import durable
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
+from ul_runtime.cli.fill import _missing
 from ul_runtime.cli.generate import _title, main
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
@@ -115,6 +116,7 @@ def test_a_folder_of_another_job_is_refused_naming_the_setting(command, analytic
     [
         (("--num-images", 0), 2, "--num-images is 0; expected 1 or more"),
         (("--num-images", -4), 2, "--num-images is -4"),
+        (("--num-images", 2**63 + 1), 2, "--num-images is 9223372036854775809; expected at most 9223372036854775808"),
         (("--steps", 0), 2, "number of steps is 0"),
         (("--decoder-steps", -1), 2, "number of steps is -1"),
         (("--label", "gren"), 2, "label 'gren' is not a class of the bundle; did you mean 'green'?"),
@@ -169,6 +171,29 @@ def test_images_that_are_not_finite_are_never_written(command, tmp_path):
     out = tmp_path / "out"
     command.fails(main, 76, "not finite and were left out: 1, 4", bundle, "--out", out, "-n", 6, *FAST, *QUIET)
     assert sorted(tree(out)) == [*(f"{i:06d}.png" for i in (0, 2, 3, 5)), "contact_sheet.png", "generate.json"]
+
+
+def test_a_job_is_the_same_in_whatever_pieces_its_indices_are_listed(command, tmp_path, monkeypatch):
+    means = MEANS.copy()
+    means[1] = np.inf
+    bundle = write_analytic_bundle(tmp_path / "bundle", class_mean=means).path
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    command.fails(main, 76, "2 of 6 images are not finite", bundle, "--out", whole, "-n", 6, *FAST, *QUIET)
+    monkeypatch.setattr("ul_runtime.cli.fill._MOST_INDICES", 2)
+    message = "1 of 2 images are not finite and were left out: 1; "
+    command.fails(main, 76, message, bundle, "--out", pieces, "-n", 6, *FAST, *QUIET)
+    assert tree(pieces) == tree(whole)
+
+
+def test_the_indices_of_a_huge_job_are_listed_piece_by_piece():
+    pieces = _missing(2**63, {0, 5})
+    first, second = next(pieces), next(pieces)
+    assert first[:5].tolist() == [1, 2, 3, 4, 6]
+    assert second[0] == first[-1] + 1
+    assert max(len(first), len(second)) <= 2**14
+    (last,) = _missing(3, {0, 1})
+    assert last.tolist() == [2]
+    assert list(_missing(2, {0, 1})) == []
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:

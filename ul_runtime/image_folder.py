@@ -5,6 +5,7 @@ job.json (the settings and their fingerprint, written first), 000000.png ..., co
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from ul_runtime.provenance import Job, fingerprint, is_picture_of, picture_chunk
 
 SHEET = "contact_sheet.png"
 _FORMAT = "unified-latents-images"
+_NAME = re.compile(r"\d{6}\.png|[1-9]\d{6,18}\.png")  # image_name
 _MOST_PIXELS = 2**26
 _MOST_BYTES = 2**28
 _END_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
@@ -86,17 +88,16 @@ class ImageFolder:
             return None
         return pixels if is_picture_of(text, self.fingerprint, index) else None
 
-    def missing(self, stop: Callable[[], bool] = never) -> np.ndarray:
-        """Indices still to be made, int64: absent, damaged, or not this job's. `stop` is asked often: StoppedError."""
-
-        def found() -> Iterator[int]:
-            for index in range(self.num_images):
-                if stop():
-                    raise StoppedError(f"{self.path}: stopped before any image; run the same command again to go on")
-                if self._read(index) is None:
-                    yield index
-
-        return np.fromiter(found(), np.int64)
+    def done(self, stop: Callable[[], bool] = never) -> set[int]:
+        """Indices of the images that are there, whole and of this job. `stop` is asked often: StoppedError."""
+        found = set()
+        for path in self.path.iterdir():
+            if stop():
+                raise StoppedError(f"{self.path}: stopped before any image; run the same command again to go on")
+            index = int(path.stem) if _NAME.fullmatch(path.name) else self.num_images
+            if index < self.num_images and self._read(index) is not None:
+                found.add(index)
+        return found
 
     def write(self, index: int, image: np.ndarray, label: str) -> None:
         """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its provenance. OutputError."""

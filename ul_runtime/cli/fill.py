@@ -1,7 +1,7 @@
 """What ul-generate and ul-decode share: fill a folder with one job's images, then draw its contact sheet."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,6 +17,7 @@ from ul_runtime.settings import NO_LABEL
 from ul_runtime.signals import stop_on_signal
 
 _MOST_BATCHES = 2  # made and not yet written
+_MOST_INDICES = 2**14  # in memory: many whole batches
 SomeJob = TypeVar("SomeJob", bound=Job)
 Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
 
@@ -44,10 +45,10 @@ def fill(
     if (channels := pipeline.manifest.image.channels) not in (1, 3, 4):
         raise BadInputError(f"{pipeline.bundle.path}: images have {channels} channels; PNG takes 1, 3 or 4")
     batches(np.zeros(0, np.int64), UNWATCHED)  # refuses what cannot be before anything is written
-    failed: NonFiniteError | None = None
+    failed: list[NonFiniteError] = []
     names = [*pipeline.manifest.classes, NO_LABEL]
     with stop_on_signal() as stop, open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
-        missing = folder.missing(stop)
+        done = folder.done(stop)
         start, made = time.monotonic(), 0
         writer: Background[Images] = Background(lambda batch: _write(folder, batch, names), _MOST_BATCHES)
 
@@ -55,21 +56,30 @@ def fill(
             writer.check()
             return stop()
 
-        try:
-            with progress(job.command.removeprefix("ul-"), len(missing), "images") as advance, writer:
-                for batch in batches(missing, Control(stopped, advance)):
-                    writer.put(batch)
-                    made += len(batch.indices)
-        except NonFiniteError as error:
-            failed = error
+        with progress(job.command.removeprefix("ul-"), num_images - len(done), "images") as advance, writer:
+            for missing in _missing(num_images, done):
+                try:
+                    for batch in batches(missing, Control(stopped, advance)):
+                        writer.put(batch)
+                        made += len(batch.indices)
+                except NonFiniteError as error:
+                    failed.append(error)
         seconds = time.monotonic() - start
         sheet = folder.write_sheet(title, columns)
-    if failed is not None:
-        raise failed
+    if failed:
+        raise NonFiniteError("; ".join(map(str, failed)))
     rate = round(made / seconds, 3) if made else None
     counts = {"num_images": num_images, "made": made, "seconds": round(seconds, 3), "images_per_s": rate}
     where = {"out": str(out), "sheet": str(sheet)}
     return where | counts | {"fingerprint": folder.fingerprint} | job.model_dump(mode="json")
+
+
+def _missing(num_images: int, done: Collection[int]) -> Iterator[np.ndarray]:
+    """Indices below num_images that are not done, int64, a bounded number at a time."""
+    for first in range(0, num_images, _MOST_INDICES):
+        indices = [index for index in range(first, min(first + _MOST_INDICES, num_images)) if index not in done]
+        if indices:
+            yield np.array(indices, np.int64)
 
 
 def _write(folder: ImageFolder, batch: Images, names: list[str]) -> None:

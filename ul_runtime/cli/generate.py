@@ -49,7 +49,7 @@ def generate(
         return _replay(context, replay, bundle, guide, out, as_json, backend=backend, **machine)
     if out is None:
         raise UsageError("--out is missing; give the folder of the images")
-    options.check_count("--num-images", num_images)
+    options.check_count("--num-images", num_images, most=2**63)  # an index is an int64
     interval = options.parse_interval(guidance_interval)
     import ul_runtime
     from ul_runtime.cli.fill import summary

@@ -130,10 +130,12 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def check_count(option: str, count: int) -> None:
-    """UsageError for a count below 1."""
+def check_count(option: str, count: int, most: int | None = None) -> None:
+    """UsageError for a count below 1 or above `most`."""
     if count < 1:
         raise UsageError(f"{option} is {count}; expected 1 or more")
+    if most is not None and count > most:
+        raise UsageError(f"{option} is {count}; expected at most {most}")
 
 
 def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> None:
