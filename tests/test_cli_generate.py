@@ -127,6 +127,7 @@ def test_a_folder_of_another_job_is_refused_naming_the_setting(command, analytic
         (("--guidance-interval", "3,1"), 2, "expected LO below HI"),
         (("--batch-size", 0), 2, "batch size is 0"),
         (("--threads", 0), 2, "number of threads is 0"),
+        (("--threads", 100000), 2, "number of threads is 100000; expected at most"),
         (("--seed", -1), 2, "the seed is -1"),
         (("--backend", "cuda"), 2, "backend 'cuda' is not known; expected one of auto, ort-cpu"),
     ],

@@ -238,5 +238,5 @@ def test_a_guided_picture_needs_its_guide(command, guided_bundle, tmp_path):
     assert made.code == 0
     picture = tmp_path / "job" / "000001.png"
     assert "byte for byte" in command(main, guided_bundle, "--guide", guide, "--replay", picture).out
-    command.fails(main, 65, "--guide gives None", guided_bundle, "--replay", picture)
+    command.fails(main, 65, "--guide gives no bundle", guided_bundle, "--replay", picture)
     command.fails(main, 65, "give the guide that made it", guided_bundle, "--guide", guided_bundle, "--replay", picture)

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -12,6 +12,14 @@ from ul_runtime.cli import options
 from ul_runtime.errors import UsageError, require_packages, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+BatchSizes: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="IMAGES,...", help="Batch sizes.", show_default="1,8,64; with --quick 1,8")
+]
+Run: TypeAlias = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="Run directory of the bundle, for the torch peers.")
+]
 
 
 @app.command(epilog="Example: ul-bench fashion.bundle --peers openvino,openvino-bf16,torch --run runs/fashion")
@@ -26,10 +34,8 @@ def bench(
             show_default="none",
         ),
     ] = "",
-    run: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Run directory of the bundle, for the torch peers.")
-    ] = None,
-    batch_sizes: Annotated[str, typer.Option(metavar="IMAGES,...", help="Batch sizes.")] = "1,8,64",
+    run: Run = None,
+    batch_sizes: BatchSizes = None,
     repeats: Annotated[int, typer.Option(metavar="COUNT", help="Measurements of each step.")] = 20,
     image_repeats: Annotated[int, typer.Option(metavar="COUNT", help="Measurements of whole batches of images.")] = 5,
     steps: options.Steps = None,
@@ -53,12 +59,13 @@ def bench(
     from ul_export.bench import BenchOptions, run_bench
     from ul_runtime.settings import Overrides
 
+    sizes = ("1,8" if quick else "1,8,64") if batch_sizes is None else batch_sizes
     wanted = BenchOptions(
         peers=names("--peers", peers),
         run=run,
-        batch_sizes=[_number("--batch-sizes", word) for word in names("--batch-sizes", batch_sizes)],
-        repeats=2 if quick else repeats,
-        image_repeats=1 if quick else image_repeats,
+        batch_sizes=[_number("--batch-sizes", word) for word in names("--batch-sizes", sizes)],
+        repeats=min(repeats, 2) if quick else repeats,
+        image_repeats=min(image_repeats, 1) if quick else image_repeats,
         ceiling_s=0.02 if quick else 0.3,
         threads=threads,
         start_up=start_up,

@@ -25,7 +25,8 @@ def print_report(result: Mapping[str, Any]) -> None:
     if result["start_up"]:
         console.print(start_up_table(result["start_up"]))
     machine = result["machine"]
-    console.print(f"{machine['processor']}, {machine['processors']} processors; commit {result['commit']}")
+    commit = f"; commit {result['commit']}" if result["commit"] else ""
+    console.print(f"{machine['processor']}, {machine['processors']} processors{commit}")
 
 
 def step_table(result: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ul_runtime import durable
 from ul_runtime.contact_sheet import MOST_TILES, contact_sheet, to_picture
@@ -53,6 +53,8 @@ def read_png(path: Path) -> tuple[np.ndarray, dict[str, str], bytes]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pixels, text = _parse_png(data)
+    except UnidentifiedImageError as error:
+        raise BadInputError(f"{path}: is not a whole PNG file: it does not begin as one") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path}: is not a whole PNG file: {ascii(str(error))[1:-1][:200]}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels, text, data

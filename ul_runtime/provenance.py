@@ -41,8 +41,15 @@ class _Fields(BaseModel):
         for key in cls.model_fields:
             if key not in text:
                 raise ValueError(f"{key} is missing")
-            values[key] = str(text[key]) if _is_name(cls, key) else json.loads(text[key])
+            values[key] = str(text[key]) if _is_name(cls, key) else _value(key, text[key])
         return cls.model_validate_json(json.dumps(values), strict=True)
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise ValueError(f"{key} is {text[:40]!a}, which is no JSON value") from None
 
 
 def _is_name(fields: type[_Fields], key: str) -> bool:

@@ -1,5 +1,6 @@
 """Backends run the graphs of a bundle: one file each, and this one protocol. They know nothing about models."""
 
+import os
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "ort-cpu", "openvino")
 PRECISIONS = ("fp32", "bf16")
+_THREADS_ANYWHERE = 8  # allowed on any machine, for jobs that were begun on a larger one
 
 
 class Backend(Protocol):
@@ -34,9 +36,14 @@ class Backend(Protocol):
 
 
 def check_threads(threads: int | None) -> None:
-    """UsageError for a number of threads below 1."""
-    if threads is not None and threads < 1:
+    """UsageError for a number of threads below 1, or so far above the processors' that all would stand still."""
+    if threads is None:
+        return
+    if threads < 1:
         raise UsageError(f"the number of threads is {threads}; expected 1 or more")
+    processors = os.cpu_count() or 1
+    if threads > (most := max(_THREADS_ANYWHERE, 2 * processors)):
+        raise UsageError(f"the number of threads is {threads}; expected at most {most}, for {processors} processors")
 
 
 def bundle_precision(bundle: "Bundle") -> str:

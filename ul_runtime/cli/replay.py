@@ -36,7 +36,7 @@ def replay(
     BadInputError: not a picture of ul-generate, or of another bundle.
     """
     if not image.is_file():
-        raise UsageError(f"{image}: no such file")
+        raise UsageError(f"{image}: {'is no file; give one picture' if image.exists() else 'no such file'}")
     pixels, text, data = read_png(image)
     origin = read_chunks(text, str(image))
     job = origin.job
@@ -68,7 +68,7 @@ def _make(image: Path, origin: Provenance, job: GenerateJob, pipeline: Pipeline)
         message = f"made from bundle {job.bundle}, and this one is {pipeline.bundle.hash}"
         raise BadInputError(f"{image}: {message}; give the bundle that made it")
     if job.guide != pipeline.guide_hash:
-        message = f"guided by bundle {job.guide}, --guide gives {pipeline.guide_hash}"
+        message = f"guided by {_guide(job.guide)}, --guide gives {_guide(pipeline.guide_hash)}"
         raise BadInputError(f"{image}: {message}; give the guide that made it, none if there was none")
     if origin.label not in (*pipeline.manifest.classes, NO_LABEL):
         raise BadInputError(f"{image}: label {origin.label!a} is not a class of the bundle")
@@ -118,9 +118,14 @@ def _compare(was: np.ndarray, now: np.ndarray) -> dict[str, Any]:
     return {"pixels_equal": differing == 0, "pixels_differing": differing, "largest_difference": int(apart.max())}
 
 
+def _guide(bundle_hash: str | None) -> str:
+    return f"bundle {bundle_hash}" if bundle_hash else "no bundle"
+
+
 def said(result: Mapping[str, Any]) -> list[str]:
     """What has changed since the picture was made, one line each."""
-    return [f"{result['image']}: {name} was {was}, is {now}" for name, (was, now) in result["changed"].items()]
+    changed = {name: ["any" if value is None else value for value in pair] for name, pair in result["changed"].items()}
+    return [f"{result['image']}: {name} was {was}, is {now}" for name, (was, now) in changed.items()]
 
 
 def check_equal(result: Mapping[str, Any]) -> str:
