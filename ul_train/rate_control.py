@@ -3,24 +3,32 @@
 import math
 from dataclasses import dataclass
 
-_GAIN = 6.0  # e-folds of loss_factor in a whole run for bits that stay one e-fold off
+_PROPORTIONAL = 3.0  # e-folds of loss_factor for bits that are one e-fold off
+_INTEGRAL = 20.0  # the same, gathered in a whole run
 _SMOOTHING = 0.02  # of a run: time constant of the average of the bits
 _MOST_OFF = 0.7  # e-folds of bits that are answered; more is answered as this
+_LEAST, _MOST = math.log(1.05), math.log(200.0)  # of log loss_factor: at 1 and below the latent empties
 
 
 @dataclass
 class RateControl:
-    """Integral control in logarithms: d log(loss_factor) = -gain log(bits / target) d(step / num_steps), after `start`.
+    """Proportional and integral control in logarithms: with off = log(bits / target), from step `start` on
 
-    Bits follow loss_factor late, and by about one to three times its relative change. Before `start` (the ramp of the
-    prior's gradient) they are far above where they settle, so nothing is steered, only averaged.
+        log loss_factor = log_factor - 3 off,   d log_factor = -20 off d(step / num_steps)
+
+    Bits follow loss_factor a fifth of a run late, and by one to three times its relative change. Before `start` (the
+    ramp of the prior's gradient) they are far above where they settle, so nothing is steered, only averaged.
     """
 
     target: float  # bits a pixel
     num_steps: int
     start: int  # step
     loss_factor: float
-    log_bits: float | None = None  # average of log bits a pixel so far
+    log_factor: float = math.nan  # the integral; the log of the first loss_factor when it starts
+    log_bits: float = math.nan  # average of log bits a pixel so far
+
+    def __post_init__(self) -> None:
+        self.log_factor = math.log(self.loss_factor)
 
     def follow(self, bits_per_pixel: float, step: int) -> None:
         """Take in the bits of a batch, one step after another; what is not finite and positive is passed over."""
@@ -28,16 +36,22 @@ class RateControl:
             return
         seen = math.log(bits_per_pixel)
         share = min(1.0, 1.0 / (_SMOOTHING * self.num_steps))
-        self.log_bits = seen if self.log_bits is None else self.log_bits + share * (seen - self.log_bits)
+        self.log_bits = seen if math.isnan(self.log_bits) else self.log_bits + share * (seen - self.log_bits)
         if step >= self.start:
             off = max(-_MOST_OFF, min(_MOST_OFF, self.log_bits - math.log(self.target)))
-            self.loss_factor *= math.exp(-_GAIN / self.num_steps * off)
+            self.log_factor = _bounded(self.log_factor - _INTEGRAL / self.num_steps * off)
+            self.loss_factor = math.exp(_bounded(self.log_factor - _PROPORTIONAL * off))
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
-        return {"loss_factor": self.loss_factor} | ({} if self.log_bits is None else {"log_bits": self.log_bits})
+        """What a checkpoint keeps: all that has changed."""
+        values = {"loss_factor": self.loss_factor, "log_factor": self.log_factor, "log_bits": self.log_bits}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def restore(self, state: dict[str, float]) -> None:
         """The inverse of `state`; an empty one leaves all as it is."""
-        self.loss_factor = state.get("loss_factor", self.loss_factor)
-        self.log_bits = state.get("log_bits", self.log_bits)
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def _bounded(log_factor: float) -> float:
+    return max(_LEAST, min(_MOST, log_factor))
