@@ -21,8 +21,8 @@ from ul_runtime.benchmark import Contender, pipeline_contender
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import UsageError
 from ul_runtime.manifest import BundleInfo, LogsnrRange
-from ul_runtime.pipeline import UNWATCHED, Control
-from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S, sampler_table
+from ul_runtime.pipeline import UNWATCHED, Control, table_between
+from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
 from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
 from ul_runtime.startup import fresh_process
 from ul_train.describe import describe
@@ -128,15 +128,7 @@ class UserLoop:
 
 
 def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> Tensor:
-    table = sampler_table(
-        sampler.sampler,
-        sampler.grid,
-        sampler.num_steps,
-        logsnr_min=ends.min,
-        logsnr_max=ends.max,
-        ends_clean=ends_clean,
-    )
-    return torch.from_numpy(table).float()
+    return torch.tensor(table_between(sampler, ends, ends_clean=ends_clean), dtype=torch.float32)
 
 
 def _sample(predict_v: Callable[[Tensor, float], Tensor], table: Tensor, state: Tensor, control: Control) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ul_export.compare import FP32_GRAPH, FP32_PATH, Difference, Tolerance, compare, compare_outputs, image_psnr_db
-from ul_runtime.backends import Backend
+from ul_runtime.backends import Backend, InFront
 from ul_runtime.errors import BadInputError, NonFiniteError
 from ul_runtime.manifest import GraphName, interface
 from ul_runtime.noise_process import alpha, sigma
@@ -24,26 +24,10 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass
-class Recorder:
-    """A backend that keeps the inputs and outputs of every call: the real path, to compare other backends on."""
+class Recorder(InFront):
+    """Keeps the inputs and outputs of every call of a backend: the real path, to compare other backends on."""
 
-    backend: Backend
     calls: list[tuple[GraphName, Arrays, Arrays]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Of the backend behind."""
-        return self.backend.name
-
-    @property
-    def precision(self) -> str:
-        """Of the backend behind."""
-        return self.backend.precision
-
-    @property
-    def threads(self) -> int | None:
-        """Of the backend behind."""
-        return self.backend.threads
 
     def run(self, graph_name: GraphName, inputs: Arrays) -> Arrays:
         """Run and remember."""

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ul_runtime.backends import Backend
+from ul_runtime.backends import Backend, InFront
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.flops import count_flops
@@ -35,28 +35,12 @@ class Plan:
 
 
 @dataclass
-class Watched:
-    """A backend that counts its calls by step, and keeps their seconds and last inputs."""
+class Watched(InFront):
+    """Counts the calls of a backend by step, and keeps their seconds and last inputs."""
 
-    backend: Backend
     seconds: float = 0.0
     calls: Counter[Step] = field(default_factory=Counter)
     inputs: dict[Step, Arrays] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Of the backend behind."""
-        return self.backend.name
-
-    @property
-    def precision(self) -> str:
-        """Of the backend behind."""
-        return self.backend.precision
-
-    @property
-    def threads(self) -> int | None:
-        """Of the backend behind."""
-        return self.backend.threads
 
     def run(self, graph_name: GraphName, inputs: Arrays) -> Arrays:
         """Run, and note."""

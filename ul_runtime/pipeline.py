@@ -102,11 +102,11 @@ class Pipeline:
 
     def prior_table(self, sampler: SamplerSettings) -> np.ndarray:
         """The table `[rows, 8]` from noise to z_0: a row for each call of the prior."""
-        return _table(sampler, self.manifest.logsnr_z, ends_clean=False)
+        return table_between(sampler, self.manifest.logsnr_z, ends_clean=False)
 
     def decoder_table(self, sampler: SamplerSettings) -> np.ndarray:
         """The table `[rows, 8]` from noise to the image: a row for each call of the decoder."""
-        return _table(sampler, self.manifest.logsnr_x, ends_clean=True)
+        return table_between(sampler, self.manifest.logsnr_x, ends_clean=True)
 
     def generate(
         self,
@@ -325,7 +325,8 @@ def _finite(array: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> np.ndarray:
+def table_between(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> np.ndarray:
+    """The sampler's table `[rows, 8]` over a network's noise levels, read-only."""
     table = sampler_table(
         sampler.sampler,
         sampler.grid,

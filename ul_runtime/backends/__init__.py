@@ -1,6 +1,7 @@
 """Backends run the graphs of a bundle: one file each, and this one protocol. They know nothing about models."""
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -33,6 +34,28 @@ class Backend(Protocol):
 
     def run(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs of a graph by name; arrays cross the boundary in float32 (labels: int64)."""
+
+
+@dataclass
+class InFront:
+    """A backend in front of another, which it passes for; subclasses run."""
+
+    backend: Backend
+
+    @property
+    def name(self) -> str:
+        """Of the backend behind."""
+        return self.backend.name
+
+    @property
+    def precision(self) -> str:
+        """Of the backend behind."""
+        return self.backend.precision
+
+    @property
+    def threads(self) -> int | None:
+        """Of the backend behind."""
+        return self.backend.threads
 
 
 def check_threads(threads: int | None) -> None:
