@@ -1,6 +1,5 @@
 """Image i is the same bytes whatever is made beside it: the real networks, and the tool that checks any bundle."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -8,25 +7,20 @@ from types import ModuleType
 import numpy as np
 import pytest
 from random_bundle import write_random_bundle
+from tool_module import load_tool
 
 import ul_runtime
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import UsageError, run_command
 from ul_runtime.pipeline import Pipeline
 
-TOOL = Path(__file__).parent.parent / "tools" / "invariance.py"
 SIZES = (1, 2, 3, 5, 8, 16, 64)
 SHORT = {"steps": 2, "sampler": "ancestral", "decoder_steps": 2, "decoder_sampler": "ancestral"}
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("invariance", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("invariance")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """tools/solver_error.py on the analytic bundle: its figures are the distances of walks that are known."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from analytic_bundle import MEANS
 from exact_denoisers import gaussian_mean, mixture_mean, walk
 from PIL import Image
+from tool_module import load_tool
 
 from ul_runtime import noise
 from ul_runtime.errors import NonFiniteError, UsageError
@@ -24,12 +24,7 @@ TOOL = ROOT / "tools" / "solver_error.py"
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("solver_error", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("solver_error")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The scripts in tools/: they parse, name no machine and no package index, and the sweep goes on where it stopped."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from types import ModuleType
 
 import pytest
 from PIL import Image
+from tool_module import load_tool
 
 from ul_runtime.errors import UsageError
 
@@ -21,12 +21,7 @@ SWEEP = ROOT / "tools" / "loss_factor_sweep.py"
 
 @pytest.fixture(scope="module")
 def sweep() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loss_factor_sweep", SWEEP)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("loss_factor_sweep")
 
 
 @pytest.mark.parametrize("script", SHELL)

@@ -190,7 +190,7 @@ def _measure_images(
     for result, times, graphs in zip(results, in_turn(tasks, plan.image_repeats, control), in_graphs, strict=True):
         result["images"] = _figures(times, work.image_flops * batch)
         result["images"]["images_per_s"] = batch / float(np.median(times))
-        if result["contender"] and not math.isnan(graphs[0]):
+        if not math.isnan(graphs[0]):
             result["images"]["loop_overhead"] = float(np.median(np.divide(times, graphs))) - 1.0
 
 

@@ -1,8 +1,8 @@
 """What a model does on held-out images: bits, reconstruction error, and the yardstick at that rate."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ul_runtime.contact_sheet import contact_sheet
+from ul_runtime.image_folder import png_bytes
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
 from ul_train.data import ImageSet
@@ -163,8 +164,8 @@ def sample_sheet(pipeline: Pipeline, title: str, rows: int = 8, **settings: int)
     return contact_sheet_png([image for batch in batches for image in batch.images], title, names)
 
 
-def contact_sheet_png(images: list[np.ndarray], title: str, columns: tuple[str, ...]) -> bytes:
-    """The sheet as PNG bytes."""
-    buffer = BytesIO()
-    contact_sheet(images, title, columns).save(buffer, "PNG")
-    return buffer.getvalue()
+def contact_sheet_png(
+    images: Sequence[np.ndarray], title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
+) -> bytes:
+    """The sheet of images uint8 `h w c` as PNG bytes."""
+    return png_bytes(contact_sheet(images, title, columns, captions), {})

@@ -1,7 +1,7 @@
 """The bitrate as a setting: loss_factor is steered until the latent costs the bits that were asked for."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PROPORTIONAL = 3.0  # e-folds of loss_factor for bits that are one e-fold off
 _INTEGRAL = 20.0  # the same, gathered in a whole run
@@ -24,7 +24,7 @@ class RateControl:
     num_steps: int
     start: int  # step
     loss_factor: float
-    log_factor: float = math.nan  # the integral; the log of the first loss_factor when it starts
+    log_factor: float = field(init=False)  # the integral; starts at the log of the first loss_factor
     log_bits: float = math.nan  # average of log bits a pixel so far
 
     def __post_init__(self) -> None:
@@ -44,8 +44,8 @@ class RateControl:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps: all that has changed."""
-        values = {"loss_factor": self.loss_factor, "log_factor": self.log_factor, "log_bits": self.log_bits}
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+        factors = {"loss_factor": self.loss_factor, "log_factor": self.log_factor}
+        return factors if math.isnan(self.log_bits) else factors | {"log_bits": self.log_bits}
 
     def restore(self, state: dict[str, float]) -> None:
         """The inverse of `state`; an empty one leaves all as it is."""

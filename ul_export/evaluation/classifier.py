@@ -17,7 +17,6 @@ from ul_runtime.pipeline import Control
 from ul_train.data import ImageSet, sample_ids
 from ul_train.heldout import from_uint8
 
-STEPS = 1500  # of training, by default
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 64, 2e-3, 0.01
 _SEED = 0
 _FORMAT = "unified-latents-classifier-1"

@@ -1,7 +1,6 @@
 """The pictures of a report: samples beside real images, reconstructions, nearest training images."""
 
 from collections.abc import Sequence
-from io import BytesIO
 
 import numpy as np
 
@@ -9,7 +8,7 @@ from ul_export.evaluation.generation import Generated
 from ul_export.evaluation.memorisation import Memorisation
 from ul_export.evaluation.reconstruction import Rebuilt
 from ul_export.evaluation.subject import Subject
-from ul_runtime.contact_sheet import contact_sheet
+from ul_train.heldout import contact_sheet_png
 
 SHEETS = ("samples.png", "real.png", "reconstructions.png", "neighbours.png", "closest.png")
 _TILES = 64
@@ -52,6 +51,4 @@ def _png(
     images: Sequence[np.ndarray] | np.ndarray, title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> bytes:
     """A contact sheet of images uint8 `c h w`."""
-    buffer = BytesIO()
-    contact_sheet([image.transpose(1, 2, 0) for image in images], title, columns, captions).save(buffer, "PNG")
-    return buffer.getvalue()
+    return contact_sheet_png([image.transpose(1, 2, 0) for image in images], title, columns, captions)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ul_runtime.errors import UsageError, require_packages
+from ul_runtime.errors import BadInputError, ULError, UsageError, require_packages
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -56,6 +56,23 @@ class InFront:
     def threads(self) -> int | None:
         """Of the backend behind."""
         return self.backend.threads
+
+
+def run_failed(engine: str, graph_name: str, inputs: dict[str, np.ndarray], error: Exception) -> ULError:
+    """What a backend raises where `engine` fails on these inputs."""
+    shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
+    return ULError(f"{graph_name}: {engine} failed on {shapes}: {one_line(error)}")
+
+
+def cannot_load(bundle: "Bundle", graph_name: str, error: Exception, advice: str) -> BadInputError:
+    """What a backend raises where a graph of the bundle cannot be loaded."""
+    return BadInputError(f"{bundle.path}: graph {graph_name} cannot be loaded: {one_line(error)}; {advice}")
+
+
+def one_line(error: Exception, most: int = 300) -> str:
+    """The start of an engine's message."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def check_threads(threads: int | None) -> None:

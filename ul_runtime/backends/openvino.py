@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ul_runtime.backends import check_threads
-from ul_runtime.errors import BadInputError, ULError, UsageError
+from ul_runtime.backends import cannot_load, check_threads, run_failed
+from ul_runtime.errors import UsageError
 from ul_runtime.onnx_weights import with_weights
 
 # openvino reports its own import to its maker over the network, unless the package that sends the report is missing.
@@ -72,8 +72,7 @@ class OpenVinoBackend:
         try:
             outputs = self._graphs[key].run(inputs)
         except (RuntimeError, ValueError) as error:
-            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
-            raise ULError(f"{graph_name}: OpenVINO failed on {shapes}: {_one_line(error)}") from error
+            raise run_failed("OpenVINO", graph_name, inputs, error) from error
         return {name: array[:batch] for name, array in outputs.items()}
 
     def _build(self, graph_name: "GraphName", dims: dict[str, int]) -> "_Graph":
@@ -90,8 +89,7 @@ class OpenVinoBackend:
             return _Graph(self._compile(model, self.precision), waves)
         except (RuntimeError, ValueError) as error:
             advice = "export again with ul-export, or use --backend ort-cpu"
-            message = f"{self._bundle.path}: graph {graph_name} cannot be loaded: {_one_line(error)}; {advice}"
-            raise BadInputError(message) from error
+            raise cannot_load(self._bundle, graph_name, error, advice) from error
 
     def _compile(self, model: ov.Model, precision: str) -> ov.InferRequest:
         compiled = _core().compile_model(model, "CPU", _settings(precision, self.threads))
@@ -166,8 +164,3 @@ def _default_threads() -> int:
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
     """`b ...` with the last row repeated up to `size` rows."""
     return np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)]) if len(array) < size else array
-
-
-def _one_line(error: Exception, most: int = 300) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else text[:most] + "..."

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from ul_runtime.backends import bundle_precision, check_threads
+from ul_runtime.backends import bundle_precision, cannot_load, check_threads, one_line, run_failed
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.flops import Node
 
@@ -71,8 +71,7 @@ class OrtCpuBackend:
         try:
             return dict(zip(names, session.run(names, inputs), strict=True))
         except (*_ORT_ERRORS, ValueError) as error:
-            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
-            raise ULError(f"{graph_name}: ONNX Runtime failed on {shapes}: {_one_line(error)}") from error
+            raise run_failed("ONNX Runtime", graph_name, inputs, error) from error
 
     def _session(self, graph_name: "GraphName") -> ort.InferenceSession:
         if graph_name not in self._sessions:
@@ -80,13 +79,10 @@ class OrtCpuBackend:
         return self._sessions[graph_name]
 
     def _options(self) -> ort.SessionOptions:
-        options = ort.SessionOptions()
+        options = _session_options(self._threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = self._threads or 0
-        options.log_severity_level = 4  # errors come as exceptions
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._allow_spinning else "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # or they hinder the next graph's threads
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
         return options
 
     def nodes(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> list[Node]:
@@ -115,10 +111,18 @@ class OrtCpuBackend:
             )
         except (*_ORT_ERRORS, ValueError) as error:
             advice = "export again with ul-export, or update onnxruntime"
-            message = f"{self._bundle.path}: graph {graph_name} cannot be loaded: {_one_line(error)}; {advice}"
-            raise BadInputError(message) from error
+            raise cannot_load(self._bundle, graph_name, error, advice) from error
         self._values += values
         return session
+
+
+def _session_options(threads: int | None) -> ort.SessionOptions:
+    """Of any session: so many threads (None = one per core), nothing printed, nothing looked for on the disk."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # errors come as exceptions
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
+    return options
 
 
 def _node(event: dict[str, Any]) -> Node:
@@ -132,9 +136,7 @@ def _node(event: dict[str, Any]) -> Node:
 
 def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = ort.InferenceSession(_PRODUCT, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(_PRODUCT, _session_options(threads), providers=["CPUExecutionProvider"])
     return lambda a, b: session.run(None, {"a": a, "b": b})[0]
 
 
@@ -145,15 +147,11 @@ def open_model(
 
     The weights must lie in `data`. BadInputError: cannot be loaded, or another input; ULError: it fails.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
     try:
-        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, _session_options(threads), providers=["CPUExecutionProvider"])
     except (*_ORT_ERRORS, ValueError) as error:
         advice = "expected an ONNX file that holds its weights itself"
-        raise BadInputError(f"{where}: cannot be loaded: {_one_line(error)}; {advice}") from error
+        raise BadInputError(f"{where}: cannot be loaded: {one_line(error)}; {advice}") from error
     inputs = session.get_inputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
         given = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
@@ -164,11 +162,6 @@ def open_model(
         try:
             return session.run(outputs, {inputs[0].name: x})[0]
         except (*_ORT_ERRORS, ValueError) as error:
-            raise ULError(f"{where}: ONNX Runtime failed on {list(x.shape)}: {_one_line(error)}") from error
+            raise ULError(f"{where}: ONNX Runtime failed on {list(x.shape)}: {one_line(error)}") from error
 
     return inputs[0].shape, run
-
-
-def _one_line(error: Exception, most: int = 300) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else text[:most] + "..."
