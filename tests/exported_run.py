@@ -9,6 +9,7 @@ import torch
 from random_run import DIGITS, write_run
 
 from ul_export import command
+from ul_export.half_weights import rounded
 from ul_train.model import TorchBackend
 from ul_train.session import load_networks
 
@@ -16,6 +17,7 @@ from ul_train.session import load_networks
 CASES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "grey with classes, opset 20": (20, (), DIGITS),
     "grey with classes, opset 18": (18, (), DIGITS),
+    "grey with classes, weights in float16": (20, (), DIGITS),
     "RGB without classes, opset 20": (
         20,
         ("image.channels=3", "latent_channels=3", "base.widths=[32]", "base.blocks=[2]"),
@@ -23,6 +25,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 PLAIN = "grey with classes, opset 20"
+HALF = "grey with classes, weights in float16"
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,16 @@ class Exported:
     run: Path
     bundle: Path
     opset: int
+    weights: str
     files: dict[str, bytes]
     figures: dict[str, Any]
     said: list[str]
 
     def torch_backend(self) -> TorchBackend:
-        """The same networks in torch."""
+        """The same networks in torch, rounded where the bundle's weights are."""
         _, _, networks, _ = load_networks(self.run)
+        if self.weights == "fp16":
+            networks = rounded(networks)
         return TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], torch.device("cpu"))
 
 
@@ -55,6 +61,7 @@ def exported_run(name: str, factory: pytest.TempPathFactory) -> Exported:
 def _export(name: str, folder: Path) -> Exported:
     opset, overrides, classes = CASES[name]
     write_run(folder / "run", *overrides, classes=classes)
+    weights = "fp16" if name == HALF else "fp32"
     files: dict[str, bytes] = {}
     said: list[str] = []
     make = command.export_graphs
@@ -66,6 +73,12 @@ def _export(name: str, folder: Path) -> Exported:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "export_graphs", keep)
         figures = command.export_bundle(
-            folder / "run", folder / "bundle", opset=opset, threads=1, overwrite=False, say=said.append
+            folder / "run",
+            folder / "bundle",
+            opset=opset,
+            weights=weights,
+            threads=1,
+            overwrite=False,
+            say=said.append,
         )
-    return Exported(folder / "run", folder / "bundle", opset, files, figures, said)
+    return Exported(folder / "run", folder / "bundle", opset, weights, files, figures, said)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from exported_run import CASES, Exported, exported_run
+from exported_run import CASES, HALF, PLAIN, Exported, exported_run
 from onnx import ModelProto, numpy_helper
 from safetensors.numpy import load_file
 
@@ -161,11 +161,16 @@ def test_the_manifest_tells_the_provenance_and_the_measured_differences(exported
     manifest = Bundle.open(exported.bundle).manifest
     run = json.loads((exported.run / "run.json").read_text())
     assert manifest.provenance.run_id == run["run_id"]
-    assert (manifest.provenance.step, manifest.provenance.weights) == (20, "ema")
+    weights = "ema" if exported.weights == "fp32" else "ema, rounded to float16"
+    assert (manifest.provenance.step, manifest.provenance.weights) == (20, weights)
     assert re.fullmatch("[0-9a-f]{64}", manifest.provenance.encoder_sha256)
     parity = dict(manifest.parity)
     assert parity.pop("backend") == "ort-cpu"
     assert str(parity.pop("reference")).startswith("torch ")
+    if exported.weights == "fp16":
+        by_rounding = parity.pop("rounded_weights")
+        assert 35 < by_rounding["image_psnr_db"] < 100, "no change at all would mean that nothing was rounded"
+        assert by_rounding["image_psnr_db"] == exported.figures["rounded_weights_psnr_db"]
     guidance = ("1", "1.5") if manifest.classes else ("1",)
     paths = {f"batch {batch}, guidance {weight}" for batch in BATCH_SIZES for weight in guidance}
     assert set(parity) == {*paths, "any coefficients"}
@@ -176,11 +181,25 @@ def test_the_manifest_tells_the_provenance_and_the_measured_differences(exported
 
 
 def test_bundles_of_one_encoder_say_so_at_any_opset(tmp_path_factory):
-    encoders = [
-        Bundle.open(exported_run(name, tmp_path_factory).bundle).manifest.provenance.encoder_sha256 for name in CASES
-    ]
-    assert encoders[0] == encoders[1]
-    assert encoders[0] != encoders[2]
+    encoders = {
+        name: Bundle.open(exported_run(name, tmp_path_factory).bundle).manifest.provenance.encoder_sha256
+        for name in CASES
+    }
+    colour = encoders.pop("RGB without classes, opset 20")
+    assert len(set(encoders.values())) == 1
+    assert colour not in encoders.values()
+
+
+def test_weights_in_float16_halve_the_bundle_and_are_those_that_torch_rounds_to(tmp_path_factory):
+    plain, half = (exported_run(name, tmp_path_factory) for name in (PLAIN, HALF))
+    exact, stored = (load_file(each.bundle / "prior.safetensors") for each in (plain, half))
+    rounded = {name.removesuffix(".float16"): array for name, array in stored.items() if name.endswith(".float16")}
+    assert len(rounded) > 0.7 * len(exact)  # torch folds a few with constants, which float16 no longer holds
+    for name, array in rounded.items():
+        assert array.dtype == np.float16
+        np.testing.assert_array_equal(array, exact[name].astype(np.float16))
+    sizes = [sum(file.stat().st_size for file in each.bundle.glob("*.safetensors")) for each in (plain, half)]
+    assert sizes[1] < 0.55 * sizes[0]
 
 
 def test_ul_generate_makes_pictures_of_the_bundle(exported, command, tmp_path):

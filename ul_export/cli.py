@@ -17,6 +17,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of ul-train, both stages trained.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
     opset: Annotated[int, typer.Option(metavar="18|20", help="ONNX opset of the graphs.")] = 20,
+    weights: Annotated[
+        str, typer.Option(metavar="fp32|fp16", help="How weights are stored; graphs compute in float32 either way.")
+    ] = "fp32",
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")
     ] = None,
@@ -30,7 +33,7 @@ def export(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    figures = export_bundle(run, out, opset=opset, threads=threads, overwrite=overwrite, say=say)
+    figures = export_bundle(run, out, opset=opset, weights=weights, threads=threads, overwrite=overwrite, say=say)
     if json_:
         print(json.dumps(figures))
         return

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from safetensors.numpy import save
 from torch import nn
 
+from ul_export.half_weights import store_half
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
 from ul_train.step import DecoderStep, PriorStep
@@ -129,11 +130,15 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def export_graphs(networks: dict[str, nn.Module], info: BundleInfo, opset: int) -> dict[str, bytes]:
-    """All graph and weight files of a bundle by name."""
+def export_graphs(
+    networks: dict[str, nn.Module], info: BundleInfo, opset: int, half_weights: bool = False
+) -> dict[str, bytes]:
+    """All graph and weight files of a bundle by name; `half_weights`: float16 for those that it holds exactly."""
     files: dict[str, bytes] = {}
     for graph in step_graphs(networks, info.image, info.latent):
         entry = info.graphs[graph.name]
         model = export_onnx(graph, [tensor.name for tensor in entry.outputs], opset)
+        if half_weights:
+            model = store_half(model)
         files[entry.file], files[entry.weights] = split_weights(model, entry.weights)
     return files
