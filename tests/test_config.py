@@ -176,6 +176,10 @@ def test_a_key_or_value_that_cannot_be_is_named(override, message):
             ["sampling.guidance_rescale=1.5"],
             "sampling.guidance_rescale = 1.5: input should be less than or equal to 1",
         ),
+        (
+            ["objective.reconstruction=mse"],
+            "objective.reconstruction is mse, whose decoder makes an image in one step, and sampling.decoder_steps is",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together_are_named(overrides, message):

@@ -1,16 +1,18 @@
 """The terms of the objective, their weights, their dimensions, and where their gradients go."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from exact_denoisers import LATENT_SCHEDULE
+from random_run import randomise
 from torch import nn
 
 from ul_runtime.noise_process import Schedule, alpha, sigma, sigmoid
 from ul_train import objective as ul
 from ul_train.config import load_config
-from ul_train.stages import Batch, base_stage
+from ul_train.stages import Batch, base_stage, joint_stage
 
 OBJECTIVE = ul.Objective(
     LATENT_SCHEDULE, Schedule("cosine", -10.0, 10.0, 1.0), loss_factor=1.5, bias=-1.0, base_bias=2.0
@@ -257,3 +259,47 @@ def test_negative_control_a_z_0_noised_again_in_stage_2_is_seen():
     z_clean = torch.randn(3, 2, 4, 4)
     z_t, eps = base_inputs(ul.noisy_latent(z_clean, torch.randn_like(z_clean), LATENT_SCHEDULE))
     assert not torch.allclose(z_t, ul.noisy_latent(z_clean, eps, LATENT_SCHEDULE), atol=1e-2)
+
+
+def test_the_cost_to_a_normal_prior_is_the_divergence_of_z_0():
+    z_clean = torch.randn(3, 2, 4, 4).double()
+    z_0 = torch.distributions.Normal(alpha(5.0) * z_clean, sigma(5.0))
+    expected = torch.distributions.kl_divergence(z_0, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    assert torch.allclose(ul.normal_nats(z_clean, LATENT_SCHEDULE), expected, rtol=1e-9)
+
+
+def test_with_a_normal_weight_the_prior_measures_and_the_encoder_pays_the_divergence():
+    config = load_config("tiny", ["objective.normal_weight=0.25", "objective.prior_ramp_steps=10"])
+    stage = joint_stage(config, torch.device("cpu"), "fp32")
+    for seed, module in enumerate(stage.modules.values()):
+        randomise(module, seed)
+    draws = random_draws(2, config.latent_shape, config.image_shape)
+    x = torch.randn(2, *config.image_shape)
+    loss, figures = stage.loss(Batch(x, torch.zeros(2, dtype=torch.long), draws), step=5)
+    encoder, prior, decoder = (stage.modules[name] for name in ("encoder", "prior", "decoder"))
+    nats_prior, nats_decoder, z_clean = ul.joint_nats(encoder, prior, decoder, x, draws, stage.objective)
+    assert figures["prior_nats"] == pytest.approx(nats_prior.mean().item(), rel=1e-6)
+    assert torch.autograd.grad(nats_prior.sum(), encoder.out.weight, retain_graph=True, allow_unused=True) == (None,)
+    paid = (nats_decoder + 0.5 * 0.25 * ul.normal_nats(z_clean, LATENT_SCHEDULE)).mean() / x[0].numel()
+    expected = torch.autograd.grad(paid, encoder.out.weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, encoder.out.weight)[0], expected)
+
+
+def test_the_squared_error_is_of_one_step_from_pure_noise():
+    objective = replace(OBJECTIVE, reconstruction="mse")
+    x, eps, z_0 = (torch.randn(2, 1, 4, 4).double() for _ in range(3))
+    given = []
+
+    def decoder(x_t, logsnr, z):
+        given.append((x_t, logsnr, z))
+        return 0.3 * z
+
+    nats = ul.decoder_nats(decoder, x, z_0, eps, torch.tensor([0.1, 0.6]), objective)
+    noisiest = objective.schedule_x.ends[0]
+    x_pred = alpha(noisiest) * eps - sigma(noisiest) * 0.3 * z_0
+    expected = 1.5 / 2 * math.exp(-1.0) * ((x - x_pred) ** 2).sum((1, 2, 3))
+    torch.testing.assert_close(nats, expected, rtol=1e-6, atol=0.0)
+    ((x_t, logsnr, z),) = given
+    assert torch.equal(x_t, eps)
+    assert torch.equal(z, z_0)
+    assert logsnr.tolist() == pytest.approx([noisiest] * 2)

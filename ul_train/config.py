@@ -81,6 +81,11 @@ class ObjectiveConfig(Section):
     image_logsnr_max: float = 10.0  # at 64 px; moved by 2 log(64 / size)
     image_logsnr_min: float = -10.0
     prior_ramp_steps: Annotated[int, Field(ge=0)] = 600  # steps until the prior's full gradient reaches the encoder
+    # What the paper compares with; both off in Unified Latents.
+    normal_weight: Annotated[float, Field(gt=0.0)] | None = (
+        None  # the latent costs KL(z_0 || N(0, I)) times this instead
+    )
+    reconstruction: Literal["mse"] | None = None  # the decoder makes the image in one step, for the squared error
 
     @model_validator(mode="after")
     def _coherent(self) -> "ObjectiveConfig":
@@ -194,6 +199,8 @@ class Config(Section):
             loss_factor=o.loss_factor,
             bias=o.bias,
             base_bias=o.base_bias,
+            normal_weight=o.normal_weight,
+            reconstruction=o.reconstruction or "diffusion",
         )
 
     @model_validator(mode="after")
@@ -208,6 +215,11 @@ class Config(Section):
                 raise ValueError(
                     f"{name} has {len(widths)} widths and {len(blocks)} block counts; give one of each a stage"
                 )
+        if self.objective.reconstruction == "mse" and self.sampling.decoder_steps != 1:
+            raise ValueError(
+                f"objective.reconstruction is mse, whose decoder makes an image in one step, and "
+                f"sampling.decoder_steps is {self.sampling.decoder_steps}; give 1"
+            )
         if self.image.size % self.downsampling:
             raise ValueError(
                 f"image.size is {self.image.size}, the encoder downsamples by {self.downsampling}; give a multiple"

@@ -8,8 +8,10 @@ Both terms are sums: means per element would over-weight the prior by (image val
 Networks predict v and get logsnr; any callable with their signature serves, an exact denoiser in the tests.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ class Objective:
     loss_factor: float
     bias: float
     base_bias: float
+    normal_weight: float | None = None  # None: the latent costs the prior's loss
+    reconstruction: Literal["diffusion", "mse"] = "diffusion"
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,24 @@ def decoder_nats(
     t: Tensor,
     objective: Objective,
 ) -> Tensor:
-    """L_decoder, `b`: the weighted denoising loss of the image given z_0."""
+    """L_decoder, `b`: the weighted denoising loss of the image given z_0; or the squared error, see `mse_nats`."""
+    if objective.reconstruction == "mse":
+        return mse_nats(decoder, x, z_0, eps, objective)
     nats = denoising_nats(lambda x_t, logsnr: decoder(x_t, logsnr, z_0), x, eps, t, objective.schedule_x)
     return nats * decoder_weight(objective.schedule_x.logsnr(t), objective.loss_factor, objective.bias)
+
+
+def mse_nats(
+    decoder: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, z_0: Tensor, eps: Tensor, objective: Objective
+) -> Tensor:
+    """loss_factor/2 e^bias |x - x_pred|^2, `b`, x_pred in one step from pure noise `eps`, as a one-step sampler does.
+
+    A Gaussian decoder of precision e^bias: that noise level at which the diffusion decoder's weight is down to a half.
+    """
+    noisiest = torch.full(x.shape[:1], objective.schedule_x.ends[0], device=x.device)
+    v_pred = decoder(eps, noisiest, z_0).float()
+    x_pred = x_from_v(eps, v_pred, noisiest.reshape(-1, *[1] * (x.ndim - 1)))
+    return 0.5 * objective.loss_factor * math.exp(objective.bias) * (x - x_pred).square().flatten(1).sum(1)
 
 
 def base_nats(
@@ -99,6 +118,11 @@ def noisy_latent(z_clean: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
     return diffuse(z_clean, eps, torch.full_like(z_clean, schedule.ends[1]))
 
 
+def normal_nats(z_clean: Tensor, schedule: Schedule) -> Tensor:
+    """KL(q(z_0 | x) || N(0, I)), `b`: what a latent costs whose prior is no network (a VAE with this fixed noise)."""
+    return kl_terminal(z_clean, schedule.ends[1])
+
+
 def ramp_gradient(z: Tensor, share: float) -> Tensor:
     """z itself, with `share` of its gradient."""
     return z if share >= 1.0 else z.detach() + share * (z - z.detach())
@@ -116,12 +140,12 @@ def joint_nats(
     """(L_prior `b`, L_decoder `b`, z_clean) of stage 1, no stop-gradient.
 
     `prior_share` scales the gradient that L_prior sends into the encoder and nothing else: it is ramped to 1 at the
-    start of training, so that the decoder can learn to use z_0 before the prior's cost empties it.
+    start of training, so that the decoder can learn to use z_0 before the prior's cost empties it. With a
+    `normal_weight` L_prior sends none: the prior learns the latents and measures their bits, no more.
     """
     z_clean = encoder(x).float()
-    nats_prior = prior_nats(
-        prior, ramp_gradient(z_clean, prior_share), draws.eps_prior, draws.t_z, objective.schedule_z
-    )
+    priced = z_clean.detach() if objective.normal_weight is not None else ramp_gradient(z_clean, prior_share)
+    nats_prior = prior_nats(prior, priced, draws.eps_prior, draws.t_z, objective.schedule_z)
     z_0 = noisy_latent(z_clean, draws.eps_z, objective.schedule_z)
     return nats_prior, decoder_nats(decoder, x, z_0, draws.eps_x, draws.t_x, objective), z_clean
 

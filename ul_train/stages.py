@@ -87,6 +87,7 @@ class Stage:
 
     def _joint_loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         ramp = self.config.objective.prior_ramp_steps
+        share = min(1.0, step / ramp) if ramp else 1.0
         nats_prior, nats_decoder, z_clean = ul.joint_nats(
             self.compute["encoder"],
             self.compute["prior"],
@@ -94,11 +95,12 @@ class Stage:
             batch.x,
             batch.draws,
             replace(self.objective, loss_factor=self.loss_factor),
-            prior_share=min(1.0, step / ramp) if ramp else 1.0,
+            prior_share=share,
         )
-        num_values = batch.x[0].numel()
-        loss = ul.total_loss(nats_prior, nats_decoder, num_values)
-        return loss, {
+        cost = nats_prior
+        if (weight := self.objective.normal_weight) is not None:
+            cost = cost + weight * ul.normal_nats(ul.ramp_gradient(z_clean, share), self.objective.schedule_z)
+        return ul.total_loss(cost, nats_decoder, batch.x[0].numel()), {
             "prior_nats": nats_prior.mean().item(),
             "decoder_nats": nats_decoder.mean().item(),
             "bits_per_pixel": float(ul.bits(nats_prior.mean().item(), self.config.image.size**2)),
