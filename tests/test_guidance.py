@@ -328,7 +328,7 @@ def test_a_guide_of_other_latents_is_refused(command, analytic_bundle, tmp_path,
     [
         (("--guidance-rescale", 2), 2, "guidance rescale is 2.0; expected 0 (off) to 1"),
         (("--guidance-rescale", 0.5), 2, "would do nothing; give guidance"),
-        (("--guidance", 2, "--guide", "nowhere"), 65, "nowhere: cannot open"),
+        (("--guidance", 2, "--guide", "nowhere"), 65, "nowhere: no such folder, and no model of that name"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(command, analytic_bundle, tmp_path, options, code, message):

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     guide: str | Path | None = None,
     backend: str = "auto",
@@ -20,6 +20,7 @@ def load(
 ) -> "Pipeline":
     """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
 
+    A name such as "garments-32" opens the model of that name inside the package, None the default one.
     `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
     (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = one per core.
     UsageError: a backend that is unknown, not installed or not able to compute in that precision.
@@ -28,10 +29,11 @@ def load(
     from ul_runtime.backends import open_backend
     from ul_runtime.bundle import Bundle
     from ul_runtime.pipeline import Pipeline
+    from ul_runtime.shipped import open_bundle
 
     def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
         opened = open_backend(backend, bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)
         return Pipeline(bundle, opened, guide)
 
-    lesser = None if guide is None else pipeline(Bundle.open(Path(guide), graphs=["prior_step"]))
-    return pipeline(Bundle.open(Path(path)), lesser)
+    lesser = None if guide is None else pipeline(open_bundle(guide, graphs=["prior_step"]))
+    return pipeline(open_bundle(path), lesser)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command(epilog="Example: ul-generate bundle --num-images 64 --seed 0 --steps 32 --out pictures")
+@app.command(epilog="Example: ul-generate BUNDLE --num-images 64 --seed 0 --steps 32 --out pictures")
 def generate(
     context: typer.Context,
-    bundle: options.BundleArgument,
+    bundle: options.OptionalBundle = None,
     out: options.OptionalOutFolder = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", metavar="COUNT", help="How many images.")] = 64,
     seed: options.Seed = 0,
@@ -99,7 +99,7 @@ def _generate(
 def _replay(
     context: typer.Context,
     image: Path,
-    bundle: Path,
+    bundle: Path | None,
     guide: Path | None,
     out: Path | None,
     as_json: bool,

@@ -15,7 +15,11 @@ _BUNDLES = "the bundle's"
 _SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2, heun"
 _GRIDS = "uniform, cosine, karras, flow, mix or mix:RHO,CENTRE,WIDTH"
 
-BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle of ul-export (a folder).")]
+_BUNDLE = "Bundle of ul-export (a folder), or the name of a model inside the package: garments-32."
+BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help=_BUNDLE)]
+OptionalBundle: TypeAlias = Annotated[
+    Path | None, typer.Argument(metavar="BUNDLE", help=_BUNDLE, show_default="garments-32")
+]
 _OUT = typer.Option("--out", metavar="DIR", help="Folder of the images: new, empty, or of the same job to go on.")
 OutFolder: TypeAlias = Annotated[Path, _OUT]
 OptionalOutFolder: TypeAlias = Annotated[Path | None, _OUT]

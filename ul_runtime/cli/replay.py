@@ -20,7 +20,7 @@ from ul_runtime.signals import stop_on_signal
 
 def replay(
     image: Path,
-    bundle: Path,
+    bundle: Path | None,
     guide: Path | None,
     out: Path | None,
     *,
