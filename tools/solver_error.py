@@ -10,8 +10,6 @@ Without a BUNDLE: the exact model alone.
 """
 
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ul_runtime.errors import NonFiniteError, UsageError, run_command
+from ul_runtime.origin import anonymous, commit, versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +31,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 DETERMINISTIC = ("ddim", "heun", "dpmpp2m", "ab2", "ab3", "unipc2")
 STOCHASTIC = ("ancestral", "sa2:0.4", "sa2")
 REFERENCE = "unipc2"
+PACKAGES = ("unified-latents", "numpy", "onnxruntime")
 CENTRES, WIDTH, NUM_POINTS, EXACT_STEPS = (-1.0, 0.3, 1.2), 0.35, 8192, 1024
 PANELS = {
     "exact": "exact model: distance of the distribution of z_0",
@@ -60,7 +60,8 @@ def solver_error(
     from ul_runtime import durable
 
     counts = parse_calls(calls)
-    record: dict[str, Any] = {"command": anonymous(sys.argv), "seed": seed, "exact_grid": grid or "mix"}
+    command = anonymous("python tools/solver_error.py", sys.argv[1:])
+    record: dict[str, Any] = {"command": command, "seed": seed, "exact_grid": grid or "mix"}
     pipeline = None if bundle is None else ul_runtime.load(bundle, threads=threads)
     figures = list(exact_figures(counts, record["exact_grid"], seed))
     if pipeline is not None:
@@ -70,7 +71,7 @@ def solver_error(
         record["settings"] = {key: value for key, value in settings.as_dict().items() if key in asked}
         record["reference"] = f"{reference_steps} steps of {REFERENCE}"
         figures += bundle_figures(pipeline, settings, counts, images, seed, reference_steps)
-    record |= {"figures": figures, "versions": versions()}
+    record |= {"figures": figures, "versions": versions(PACKAGES), "commit": commit()}
     durable.make_directory(out)
     durable.atomic_write(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
     durable.atomic_write(out / "table.md", table(record).encode())
@@ -191,30 +192,6 @@ def rms(difference: "np.ndarray") -> "np.ndarray":
     import numpy as np
 
     return np.sqrt(np.mean(difference.astype(np.float64) ** 2, axis=(1, 2, 3)))
-
-
-def anonymous(arguments: list[str]) -> str:
-    """The command without the folders of this machine."""
-    short = [Path(word).name if Path(word).is_absolute() else word for word in arguments[1:]]
-    return " ".join(["python tools/solver_error.py", *short])
-
-
-def versions() -> dict[str, str | None]:
-    """Of what the figures depend on."""
-    import numpy
-    import onnxruntime
-
-    from ul_runtime import __version__
-
-    described = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "unified-latents": __version__,
-        "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
 
 
 def panels(record: dict[str, Any], key: str) -> dict[str, dict[str, dict[int, float]]]:

@@ -1,9 +1,7 @@
 """What ul-bench does: contenders by name, their measurement in turn, and what it was measured with."""
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +14,11 @@ from ul_runtime.bundle import Bundle
 from ul_runtime.ceiling import ceilings
 from ul_runtime.cli.options import check_count
 from ul_runtime.errors import ULError, UsageError, require_packages
+from ul_runtime.origin import commit, versions
 from ul_runtime.pipeline import Control, Pipeline
 from ul_runtime.progress import progress
 from ul_runtime.settings import Overrides
+from ul_runtime.shipped import open_bundle
 from ul_runtime.signals import stop_on_signal
 from ul_runtime.startup import start_up
 
@@ -34,7 +34,6 @@ BACKENDS: dict[str, tuple[str, str | None]] = {
 }
 TORCH_PEERS = ("torch", "torch-bf16", "torch-compile", "torch-compile-bf16", "torch-loop", "torch-loop-bf16")
 _PACKAGES = ("unified-latents", "numpy", "onnxruntime", "openvino", "torch")
-_ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def run_bench(path: Path, options: BenchOptions) -> dict[str, Any]:
     """Every figure, JSON-ready. UsageError before anything is measured; StoppedError on a signal."""
     options.check()
     threads = options.threads or len(os.sched_getaffinity(0))
-    bundle = Bundle.open(path)
+    bundle = open_bundle(path)
     torch_run = _torch_run(bundle, options, threads) if options.torch_peers else None
     plan = Plan(options.batch_sizes, options.repeats, options.image_repeats, options.overrides)
     makers = [_maker(name, bundle, torch_run, plan, threads) for name in (FIRST, *options.peers)]
@@ -102,7 +101,7 @@ def run_bench(path: Path, options: BenchOptions) -> dict[str, Any]:
         "results": results,
         "start_up": started,
         "machine": {"processor": _processor(), "processors": os.cpu_count()},
-        "versions": {"python": platform.python_version()} | versions(_PACKAGES),
+        "versions": versions(_PACKAGES),
         "commit": commit(),
     }
 
@@ -166,26 +165,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """Commit of the checkout that this file lies in, with -dirty if it was changed; None for an installed package."""
-    if not (_ROOT / ".git").exists():
-        return None
-    words = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

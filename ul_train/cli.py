@@ -1,4 +1,4 @@
-"""ul-train: a recipe and images to a run directory; ul-train report: a finished run's held-out figures."""
+"""ul-train: a recipe and images to a run; report: a run's held-out figures; sweep: rate against distortion."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from ul_runtime.errors import BadInputError, UsageError, require_packages, run_c
 
 train_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+sweep_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 Data = Annotated[
     str | None,
@@ -41,7 +42,10 @@ def cache_dir(given: Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unified-latents"
 
 
-@train_app.command(epilog="Example: ul-train fashion-32 --data fashion-mnist/ --out runs/fashion")
+@train_app.command(
+    epilog="Example: ul-train fashion-32 --data fashion-mnist/ --out runs/fashion. "
+    "Commands of their own: ul-train report RUN, ul-train sweep RECIPE (--help)."
+)
 def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="Preset name, TOML file, or a run directory to --resume.")
@@ -131,6 +135,46 @@ def report(
     _print(figures, json_)
 
 
+@sweep_app.command(epilog="Example: ul-train sweep quickstart --data fashion-mnist/ --loss-factors 1.5,2,3 --out sweep")
+def sweep(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Preset name or TOML file.")],
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for results.json, table.md and plot.png; runs go below.")
+    ] = None,
+    loss_factors: Annotated[str, typer.Option(metavar="A,B,...", help="In the order of training.")] = "1.5,2,3",
+    heldout: Annotated[str | None, typer.Option(metavar="SOURCE", help="Held-out images, as for training.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
+    ] = None,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="How many held-out images.")] = 1000,
+    mean_of: Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")] = 16,
+    threads: Threads = None,
+    cache: Cache = None,
+    json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
+) -> None:
+    """Train stage joint once for each loss factor, and draw the rate-distortion curve; run again, it goes on."""
+    require_packages("torch", "matplotlib", extras="train")
+    from ul_runtime.origin import anonymous
+    from ul_train import sweep as sweeping
+    from ul_train.config import load_config
+    from ul_train.variants import Variants
+
+    for name, value in (("--data", data), ("--out", out)):
+        if value is None:
+            raise UsageError(f"{name} is missing; see ul-train sweep --help")
+    assert data is not None
+    assert out is not None
+    overrides, factors = set_ or [], sweeping.parse_factors(loss_factors)
+    load_config(recipe, overrides)  # a mistake in it is said at once
+    given = {"--heldout": heldout, "--threads": threads, "--cache": cache}
+    shared = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
+    options = sweeping.SweepOptions(out, factors, overrides, images, mean_of, heldout, cache_dir(cache))
+    command = anonymous("ul-train sweep", sys.argv[1:])
+    record = sweeping.sweep(Variants(recipe, data, out / "runs", shared), options, command)
+    print(json.dumps(record) if json_ else sweeping.sweep_table(record), end="\n" if json_ else "")
+
+
 def _overrides(set_: list[str] | None, target_bits_per_pixel: float | None) -> list[str]:
     """--set, and what is short for it."""
     target = [] if target_bits_per_pixel is None else [f"objective.target_bits_per_pixel={target_bits_per_pixel}"]
@@ -182,8 +226,9 @@ def _print(figures: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Console script: `ul-train report RUN` is a command of its own, all else trains."""
-    if sys.argv[1:2] == ["report"]:
-        del sys.argv[1]
-        run_command(report_app, "ul-train report")
+    """Console script: `ul-train report` and `ul-train sweep` are commands of their own, all else trains."""
+    for name, app in (("report", report_app), ("sweep", sweep_app)):
+        if sys.argv[1:2] == [name]:
+            del sys.argv[1]
+            run_command(app, f"ul-train {name}")
     run_command(train_app, "ul-train")

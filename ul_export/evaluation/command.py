@@ -1,7 +1,6 @@
 """What ul-eval does once its options are read."""
 
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 import ul_runtime
-from ul_export.bench import commit, versions
 from ul_export.evaluation.features import FeatureSpace, default_spaces, open_space
 from ul_export.evaluation.figures import Figure
 from ul_export.evaluation.generation import measure_generation
@@ -25,6 +23,7 @@ from ul_export.evaluation.subject import Subject, reference_part
 from ul_runtime import durable
 from ul_runtime.cli.options import check_count, say_choice
 from ul_runtime.errors import UsageError
+from ul_runtime.origin import commit, versions
 from ul_runtime.pipeline import Control, Pipeline, check_seed
 from ul_runtime.settings import Overrides
 from ul_runtime.signals import stop_on_signal
@@ -107,7 +106,7 @@ def run_eval(path: Path, options: EvalOptions, command: str) -> dict[str, Any]:
             "memorisation": found.figures,
             "absent": absent,
             "notes": _notes(subject),
-            "versions": {"python": platform.python_version()} | versions(_PACKAGES),
+            "versions": versions(_PACKAGES),
             "commit": commit(),
             "command": command,
         }

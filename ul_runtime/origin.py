@@ -1,0 +1,39 @@
+"""What a figure was computed with: package versions, the commit of the checkout, the command without its folders."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of Python, and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this file lies in, with -dirty if it was changed; None for an installed package."""
+    if not (_ROOT / ".git").exists():
+        return None
+    words = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def anonymous(program: str, arguments: Sequence[str]) -> str:
+    """The command line, of each absolute path only its last part: results name no folder of a machine."""
+    short = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
+    return f"{program} {shlex.join(short)}"
