@@ -1,0 +1,324 @@
+#!/usr/bin/env python
+"""The findings of Unified Latents (arXiv 2602.17270) on your own images: tables of runs that differ in one thing.
+
+    python tools/paper_tables.py loss-factor --data fashion-mnist/ --runs runs/tables --out tools/results/tables/fashion
+
+Each row is trained through both stages, exported and evaluated; run again, it goes on where it stopped. Rows of several
+tables that are the same run are trained once. TABLES below has the rows, BUDGET what every run of a recipe is given.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ul_runtime.errors import UsageError, run_command
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+PACKAGES = ("unified-latents", "numpy", "onnxruntime", "torch")
+UL = "UL"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run by its changes of the recipe; `at_rate_of`: its bits are steered to those measured of another row."""
+
+    label: str
+    changes: tuple[str, ...] = ()
+    at_rate_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, and what they show."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+def _values(field: str, values: Sequence[float]) -> tuple[Row, ...]:
+    return tuple(Row(f"{value:g}", (f"{field}={value:g}",)) for value in values)
+
+
+TABLES = {
+    "loss-factor": Table("Loss factor", _values("objective.loss_factor", (1.5, 2.0, 3.0, 5.0))),
+    "channels": Table("Latent channels", _values("latent_channels", (1, 2, 4, 8, 16))),
+    "prior-and-reconstruction": Table(
+        "Prior and reconstruction loss",
+        (
+            Row(UL),
+            Row(
+                "diffusion prior, MSE decoder",
+                ("objective.reconstruction=mse", "sampling.decoder_steps=1"),
+                at_rate_of=UL,
+            ),
+            Row("N(0, I) prior, diffusion decoder", ("objective.normal_weight=1.0",)),
+        ),
+    ),
+    "ablations": Table(
+        "Ablations",
+        (
+            Row(UL),
+            Row(
+                "A: no gradient of the prior, weak KL, a quarter of the channels",
+                ("objective.normal_weight=0.1", "latent_channels=1"),
+            ),
+            Row("B: logsnr of z_0 10, not 5", ("objective.latent_logsnr=10.0",)),
+        ),
+    ),
+}
+# What each run is given: the same images, networks and steps, and so but for the latent's channels the same FLOPs.
+BUDGET = {
+    "quickstart": (
+        "joint.steps=900",
+        "joint.accumulate=2",
+        "base_stage.steps=700",
+        "base_stage.accumulate=2",
+        "run.eval_every=900",
+        "run.checkpoint_every=300",
+    ),
+}
+# figure -> column, decimals
+COLUMNS = {
+    "bits_per_pixel": ("bits/pixel, stage-1 prior", 3),
+    "bits_per_pixel_base": ("bits/pixel, base", 3),
+    "psnr_db": ("PSNR, dB", 2),
+    "psnr_mean_db": ("PSNR of mean, dB", 2),
+    "gaussian_psnr_db": ("Gaussian at that rate, dB", 2),
+    "rfd": ("rFD", 1),
+    "gfd": ("gFD", 1),
+    "precision": ("precision", 2),
+    "recall": ("recall", 2),
+}
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(metavar="TABLE", help=", ".join(TABLES))],
+    data: Annotated[str, typer.Option(metavar="SOURCE", help="Images, as for ul-train.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where TABLE.json, TABLE.md and TABLE.png go.")],
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="Preset or TOML file.")] = "quickstart",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Of every row.")] = None,
+    seeds: Annotated[str, typer.Option(metavar="A,B,...", help="Seeds of training: one run a row and seed.")] = "0",
+    values: Annotated[str | None, typer.Option(metavar="A,B,...", help="Rows of loss-factor or channels.")] = None,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs go, one folder each.")] = Path("runs"),
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of rFD and gFD, and of PSNR.")] = 1000,
+    eval_seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of sampling.")] = 2,
+    mean_of: Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")] = 4,
+    eval_option: Annotated[
+        list[str] | None, typer.Option(metavar="--X=Y", help="Of ul-eval, such as --features=pixels; repeatable.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Prepared images, as for ul-train.")] = None,
+) -> None:
+    """Train, export and evaluate every row of a table, and write it."""
+    from ul_runtime import durable
+    from ul_runtime.origin import anonymous, commit, versions
+    from ul_train.variants import Variants
+
+    rows = chosen_rows(name, values)
+    given = {"--threads": threads, "--cache": cache}
+    shared = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
+    variants = Variants(recipe, data, runs, shared)
+    common = [*BUDGET.get(recipe, ()), *(set_ or [])]
+    ask = ["--images", str(images), "--seeds", str(eval_seeds), *shared, *(eval_option or [])]
+    figures: list[dict[str, Any]] = []
+    durable.make_directory(out)
+    for row in rows:
+        for seed in (int(each) for each in seeds.split(",")):
+            changes = [*common, *steered(row, seed, figures)]
+            name_ = run_name(row, seed, recipe, common)
+            run = variants.train(name_, [*changes, f"seed={seed}"], "all")
+            figures.append(
+                {"row": row.label, "seed": seed, "changes": changes, **measured(variants, run, images, mean_of, ask)}
+            )
+    record = {
+        "table": name,
+        "command": anonymous("python tools/paper_tables.py", sys.argv[1:]),
+        "recipe": recipe,
+        "figures": figures,
+        "versions": versions(PACKAGES),
+        "commit": commit(),
+    }
+    durable.atomic_write(out / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.atomic_write(out / f"{name}.md", markdown(record).encode())
+    durable.atomic_write(out / f"{name}.png", plot(record))
+    print(markdown(record), end="")
+
+
+def chosen_rows(name: str, values: str | None) -> tuple[Row, ...]:
+    """The table's rows, or those of its field at other values; UsageError."""
+    if name not in TABLES:
+        raise UsageError(f"TABLE {name}: expected one of {', '.join(TABLES)}")
+    rows = TABLES[name].rows
+    if values is None:
+        return rows
+    field = rows[0].changes[0].partition("=")[0] if rows[0].changes else ""
+    if not all(row.changes and row.changes[0].startswith(f"{field}=") for row in rows) or not field:
+        raise UsageError(f"--values {values}: is for loss-factor and channels; {name} has rows of its own")
+    try:
+        return _values(field, [float(value) for value in values.split(",")])
+    except ValueError:
+        raise UsageError(f"--values {values}: expected numbers between commas") from None
+
+
+def steered(row: Row, seed: int, figures: list[dict[str, Any]]) -> list[str]:
+    """The row's changes; with `at_rate_of`, the rate that was measured of that row at this seed."""
+    if row.at_rate_of is None:
+        return list(row.changes)
+    other = next(each for each in figures if (each["row"], each["seed"]) == (row.at_rate_of, seed))
+    return [*row.changes, f"objective.target_bits_per_pixel={other['bits_per_pixel']:.3f}"]
+
+
+def run_name(row: Row, seed: int, recipe: str, common: list[str]) -> str:
+    """A folder name that is the same for the same run in every table."""
+    from ul_train.config import load_config
+
+    same = load_config(recipe, [*common, *row.changes]) == load_config(recipe, common)
+    pairs = [change.split("=") for change in row.changes]
+    words = "_".join(f"{field.rpartition('.')[2]}-{value}" for field, value in pairs)
+    return f"{'ul' if same else words}_seed-{seed}"
+
+
+def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]) -> dict[str, Any]:
+    """What ul-train report and ul-eval say of a run; kept in the run's folder."""
+    from ul_runtime import durable
+
+    report = variants.measured(run, images, mean_of)
+    file, bundle = run / "evaluated.json", run / "bundle"
+    record = json.loads(file.read_bytes()) if file.is_file() else {}
+    if record.get("asked") != ask:
+        if not bundle.exists():
+            call("ul_export.cli", str(run), "--out", str(bundle))
+        said = call("ul_export.eval_cli", str(bundle), "--data", variants.data, *ask, "--json")
+        record = {"asked": ask, "figures": json.loads(said)}
+        durable.atomic_write(file, json.dumps(record).encode())
+    evaluated = record["figures"]
+    space = next(iter(evaluated["generation"]))
+    generated = evaluated["generation"][space]
+    rebuilt = evaluated["reconstruction"]["frechet_distance"][space]
+    kept = ("bits_per_pixel", "psnr_db", "psnr_mean_db", "gaussian_psnr_db", "latent_std", "decoder_steps", "mean_of")
+    return {
+        **{key: report.get(key) for key in kept},
+        "num_images": report["num_images"],
+        "flops": flops(run),
+        "space": space,
+        "count": generated["frechet_distance"]["count"],
+        "bits_per_pixel_base": evaluated["bits_per_pixel"]["value"],
+        "rfd": rebuilt["value"],
+        "gfd": generated["frechet_distance"]["value"],
+        "gfd_spread": generated["frechet_distance"]["spread"],
+        "gfd_real": generated["frechet_distance"]["real"],
+        "precision": generated["precision"]["value"],
+        "recall": generated["recall"]["value"],
+        "settings": evaluated["settings"],
+    }
+
+
+def call(module: str, *words: str) -> str:
+    """stdout of a command in a process of its own; ends this one with its exit code if it fails."""
+    print(module, *words, file=sys.stderr, flush=True)
+    program = [sys.executable, "-c", f"from {module} import main; main()", *words]
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def flops(run: Path) -> dict[str, int]:
+    """Of training, both stages."""
+    from ul_train.accounting import account
+    from ul_train.session import read_run
+
+    config, info = read_run(run)
+    figures = account(config, len(info.class_names))
+    return {"joint": figures.joint.flops_of_stage, "base": figures.base.flops_of_stage}
+
+
+def averaged(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry a row: means over the seeds of training, and their standard deviation where there are several."""
+    from statistics import fmean, stdev
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for each in record["figures"]:
+        rows.setdefault(each["row"], []).append(each)
+    result = []
+    for label, runs in rows.items():
+        known = {key: [run[key] for run in runs if run[key] is not None] for key in COLUMNS}
+        entry: dict[str, Any] = {"row": label}
+        entry |= {key: fmean(values) if values else None for key, values in known.items()}
+        entry |= {f"{key}_spread": stdev(values) for key, values in known.items() if len(values) > 1}
+        result.append(entry)
+    return result
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table and what it was made with."""
+    table_ = TABLES[record["table"]]
+    lines = [f"| {table_.title.lower()} | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
+    lines.append("|" + "---|" * (len(COLUMNS) + 1))
+    for row in averaged(record):
+        lines.append(f"| {row['row']} | " + " | ".join(cell(row, key) for key in COLUMNS) + " |")
+    first = record["figures"][0]
+    teraflops = sum(first["flops"].values()) / 1e12
+    seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in record["figures"]}))
+    how = (
+        f"rFD and gFD: Frechet distance of {first['count']} images, {first['space']} features; of real images to as "
+        f"many others: {first['gfd_real']:.1f}. PSNR of {first['num_images']} held-out images, "
+        f"{first['decoder_steps']} decoder steps, mean of {first['mean_of']} decodes. {teraflops:.0f} TFLOP of "
+        f"training a row, seeds {seeds}."
+    )
+    return "\n".join([*lines, "", how, "", f"`{record['command']}`", ""])
+
+
+def cell(row: dict[str, Any], key: str) -> str:
+    """A value with its spread over the seeds, as Markdown."""
+    decimals = COLUMNS[key][1]
+    if row[key] is None:
+        return ""
+    spread = row.get(f"{key}_spread")
+    return f"{row[key]:.{decimals}f}" + (f" ± {spread:.{decimals}f}" if spread is not None else "")
+
+
+def plot(record: dict[str, Any]) -> bytes:
+    """PNG: PSNR, rFD and gFD over the rate."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(averaged(record), key=lambda row: float(row["bits_per_pixel"]))
+    rates = [row["bits_per_pixel"] for row in rows]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    first, second, third = figure.subplots(1, 3)
+    draw: Callable[..., Any] = first.plot
+    if all(row["gaussian_psnr_db"] is not None for row in rows):
+        draw(rates, [row["gaussian_psnr_db"] for row in rows], "--", color="grey", label="Gaussian at that rate")
+    draw(rates, [row["psnr_mean_db"] for row in rows], "o-", label="mean of several decodes")
+    draw(rates, [row["psnr_db"] for row in rows], "s-", label="one decode")
+    first.legend()
+    second.plot(rates, [row["rfd"] for row in rows], "o-")
+    third.plot(rates, [row["gfd"] for row in rows], "o-")
+    third.axhline(record["figures"][0]["gfd_real"], color="grey", linestyle="--", label="real images")
+    third.legend()
+    for axes, key, title in (
+        (first, "psnr_mean_db", "PSNR, dB"),
+        (second, "rfd", "Frechet distance of reconstructions"),
+        (third, "gfd", "Frechet distance of samples"),
+    ):
+        for row in rows:
+            axes.annotate(
+                row["row"].partition(":")[0], (row["bits_per_pixel"], row[key]), (4, 5), textcoords="offset points"
+            )
+        axes.set(xlabel="bits per pixel, stage-1 prior", title=title)
+        axes.grid(alpha=0.3)
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
+    return data.getvalue()
+
+
+if __name__ == "__main__":
+    run_command(app, "paper_tables")
