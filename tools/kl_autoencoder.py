@@ -1,0 +1,304 @@
+#!/usr/bin/env python
+"""What a user would do instead of Unified Latents: a KL autoencoder, then latent diffusion on its latents.
+
+    python tools/kl_autoencoder.py --beside runs/tables/ul_seed-0 --data fashion-mnist/ --out runs/kl \
+        --results tools/results/tables/fashion
+
+Rombach et al. 2022 (arXiv 2112.10752) with diffusers' own AutoencoderKL: absolute error, KL weight 1e-6, latents scaled
+to unit variance, a decoder of one pass. Same images, latent shape, base network and steps of the base as the run
+`--beside`; the autoencoder is given as many training FLOPs as that run's stage joint. Without the perceptual and
+adversarial losses of that paper, as Unified Latents is here. Both become bundles, and ul-eval measures both.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from ul_runtime.errors import run_command
+from ul_runtime.noise_process import alpha, sigma
+from ul_train.device import choose_device, choose_precision
+from ul_train.stages import Batch, Stage, base_stage, to_model
+
+if TYPE_CHECKING:
+    from ul_runtime.bundle import Bundle
+    from ul_train.config import Config
+    from ul_train.data import Splits
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+PACKAGES = ("unified-latents", "diffusers", "numpy", "onnxruntime", "torch")
+KL_WEIGHT = 1e-6
+LATENT_LOGSNR = 10.0  # where the base ends: latents are next to clean
+SCALE_IMAGES = 2048
+
+
+class AutoencoderStage(Stage):
+    """Training of the autoencoder, in the place of stage joint and by the trainer of all stages."""
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        """|x - x_decoded| + KL_WEIGHT KL(q(z | x) || N(0, I)), summed over values, a mean over images."""
+        posterior = self.compute["autoencoder"].encode(batch.x).latent_dist
+        noise = batch.draws.eps_z
+        decoded = self.compute["autoencoder"].decode(posterior.mean + posterior.std * noise).sample
+        error = (batch.x - decoded.float()).abs().flatten(1).sum(1)
+        kl = posterior.kl().float()
+        loss = (error + KL_WEIGHT * kl).mean() / batch.x[0].numel()
+        return loss, {"absolute_error": error.mean().item() / batch.x[0].numel(), "kl_nats": kl.mean().item()}
+
+
+class Encode(nn.Module):
+    """Image -> scaled mean of the latent."""
+
+    def __init__(self, autoencoder: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.autoencoder, self.scale = autoencoder, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.autoencoder.encode(x).latent_dist.mean * self.scale
+
+
+class Decode(nn.Module):
+    """The decoder in the interface of a diffusion decoder: v of the one image that z_0 decodes to, whatever x_t is."""
+
+    def __init__(self, autoencoder: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.autoencoder, self.scale = autoencoder, scale
+
+    def forward(self, x_t: Tensor, logsnr: Tensor, z_0: Tensor) -> Tensor:
+        level = logsnr[:, None, None, None]
+        return (alpha(level) * x_t - self.autoencoder.decode(z_0 / self.scale).sample.float()) / sigma(level)
+
+
+def make_autoencoder(config: "Config", channels: tuple[int, ...], blocks: int) -> nn.Module:
+    """diffusers' AutoencoderKL of the run's image and latent shapes."""
+    from diffusers import AutoencoderKL
+
+    stages = len(channels)
+    torch.manual_seed(config.seed)
+    return AutoencoderKL(
+        in_channels=config.image.channels,
+        out_channels=config.image.channels,
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=channels,
+        layers_per_block=blocks,
+        latent_channels=config.latent_channels,
+        norm_num_groups=16,
+        sample_size=config.image.size,
+    )
+
+
+def stage_of(config: "Config", autoencoder: nn.Module, steps: int) -> AutoencoderStage:
+    """On this machine, with the optimiser's settings of stage joint."""
+    device = choose_device("auto")
+    settings = config.joint.model_copy(update={"steps": steps})
+    precision = choose_precision(config.run.precision, device)
+    return AutoencoderStage("joint", config, settings, 0, device, precision, {"autoencoder": autoencoder})
+
+
+def flops_per_image(config: "Config", channels: tuple[int, ...], blocks: int) -> int:
+    """Of one training step of the autoencoder, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        autoencoder, x = make_autoencoder(config, channels, blocks), torch.empty(1, *config.image_shape)
+        autoencoder.decode(autoencoder.encode(x).latent_dist.mean).sample.sum().backward()
+    return counter.get_total_flops()
+
+
+def train(stage: Stage, splits: "Splits", run: Path, encoder: str | None = None) -> nn.Module:
+    """The averaged network of a stage, trained from where its checkpoints stand."""
+    from ul_runtime.signals import stop_on_signal
+    from ul_train import checkpoint as ckpt
+    from ul_train.runlog import RunLog
+    from ul_train.trainer import Trainer
+
+    with stop_on_signal() as stop:
+        log = RunLog(run, stage.config.run.log_every)
+        trainer = Trainer(stage, splits.train, run, log, stop, lambda stage, step: None, encoder)
+        if found := ckpt.list_checkpoints(run / "checkpoints", stage.name):
+            trainer.restore(found[-1])
+        if trainer.step < stage.settings.steps:
+            trainer.train()
+    (network,) = stage.ema.values()
+    return network
+
+
+@torch.no_grad()
+def unit_scale(autoencoder: nn.Module, splits: "Splits") -> float:
+    """1 / standard deviation of the latents of the first training images."""
+    import numpy as np
+
+    x = to_model(torch.from_numpy(splits.train.batch(np.arange(min(SCALE_IMAGES, len(splits.train))))[0]))
+    return 1.0 / autoencoder.encode(x).latent_dist.mean.std().item()
+
+
+def write(run: Path, config: "Config", classes: tuple[str, ...], networks: dict[str, nn.Module]) -> "Bundle":
+    """The bundle of these networks, proved equal to torch as any other."""
+    from ul_export.onnx_graphs import export_graphs
+    from ul_export.verify import require, verify
+    from ul_runtime.backends.ort_cpu import OrtCpuBackend
+    from ul_runtime.bundle import write_bundle
+    from ul_train.describe import describe
+    from ul_train.heldout import torch_pipeline
+
+    opset = 20
+    info = describe(config, classes, "kl-autoencoder", "0" * 64, config.base_stage.steps, opset)
+    bundle = write_bundle(run / "bundle", info, dict(export_graphs(networks, info, opset)), overwrite=True)
+    cpu = torch.device("cpu")
+    reference = torch_pipeline(info, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
+    require(verify(reference, OrtCpuBackend(bundle)), str(run))
+    return bundle
+
+
+@app.command()
+def compare(
+    beside: Annotated[Path, typer.Option(metavar="RUN", help="Run of ul-train, both stages, with RUN/bundle.")],
+    data: Annotated[str, typer.Option(metavar="SOURCE", help="Its images, as for ul-train.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints and the bundle go.")],
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where kl-autoencoder.json and .md go.")],
+    channels: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Of the autoencoder, a number a stage.")
+    ] = "32,64,64",
+    blocks: Annotated[int, typer.Option(metavar="N", min=1, help="Residual blocks a stage.")] = 1,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of rFD and gFD.")] = 1000,
+    eval_seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of sampling.")] = 2,
+    eval_option: Annotated[list[str] | None, typer.Option(metavar="--X=Y", help="Of ul-eval; repeatable.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Prepared images, as for ul-train.")] = None,
+) -> None:
+    """Train the autoencoder and its latent diffusion model at equal compute, and put both beside each other."""
+    from ul_runtime import durable
+    from ul_runtime.loop import never
+    from ul_runtime.origin import anonymous, commit, versions
+    from ul_train.accounting import account
+    from ul_train.cli import cache_dir
+    from ul_train.command import open_splits
+    from ul_train.config import validate
+    from ul_train.session import read_run
+
+    if threads:
+        torch.set_num_threads(threads)
+    ul_config, info = read_run(beside)
+    given = account(ul_config, len(info.class_names))
+    config = _latent_diffusion(ul_config)
+    validate(config.model_dump(), "the latent diffusion model")
+    splits = open_splits(config.image, data, None, cache_dir(cache), never)
+    widths = tuple(int(width) for width in channels.split(","))
+    step_flops = flops_per_image(config, widths, blocks) * config.joint.batch_size
+    steps = round(given.joint.flops_of_stage / step_flops)
+    durable.make_directory(out)
+    autoencoder = train(stage_of(config, make_autoencoder(config, widths, blocks), steps), splits, out)
+    scale = unit_scale(autoencoder, splits)
+    encoder, decoder = Encode(autoencoder, scale).eval(), Decode(autoencoder, scale).eval()
+    where = choose_device("auto")
+    learned = base_stage(
+        config, len(info.class_names), where, choose_precision(config.run.precision, where), {"encoder": encoder}
+    )
+    base = train(learned, splits, out)
+    write(out, config, info.class_names, {"encoder": encoder, "prior": base, "decoder": decoder})
+    ask = ["--images", str(images), "--seeds", str(eval_seeds), *(eval_option or [])]
+    ask += [
+        str(word) for key, value in {"--threads": threads, "--cache": cache}.items() if value for word in (key, value)
+    ]
+    rows = {
+        "Unified Latents": figures(beside / "bundle", data, ask, given.joint.flops_of_stage, given.base.flops_of_stage),
+        "KL autoencoder, latent diffusion": figures(
+            out / "bundle", data, ask, steps * step_flops, given.base.flops_of_stage
+        ),
+    }
+    record = {
+        "command": anonymous("python tools/kl_autoencoder.py", sys.argv[1:]),
+        "figures": rows,
+        "autoencoder": {"channels": widths, "blocks": blocks, "steps": steps, "kl_weight": KL_WEIGHT, "scale": scale},
+        "parameters": {
+            "encoder and decoder": given.networks["encoder"].parameters + given.networks["decoder"].parameters,
+            "autoencoder": sum(parameter.numel() for parameter in autoencoder.parameters()),
+        },
+        "versions": versions(PACKAGES),
+        "commit": commit(),
+    }
+    durable.make_directory(results)
+    durable.atomic_write(results / "kl-autoencoder.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.atomic_write(results / "kl-autoencoder.md", markdown(record).encode())
+    print(markdown(record), end="")
+
+
+def _latent_diffusion(config: "Config") -> "Config":
+    """The run's recipe with a base that goes down to clean latents and a decoder of one step."""
+    return replace_sections(
+        config,
+        name="kl-autoencoder",
+        objective={"latent_logsnr": LATENT_LOGSNR},
+        sampling={"decoder_steps": 1, "decoder_sampler": "ddim"},
+    )
+
+
+def replace_sections(config: "Config", name: str, **sections: dict[str, Any]) -> "Config":
+    """The recipe with other values in some of its sections."""
+    changed = {key: getattr(config, key).model_copy(update=values) for key, values in sections.items()}
+    return config.model_copy(update={"name": name, **changed})
+
+
+def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) -> dict[str, Any]:
+    """What ul-eval says of a bundle, and the FLOPs of training and of sampling an image."""
+    import os
+
+    from ul_runtime.benchmark import work_of_an_image
+    from ul_runtime.bundle import Bundle
+
+    words = [sys.executable, "-c", "from ul_export.eval_cli import main; main()", str(bundle), "--data", data, *ask]
+    print(*words[3:], file=sys.stderr, flush=True)
+    done = subprocess.run([*words, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    said = json.loads(done.stdout)
+    space = next(iter(said["generation"]))
+    generated, rebuilt = said["generation"][space], said["reconstruction"]
+    return {
+        "count": generated["frechet_distance"]["count"],
+        "space": space,
+        "gfd": generated["frechet_distance"]["value"],
+        "gfd_spread": generated["frechet_distance"]["spread"],
+        "gfd_real": generated["frechet_distance"]["real"],
+        "precision": generated["precision"]["value"],
+        "recall": generated["recall"]["value"],
+        "rfd": rebuilt["frechet_distance"][space]["value"],
+        "psnr_db": rebuilt["psnr_db"]["value"],
+        "bits_per_pixel": said["bits_per_pixel"]["value"],
+        "training_flops": {"first stage": first, "base": second},
+        "sampling_flops": work_of_an_image(Bundle.open(bundle), len(os.sched_getaffinity(0)), {}).image_flops,
+    }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Both models side by side."""
+    rows = record["figures"]
+    first = next(iter(rows.values()))
+    gfd = f"gFD ({first['space']}, {first['count']} images; real {first['gfd_real']:.1f})"
+    shown = {
+        gfd: "{gfd:.1f}" if first["gfd_spread"] is None else "{gfd:.1f} ± {gfd_spread:.1f}",
+        "precision, recall": "{precision:.2f}, {recall:.2f}",
+        "rFD": "{rfd:.1f}",
+        "PSNR of a reconstruction, dB": "{psnr_db:.2f}",
+        "bits/pixel under the base": "{bits_per_pixel:.3f}",
+        "training, TFLOP: first stage + base": "{first_stage:.0f} + {base:.0f}",
+        "sampling, GFLOP an image": "{sampling:.2f}",
+    }
+    lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
+    for title, text in shown.items():
+        cells = []
+        for row in rows.values():
+            flops = {key.replace(" ", "_"): value / 1e12 for key, value in row["training_flops"].items()}
+            cells.append(text.format(**row, **flops, sampling=row["sampling_flops"] / 1e9))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"`{record['command']}`", ""])
+
+
+if __name__ == "__main__":
+    run_command(app, "kl_autoencoder")
