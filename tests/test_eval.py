@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 CLASSES = ("disc", "bar")
 COUNT = 60
 QUICK = ("--images", COUNT, "--seeds", 2, "--features", "pixels", "--threads", 1, "--steps", 4, "--bits-samples", 2)
-DISTANCES = {"frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"}
+DISTANCES = {"frechet_distance", "kernel_distance", "sliced_distance", "precision", "recall", "density", "coverage"}
 
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray) -> Path:

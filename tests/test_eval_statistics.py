@@ -13,6 +13,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ul_export.evaluation.kernel import kernel_distance
 from ul_export.evaluation.moments import Moments, frechet_distance, streamed
+from ul_export.evaluation.sliced import sliced_distance
 
 
 def drawn(count: int, dimensions: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -149,3 +150,40 @@ def test_the_kernel_distance_of_one_distribution_is_zero_in_the_mean_and_may_be_
     assert min(found) < 0.0
     apart = [kernel_distance(drawn(40, 4, seed), drawn(40, 4, 1000 + seed, shift=2.0)) for seed in range(200)]
     assert np.mean(apart) > 4 * np.std(apart) / np.sqrt(len(apart))
+
+
+def independent(count: int, dimensions: int, seed: int) -> np.ndarray:
+    """Standard normal features, float64."""
+    return np.random.default_rng(seed).standard_normal((count, dimensions))
+
+
+def test_the_sliced_distance_of_a_shift_is_its_square_and_of_a_scaling_that_of_the_features():
+    a = independent(50, 6, 0)
+    shift = np.array([1.0, -2.0, 0.5, 0.0, 0.0, 3.0])
+    assert sliced_distance(a, a) == 0.0
+    assert sliced_distance(a[::-1], a + shift) == pytest.approx(shift @ shift, rel=1e-9)
+    assert sliced_distance(a, 1.5 * a) == pytest.approx(0.25 * np.square(a).sum() / len(a), rel=1e-9)
+
+
+def test_the_sliced_distance_of_gaussians_is_the_mean_over_directions_of_its_closed_form():
+    """W_2^2 of N(0, s^2) and N(0, t^2) is (s - t)^2; along u, s^2 = u' C u."""
+    scales = np.array([1.0, 0.5, 2.0])
+    a, b = independent(20_000, 3, 0), independent(20_000, 3, 1) * scales
+    u = np.random.default_rng(2).standard_normal((200_000, 3))
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    expected = 3 * np.mean((1.0 - np.sqrt(np.square(u * scales).sum(axis=1))) ** 2)
+    assert sliced_distance(a, b) == pytest.approx(expected, rel=0.05)
+    assert sliced_distance(a, b) > 20 * sliced_distance(a, independent(20_000, 3, 2))
+
+
+def test_the_sliced_distance_sees_what_moments_do_not():
+    """Two points of equal mean and variance as a Gaussian: the Frechet distance is blind to them."""
+    a = independent(4000, 1, 0)
+    signs = np.where(np.arange(4000) % 2 == 0, 1.0, -1.0)[:, None] * a.std() + a.mean()
+    assert frechet_distance(streamed(a), streamed(signs)) < 1e-3
+    assert sliced_distance(a, signs) > 0.3  # 2 - 2 sqrt(2 / pi) = 0.404 for infinitely many
+
+
+def test_the_sliced_distance_needs_as_many_of_each():
+    with pytest.raises(ValueError, match="expected as many of each"):
+        sliced_distance(independent(5, 2, 0), independent(4, 2, 0))

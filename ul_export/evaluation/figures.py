@@ -9,6 +9,7 @@ import numpy as np
 from ul_export.evaluation.kernel import kernel_distance
 from ul_export.evaluation.moments import frechet_distance, streamed
 from ul_export.evaluation.neighbours import density_coverage, precision_recall
+from ul_export.evaluation.sliced import sliced_distance
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def against(features: np.ndarray, real: np.ndarray) -> dict[str, float]:
     return {
         "frechet_distance": frechet_distance(streamed(features), streamed(real)),
         "kernel_distance": kernel_distance(features, real),
+        "sliced_distance": sliced_distance(features, real),
         "precision": precision,
         "recall": recall,
         "density": density,

@@ -14,6 +14,7 @@ _WIDTH = 110  # of tables that no terminal limits
 FIGURES = {
     "frechet_distance": ("Frechet distance", "lower", "of two Gaussians fitted to the features; depends on the count"),
     "kernel_distance": ("kernel distance (KID)", "lower", "unbiased: 0 in the mean for real images, at any count"),
+    "sliced_distance": ("sliced Wasserstein (MIND)", "lower", "Monge distance of the features, a direction at a time"),
     "precision": ("precision", "higher", "share of samples that lie near real images; 1 for noise in their midst"),
     "recall": ("recall", "higher", "share of real images that lie near samples"),
     "density": ("density", "higher", "how many real images a sample lies near, 1 for real ones"),
