@@ -174,6 +174,7 @@ class BundleInfo(_Part):
     defaults: Defaults
     graphs: dict[GraphName, Graph]
     provenance: Provenance
+    recipe: dict[str, JsonValue] = {}  # the whole recipe of the run, as ul-train takes it
     quality: dict[str, JsonValue] = {}
     parity: dict[str, JsonValue] = {}
 

@@ -91,4 +91,5 @@ def describe(
             code_version=__version__,
             encoder_sha256=encoder_sha256,
         ),
+        recipe=config.model_dump(mode="json", exclude_none=True),
     )

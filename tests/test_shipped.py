@@ -1,0 +1,87 @@
+"""The models inside the package: found by name, opened as any bundle, made by tools/ship_model.py."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from analytic_bundle import write_analytic_bundle
+from tool_module import load_tool
+
+import ul_runtime
+from ul_runtime import shipped
+from ul_runtime.bundle import Bundle
+from ul_runtime.cli.generate import main as generate
+from ul_runtime.errors import BadInputError, UntrustedError
+
+QUICK = ("--steps", 2, "--decoder-steps", 1, "--threads", 1)
+
+
+@pytest.fixture
+def one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package in which only `analytic` ships; its files are hard links, as some installers make them."""
+    bundle = write_analytic_bundle(tmp_path / "package" / "analytic")
+    for file in list(bundle.path.iterdir()):
+        (tmp_path / file.name).hardlink_to(file)
+    monkeypatch.setattr(shipped, "MODELS", tmp_path / "package")
+    monkeypatch.setattr(shipped, "DEFAULT", "analytic")
+    return bundle.path
+
+
+def test_a_model_is_found_by_name_and_when_nothing_is_given(one_model):
+    expected = ul_runtime.load("analytic").bundle.hash
+    assert ul_runtime.load().bundle.hash == expected
+    with pytest.raises(UntrustedError, match="link"):
+        Bundle.open(one_model)  # of an installer's hard links only those inside the package are taken
+
+
+def test_a_folder_goes_before_a_model_of_its_name(one_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = write_analytic_bundle(tmp_path / "analytic", latent_std=0.3)
+    assert ul_runtime.load("analytic").bundle.hash == other.hash != ul_runtime.load().bundle.hash
+
+
+def test_a_name_that_does_not_ship_is_refused_with_those_that_do(one_model):
+    with pytest.raises(
+        BadInputError, match=r"nowhere: no such folder, .*\(those that do: analytic\); expected a bundle"
+    ):
+        ul_runtime.load("nowhere")
+
+
+def test_without_a_bundle_ul_generate_takes_the_model_and_can_replay_its_pictures(one_model, command, tmp_path):
+    made = command(generate, "--num-images", 2, "--out", tmp_path / "out", *QUICK)
+    assert made.code == 0, made
+    again = command(generate, "--replay", tmp_path / "out" / "000001.png")
+    assert again.code == 0, again
+    assert "the same file, byte for byte" in again.out
+
+
+@pytest.fixture(scope="module")
+def ship() -> ModuleType:
+    return load_tool("ship_model")
+
+
+def evaluation(path: Path, bundle_hash: str) -> Path:
+    """eval.json as far as the tool reads it."""
+    keys = ("settings", "computed_by", "seeds", "generation", "reconstruction", "bits_per_pixel", "memorisation")
+    record = {"bundle": {"hash": bundle_hash, "path": "/home/someone"}, "versions": {}, **dict.fromkeys(keys, 1.5)}
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_model_ships_with_its_quality_and_without_folders_of_a_machine(ship, tmp_path, monkeypatch):
+    bundle = write_analytic_bundle(tmp_path / "bundle")
+    file = evaluation(tmp_path / "eval.json", bundle.hash)
+    ship.ship(bundle.path, file, "closed forms", tmp_path / "models")
+    written = Bundle.open(tmp_path / "models" / "analytic")
+    assert written.manifest.quality["generation"] == 1.5
+    assert written.manifest.quality["trained_on"] == "closed forms"
+    assert written.manifest.files == bundle.manifest.files
+    assert "someone" not in (written.path / "manifest.json").read_text()
+    ship.ship(bundle.path, file, "closed forms", tmp_path / "models")  # again: replaced
+
+    with pytest.raises(BadInputError, match="is of bundle 000000000000"):
+        ship.ship(bundle.path, evaluation(file, "0" * 64), "closed forms", tmp_path / "models")
+    monkeypatch.setattr(ship, "MOST_BYTES", 1000)
+    with pytest.raises(BadInputError, match="at most 1000 ship; export with --weights fp16"):
+        ship.ship(bundle.path, evaluation(file, bundle.hash), "closed forms", tmp_path / "models")
