@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -57,8 +57,14 @@ def evaluate(
     train_images: TrainImages = None,
     bits_samples: Annotated[int, typer.Option(metavar="COUNT", help="Noise levels an image for its bits.")] = 16,
     steps: options.Steps = None,
-    decoder_steps: options.DecoderSteps = None,
+    sampler: options.Sampler = None,
+    grid: options.Grid = None,
     guidance: options.Guidance = None,
+    guidance_interval: options.GuidanceInterval = None,
+    guidance_rescale: options.GuidanceRescale = None,
+    decoder_steps: options.DecoderSteps = None,
+    decoder_sampler: options.DecoderSampler = None,
+    decoder_grid: options.DecoderGrid = None,
     threads: options.Threads = None,
     backend: options.BackendName = "auto",
     precision: options.Precision = None,
@@ -71,6 +77,9 @@ def evaluate(
     from ul_runtime.settings import Overrides
     from ul_train.cli import cache_dir
 
+    interval = options.parse_interval(guidance_interval)
+    prior = Overrides(steps=steps, sampler=sampler, grid=grid, guidance=guidance, guidance_interval=interval)
+    decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
     wanted = EvalOptions(
         data=data,
         heldout=heldout,
@@ -87,9 +96,12 @@ def evaluate(
         precision=precision,
         cache=cache_dir(cache),
         out=out,
-        overrides=Overrides(steps=steps, decoder_steps=decoder_steps, guidance=guidance),
+        overrides=prior | decoder | Overrides(guidance_rescale=guidance_rescale),
     )
-    result = run_eval(bundle, wanted, shlex.join(["ul-eval", *sys.argv[1:]]))
+    _say(run_eval(bundle, wanted, shlex.join(["ul-eval", *sys.argv[1:]])), as_json)
+
+
+def _say(result: dict[str, Any], as_json: bool) -> None:
     from ul_export.evaluation.report import print_report
 
     if as_json:
