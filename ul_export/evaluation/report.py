@@ -39,7 +39,7 @@ _PICTURES = {
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #202020; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
-th { text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+th { text-align: left } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td.about { color: #606060 } img { max-width: 100%; border: 1px solid #ddd } code { overflow-wrap: anywhere }
 """
 
@@ -118,7 +118,8 @@ def print_report(result: Mapping[str, Any]) -> None:
 
 def html_report(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """One page that needs no other file."""
-    head = "".join(f"<th>{name}</th>" for name in ("of", "figure", "better", "count", "bundle", "real", ""))
+    head = "".join(f"<th>{name}</th>" for name in ("of", "figure", "better"))
+    head += "".join(f'<th class="number">{name}</th>' for name in ("count", "bundle", "real")) + "<th></th>"
     lines = []
     for row in rows(result):
         texts = "".join(f"<td>{escape(text)}</td>" for text in row[:3])
