@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from analytic_bundle import write_analytic_bundle
+from PIL import Image
 from tool_module import load_tool
 
 import ul_runtime
@@ -13,6 +15,7 @@ from ul_runtime import shipped
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import BadInputError, UntrustedError
+from ul_train.config import validate
 
 QUICK = ("--steps", 2, "--decoder-steps", 1, "--threads", 1)
 
@@ -85,3 +88,35 @@ def test_a_model_ships_with_its_quality_and_without_folders_of_a_machine(ship, t
     monkeypatch.setattr(ship, "MOST_BYTES", 1000)
     with pytest.raises(BadInputError, match="at most 1000 ship; export with --weights fp16"):
         ship.ship(bundle.path, evaluation(file, bundle.hash), "closed forms", tmp_path / "models")
+
+
+# The model itself.
+
+
+def test_the_model_fits_into_twelve_megabytes_and_says_how_good_it_is_and_how_it_was_trained():
+    bundle = shipped.open_bundle(None)
+    assert shipped.shipped_names() == [shipped.DEFAULT]
+    assert sum(file.stat().st_size for file in bundle.path.iterdir()) <= 12_000_000
+    quality = bundle.manifest.quality
+    distance = quality["generation"]["classifier"]["frechet_distance"]
+    assert distance["count"] == 1000
+    assert distance["real"] < distance["value"] < 2 * distance["real"], "what it was trained for"
+    assert "MIT" in quality["trained_on"]
+    assert validate(bundle.manifest.recipe, "its recipe").name == shipped.DEFAULT
+    assert "rounded to float16" in bundle.manifest.provenance.weights
+
+
+def test_its_pictures_are_garments_of_all_classes_and_the_same_everywhere(command, tmp_path):
+    made = command(generate, "--num-images", 20, "--seed", 1, "--out", tmp_path / "out", "--threads", 1)
+    assert made.code == 0, made
+    pictures = [np.asarray(Image.open(tmp_path / "out" / f"{i:06d}.png")).astype(int) for i in range(20)]
+    for picture in pictures:
+        assert picture.shape == (32, 32)
+        assert max(picture[:2].mean(), picture[-2:].mean()) < 25, "garments lie in the middle"
+        assert 15 < picture.mean() < 200
+        steps = np.abs(np.diff(picture, axis=0)).mean() / picture.std()
+        assert steps < 0.6, "noise has 1.1"
+    trousers, bags = (np.mean([pictures[k], pictures[k + 10]], axis=0) for k in (1, 8))
+    assert trousers[:, 12:20].mean() > 1.5 * bags[2:8].mean()
+    replayed = command(generate, "--replay", tmp_path / "out" / "000019.png")
+    assert "the same file, byte for byte" in replayed.out

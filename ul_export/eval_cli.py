@@ -1,7 +1,6 @@
 """ul-eval: how good a bundle's samples and reconstructions are, each figure beside that of real images."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -74,6 +73,7 @@ def evaluate(
     """Measure a bundle against real images: samples, reconstructions, bits, and whether samples are copies."""
     require_packages("torch", "scipy", extras="eval")
     from ul_export.evaluation.command import EvalOptions, run_eval
+    from ul_runtime.origin import anonymous
     from ul_runtime.settings import Overrides
     from ul_train.cli import cache_dir
 
@@ -98,7 +98,7 @@ def evaluate(
         out=out,
         overrides=prior | decoder | Overrides(guidance_rescale=guidance_rescale),
     )
-    _say(run_eval(bundle, wanted, shlex.join(["ul-eval", *sys.argv[1:]])), as_json)
+    _say(run_eval(bundle, wanted, anonymous("ul-eval", sys.argv[1:])), as_json)
 
 
 def _say(result: dict[str, Any], as_json: bool) -> None:
