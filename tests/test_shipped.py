@@ -14,7 +14,8 @@ import ul_runtime
 from ul_runtime import shipped
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
-from ul_runtime.errors import BadInputError, UntrustedError
+from ul_runtime.errors import BadInputError, UntrustedError, UsageError
+from ul_runtime.images import list_images
 from ul_train.config import validate
 
 QUICK = ("--steps", 2, "--decoder-steps", 1, "--threads", 1)
@@ -120,3 +121,22 @@ def test_its_pictures_are_garments_of_all_classes_and_the_same_everywhere(comman
     assert trousers[:, 12:20].mean() > 1.5 * bags[2:8].mean()
     replayed = command(generate, "--replay", tmp_path / "out" / "000019.png")
     assert "the same file, byte for byte" in replayed.out
+
+
+def test_a_setting_that_does_not_exist_is_refused_with_the_one_meant():
+    pipeline = ul_runtime.load()
+    for given, message in (
+        ({"label": "Bag"}, "did you mean labels"),
+        ({"decoder_step": 2}, "did you mean decoder_steps"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            next(pipeline.generate(1, **given))
+
+
+def test_the_contact_sheet_beside_pictures_is_no_picture_to_encode(command, tmp_path):
+    out = tmp_path / "out"
+    assert command(generate, "--num-images", 2, "--out", out, *QUICK).code == 0
+    assert [file.name for file in list_images([out])] == ["000000.png", "000001.png"]
+    assert [file.name for file in list_images([out / "contact_sheet.png"])] == ["contact_sheet.png"]
+    (out / "generate.json").unlink()
+    assert len(list_images([out])) == 3, "any other folder may hold a picture of that name"

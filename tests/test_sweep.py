@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ul_runtime.errors import UsageError
+from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.origin import anonymous, versions
 from ul_train.cli import main
 from ul_train.sweep import parse_factors
+from ul_train.variants import run_to_end
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,3 +77,30 @@ def test_a_sweep_measures_every_value_and_goes_on_where_it_stopped(tmp_path):
     assert second.stdout.count("\n| ") == 2
     with Image.open(tmp_path / "out" / "plot.png") as picture:
         picture.load()
+
+
+def test_a_command_in_its_own_process_hands_over_what_it_says_and_how_it_ends():
+    def program(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    assert run_to_end(program("print('said')")) == "said\n"
+    with pytest.raises(SystemExit) as ended:
+        run_to_end(program("raise SystemExit(65)"))
+    assert ended.value.code == 65
+    with pytest.raises(StoppedError, match="run the same command again to go on"):
+        run_to_end(program("raise SystemExit(75)"))
+
+
+def test_a_signal_lets_the_command_save_what_it_has(tmp_path):
+    """As a terminal does: Ctrl-C reaches both processes; the inner one takes half a second to save."""
+    saved = tmp_path / "saved"
+    slow = (
+        "import os, signal, time\n"
+        f"def save(*_): time.sleep(0.5); open({str(saved)!r}, 'w').close(); os._exit(75)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "for process in (os.getppid(), os.getpid()): os.kill(process, signal.SIGINT)\n"
+        "time.sleep(20)"
+    )
+    with pytest.raises(StoppedError):
+        run_to_end([sys.executable, "-c", slow])
+    assert saved.exists()

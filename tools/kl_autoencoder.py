@@ -11,7 +11,6 @@ adversarial losses of that paper, as Unified Latents is here. Both become bundle
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -251,13 +250,11 @@ def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) ->
 
     from ul_runtime.benchmark import work_of_an_image
     from ul_runtime.bundle import Bundle
+    from ul_train.variants import run_to_end
 
     words = [sys.executable, "-c", "from ul_export.eval_cli import main; main()", str(bundle), "--data", data, *ask]
     print(*words[3:], file=sys.stderr, flush=True)
-    done = subprocess.run([*words, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    said = json.loads(done.stdout)
+    said = json.loads(run_to_end([*words, "--json"]))
     space = next(iter(said["generation"]))
     generated, rebuilt = said["generation"][space], said["reconstruction"]
     return {

@@ -8,7 +8,6 @@ tables that are the same run are trained once. TABLES below has the rows, BUDGET
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -223,12 +222,10 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
 
 def call(module: str, *words: str) -> str:
     """stdout of a command in a process of its own; ends this one with its exit code if it fails."""
+    from ul_train.variants import run_to_end
+
     print(module, *words, file=sys.stderr, flush=True)
-    program = [sys.executable, "-c", f"from {module} import main; main()", *words]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
+    return run_to_end([sys.executable, "-c", f"from {module} import main; main()", *words])
 
 
 def flops(run: Path) -> dict[str, int]:

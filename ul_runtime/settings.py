@@ -84,6 +84,10 @@ def resolve_settings(defaults: Any, given: Overrides, *, can_guide: bool) -> Set
 
     `can_guide`: there are classes, or a guide.
     """
+    if unknown := sorted(given.keys() - Overrides.__annotations__.keys()):
+        near = difflib.get_close_matches(unknown[0], [*Overrides.__annotations__, "labels", "seed", "batch_size"], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no setting {unknown[0]}{hint}")
     prior, decoder = defaults.prior, defaults.decoder
     if not can_guide and (given.get("guidance") or 1.0) != 1.0:
         raise UsageError(

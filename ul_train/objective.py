@@ -120,7 +120,8 @@ def noisy_latent(z_clean: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
 
 def normal_nats(z_clean: Tensor, schedule: Schedule) -> Tensor:
     """KL(q(z_0 | x) || N(0, I)), `b`: what a latent costs whose prior is no network (a VAE with this fixed noise)."""
-    return kl_terminal(z_clean, schedule.ends[1])
+    _, logsnr_0 = schedule.ends
+    return kl_terminal(z_clean, logsnr_0)
 
 
 def ramp_gradient(z: Tensor, share: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError
+from ul_runtime.signals import stop_on_signal
 
 _COMMAND = (sys.executable, "-c", "from ul_train.cli import main; main()")
 _REPORT_IMAGES = 16  # in the report at the end of training, which is not the one that counts
@@ -52,10 +53,20 @@ class Variants:
 
 
 def _ul_train(*words: str) -> None:
-    """Run the command; its progress goes to stderr. Ends this process with its exit code if it fails."""
     print("ul-train", *words, file=sys.stderr, flush=True)
-    code = subprocess.run([*_COMMAND, *words], stdout=subprocess.DEVNULL).returncode
-    if code == StoppedError.exit_code:
+    run_to_end([*_COMMAND, *words])
+
+
+def run_to_end(program: Sequence[str]) -> str:
+    """stdout of a command in a process of its own, whose progress goes to stderr; ends this one with its exit code.
+
+    A signal is left to the command, which saves what it has; then StoppedError.
+    """
+    with stop_on_signal() as stop, subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        said, _ = process.communicate()
+        stopped = stop()
+    if stopped or process.returncode == StoppedError.exit_code:
         raise StoppedError("stopped; run the same command again to go on")
-    if code:
-        sys.exit(code)  # it has said why
+    if process.returncode:
+        sys.exit(process.returncode)  # it has said why
+    return said
