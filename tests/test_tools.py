@@ -31,6 +31,20 @@ def test_the_quickstart_explains_itself_without_doing_anything():
     assert done.stderr == ""
 
 
+def test_photographs_become_tiles_and_none_is_on_both_sides_of_the_split(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(9):
+        Image.new("RGB", (130, 70), (20 * number,) * 3).save(tmp_path / f"photos/{number}.jpg", quality=100)
+    command = [sys.executable, ROOT / "tools/photo_tiles.py", tmp_path / "photos", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout.startswith("{'train': 14, 'heldout': 4} tiles in ")
+    for split, photos in (("train", "1234567"), ("heldout", "08")):
+        assert {path.name.partition("_")[0] for path in tmp_path.glob(f"out/{split}/*.png")} == set(photos)
+    with Image.open(tmp_path / "out/train/3_0_64.png") as tile:
+        assert tile.size == (64, 64)
+        assert tile.getpixel((0, 0)) == (60, 60, 60)
+
+
 def test_emoji_go_into_folders_by_category_without_skin_tones_and_components(tmp_path):
     (tmp_path / "package/img/google/64").mkdir(parents=True)
     emoji = []

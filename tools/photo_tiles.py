@@ -1,0 +1,39 @@
+"""Colour photographs to train on: the landscapes of Debian's endless-sky-data, cut into tiles.
+
+    apt-get download endless-sky-data && dpkg -x endless-sky-data_*.deb package
+    python tools/photo_tiles.py package/usr/share/games/endless-sky/images/land photos
+
+Public domain or CC-BY-SA, file by file (the package's copyright file). Every eighth photograph is held out whole: tiles
+of one photograph are alike, and would stand on both sides of a split by tile.
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+SIZE = 64
+HELDOUT_EVERY = 8
+
+
+def photo_tiles(photos: Path, out: Path) -> dict[str, int]:
+    """Write `out`/train and `out`/heldout, a PNG a tile of SIZE pixels; returns how many of each."""
+    counts = {"train": 0, "heldout": 0}
+    for split in counts:
+        (out / split).mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(sorted(photos.glob("*.jpg"))):
+        split = "heldout" if number % HELDOUT_EVERY == 0 else "train"
+        with Image.open(file) as image:
+            photo = image.convert("RGB")
+        for top in range(0, photo.height - SIZE + 1, SIZE):
+            for left in range(0, photo.width - SIZE + 1, SIZE):
+                tile = photo.crop((left, top, left + SIZE, top + SIZE))
+                tile.save(out / split / f"{file.stem}_{top}_{left}.png")
+                counts[split] += 1
+    return counts
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_dir():
+        sys.exit(f"{__doc__}\nphoto_tiles.py: expected the folder of photographs and a folder to make")
+    print(f"{photo_tiles(Path(sys.argv[1]), Path(sys.argv[2]))} tiles in {sys.argv[2]}")
