@@ -25,7 +25,6 @@ from ul_train.device import choose_device, choose_precision
 from ul_train.stages import Batch, Stage, base_stage, to_model
 
 if TYPE_CHECKING:
-    from ul_runtime.bundle import Bundle
     from ul_train.config import Config
     from ul_train.data import Splits
 
@@ -92,11 +91,11 @@ def make_autoencoder(config: "Config", channels: tuple[int, ...], blocks: int) -
     )
 
 
-def stage_of(config: "Config", autoencoder: nn.Module, steps: int) -> AutoencoderStage:
-    """On this machine, with the optimiser's settings of stage joint."""
-    device = choose_device("auto")
+def autoencoder_stage(
+    config: "Config", autoencoder: nn.Module, steps: int, device: torch.device, precision: str
+) -> AutoencoderStage:
+    """With the optimiser's settings of stage joint."""
     settings = config.joint.model_copy(update={"steps": steps})
-    precision = choose_precision(config.run.precision, device)
     return AutoencoderStage("joint", config, settings, 0, device, precision, {"autoencoder": autoencoder})
 
 
@@ -137,22 +136,23 @@ def unit_scale(autoencoder: nn.Module, splits: "Splits") -> float:
     return 1.0 / autoencoder.encode(x).latent_dist.mean.std().item()
 
 
-def write(run: Path, config: "Config", classes: tuple[str, ...], networks: dict[str, nn.Module]) -> "Bundle":
-    """The bundle of these networks, proved equal to torch as any other."""
+def write(
+    bundle: Path, config: "Config", classes: tuple[str, ...], networks: dict[str, nn.Module], threads: int | None
+) -> None:
+    """The bundle of these networks, once proved equal to torch as any other."""
+    from ul_export.command import prove
     from ul_export.onnx_graphs import export_graphs
-    from ul_export.verify import require, verify
-    from ul_runtime.backends.ort_cpu import OrtCpuBackend
+    from ul_export.verify import require
     from ul_runtime.bundle import write_bundle
     from ul_train.describe import describe
-    from ul_train.heldout import torch_pipeline
 
     opset = 20
     info = describe(config, classes, "kl-autoencoder", "0" * 64, config.base_stage.steps, opset)
-    bundle = write_bundle(run / "bundle", info, dict(export_graphs(networks, info, opset)), overwrite=True)
-    cpu = torch.device("cpu")
-    reference = torch_pipeline(info, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
-    require(verify(reference, OrtCpuBackend(bundle)), str(run))
-    return bundle
+    files = export_graphs(networks, info, opset)
+    proof, backend = prove(bundle, info, files, networks, threads)
+    require(proof, config.name)
+    proved = info.model_copy(update={"parity": {"backend": backend, **proof.figures}})
+    write_bundle(bundle, proved, files, overwrite=True)
 
 
 @app.command()
@@ -178,33 +178,29 @@ def compare(
     from ul_train.accounting import account
     from ul_train.cli import cache_dir
     from ul_train.command import open_splits
-    from ul_train.config import validate
     from ul_train.session import read_run
+    from ul_train.variants import option_words
 
     if threads:
         torch.set_num_threads(threads)
     ul_config, info = read_run(beside)
     given = account(ul_config, len(info.class_names))
-    config = _latent_diffusion(ul_config)
-    validate(config.model_dump(), "the latent diffusion model")
+    config = latent_diffusion(ul_config)
     splits = open_splits(config.image, data, None, cache_dir(cache), never)
     widths = tuple(int(width) for width in channels.split(","))
     step_flops = flops_per_image(config, widths, blocks) * config.joint.batch_size
     steps = round(given.joint.flops_of_stage / step_flops)
     durable.make_directory(out)
-    autoencoder = train(stage_of(config, make_autoencoder(config, widths, blocks), steps), splits, out)
+    device = choose_device("auto")
+    precision = choose_precision(config.run.precision, device)
+    first_stage = autoencoder_stage(config, make_autoencoder(config, widths, blocks), steps, device, precision)
+    autoencoder = train(first_stage, splits, out)
     scale = unit_scale(autoencoder, splits)
     encoder, decoder = Encode(autoencoder, scale).eval(), Decode(autoencoder, scale).eval()
-    where = choose_device("auto")
-    learned = base_stage(
-        config, len(info.class_names), where, choose_precision(config.run.precision, where), {"encoder": encoder}
-    )
-    base = train(learned, splits, out)
-    write(out, config, info.class_names, {"encoder": encoder, "prior": base, "decoder": decoder})
+    base = train(base_stage(config, len(info.class_names), device, precision, {"encoder": encoder}), splits, out)
+    write(out / "bundle", config, info.class_names, {"encoder": encoder, "prior": base, "decoder": decoder}, threads)
     ask = ["--images", str(images), "--seeds", str(eval_seeds), *(eval_option or [])]
-    ask += [
-        str(word) for key, value in {"--threads": threads, "--cache": cache}.items() if value for word in (key, value)
-    ]
+    ask += option_words({"--threads": threads, "--cache": cache})
     rows = {
         "Unified Latents": figures(beside / "bundle", data, ask, given.joint.flops_of_stage, given.base.flops_of_stage),
         "KL autoencoder, latent diffusion": figures(
@@ -228,46 +224,29 @@ def compare(
     print(markdown(record), end="")
 
 
-def _latent_diffusion(config: "Config") -> "Config":
+def latent_diffusion(config: "Config") -> "Config":
     """The run's recipe with a base that goes down to clean latents and a decoder of one step."""
-    return replace_sections(
-        config,
-        name="kl-autoencoder",
-        objective={"latent_logsnr": LATENT_LOGSNR},
-        sampling={"decoder_steps": 1, "decoder_sampler": "ddim"},
-    )
+    from ul_train.config import validate
 
-
-def replace_sections(config: "Config", name: str, **sections: dict[str, Any]) -> "Config":
-    """The recipe with other values in some of its sections."""
-    changed = {key: getattr(config, key).model_copy(update=values) for key, values in sections.items()}
-    return config.model_copy(update={"name": name, **changed})
+    values = config.model_dump()
+    values["name"] = "kl-autoencoder"
+    values["objective"]["latent_logsnr"] = LATENT_LOGSNR
+    values["sampling"] |= {"decoder_steps": 1, "decoder_sampler": "ddim"}
+    return validate(values, "the latent diffusion model")
 
 
 def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) -> dict[str, Any]:
     """What ul-eval says of a bundle, and the FLOPs of training and of sampling an image."""
     import os
 
+    from ul_export.evaluation.headline import headline
     from ul_runtime.benchmark import work_of_an_image
     from ul_runtime.bundle import Bundle
-    from ul_train.variants import run_to_end
+    from ul_train.variants import run_main
 
-    words = [sys.executable, "-c", "from ul_export.eval_cli import main; main()", str(bundle), "--data", data, *ask]
-    print(*words[3:], file=sys.stderr, flush=True)
-    said = json.loads(run_to_end([*words, "--json"]))
-    space = next(iter(said["generation"]))
-    generated, rebuilt = said["generation"][space], said["reconstruction"]
+    said = run_main("ul_export.eval_cli", str(bundle), "--data", data, *ask, "--json")
     return {
-        "count": generated["frechet_distance"]["count"],
-        "space": space,
-        "gfd": generated["frechet_distance"]["value"],
-        "gfd_spread": generated["frechet_distance"]["spread"],
-        "gfd_real": generated["frechet_distance"]["real"],
-        "precision": generated["precision"]["value"],
-        "recall": generated["recall"]["value"],
-        "rfd": rebuilt["frechet_distance"][space]["value"],
-        "psnr_db": rebuilt["psnr_db"]["value"],
-        "bits_per_pixel": said["bits_per_pixel"]["value"],
+        **headline(json.loads(said)),
         "training_flops": {"first stage": first, "base": second},
         "sampling_flops": work_of_an_image(Bundle.open(bundle), len(os.sched_getaffinity(0)), {}).image_flops,
     }

@@ -9,9 +9,8 @@ tables that are the same run are trained once. TABLES below has the rows, BUDGET
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,19 +34,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and what they show."""
+    """Rows, and what they show; `field`: the one that they differ in, of which other values may be asked for."""
 
     title: str
     rows: tuple[Row, ...]
+    field: str | None = None
 
 
-def _values(field: str, values: Sequence[float]) -> tuple[Row, ...]:
-    return tuple(Row(f"{value:g}", (f"{field}={value:g}",)) for value in values)
+def _values(title: str, field: str, values: Sequence[float]) -> Table:
+    return Table(title, tuple(Row(f"{value:g}", (f"{field}={value:g}",)) for value in values), field)
 
 
 TABLES = {
-    "loss-factor": Table("Loss factor", _values("objective.loss_factor", (1.5, 2.0, 3.0, 5.0))),
-    "channels": Table("Latent channels", _values("latent_channels", (1, 2, 4, 8, 16))),
+    "loss-factor": _values("Loss factor", "objective.loss_factor", (1.5, 2.0, 3.0, 5.0)),
+    "channels": _values("Latent channels", "latent_channels", (1, 2, 4, 8, 16)),
     "prior-and-reconstruction": Table(
         "Prior and reconstruction loss",
         (
@@ -75,12 +75,12 @@ TABLES = {
 # What each run is given: the same images, networks and steps, and so but for the latent's channels the same FLOPs.
 BUDGET = {
     "quickstart": (
-        "joint.steps=900",
+        "joint.steps=700",
         "joint.accumulate=2",
-        "base_stage.steps=700",
+        "base_stage.steps=500",
         "base_stage.accumulate=2",
-        "run.eval_every=900",
-        "run.checkpoint_every=300",
+        "run.eval_every=700",
+        "run.checkpoint_every=250",
     ),
 }
 # figure -> column, decimals
@@ -102,6 +102,7 @@ def table(
     name: Annotated[str, typer.Argument(metavar="TABLE", help=", ".join(TABLES))],
     data: Annotated[str, typer.Option(metavar="SOURCE", help="Images, as for ul-train.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where TABLE.json, TABLE.md and TABLE.png go.")],
+    heldout: Annotated[str | None, typer.Option(metavar="SOURCE", help="Held-out images, as for ul-train.")] = None,
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="Preset or TOML file.")] = "quickstart",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Of every row.")] = None,
     seeds: Annotated[str, typer.Option(metavar="A,B,...", help="Seeds of training: one run a row and seed.")] = "0",
@@ -119,11 +120,10 @@ def table(
     """Train, export and evaluate every row of a table, and write it."""
     from ul_runtime import durable
     from ul_runtime.origin import anonymous, commit, versions
-    from ul_train.variants import Variants
+    from ul_train.variants import Variants, option_words
 
     rows = chosen_rows(name, values)
-    given = {"--threads": threads, "--cache": cache}
-    shared = [str(word) for key, value in given.items() if value is not None for word in (key, value)]
+    shared = option_words({"--heldout": heldout, "--threads": threads, "--cache": cache})
     variants = Variants(recipe, data, runs, shared)
     common = [*BUDGET.get(recipe, ()), *(set_ or [])]
     ask = ["--images", str(images), "--seeds", str(eval_seeds), *shared, *(eval_option or [])]
@@ -155,14 +155,13 @@ def chosen_rows(name: str, values: str | None) -> tuple[Row, ...]:
     """The table's rows, or those of its field at other values; UsageError."""
     if name not in TABLES:
         raise UsageError(f"TABLE {name}: expected one of {', '.join(TABLES)}")
-    rows = TABLES[name].rows
+    chosen = TABLES[name]
     if values is None:
-        return rows
-    field = rows[0].changes[0].partition("=")[0] if rows[0].changes else ""
-    if not all(row.changes and row.changes[0].startswith(f"{field}=") for row in rows) or not field:
+        return chosen.rows
+    if chosen.field is None:
         raise UsageError(f"--values {values}: is for loss-factor and channels; {name} has rows of its own")
     try:
-        return _values(field, [float(value) for value in values.split(",")])
+        return _values(chosen.title, chosen.field, [float(value) for value in values.split(",")]).rows
     except ValueError:
         raise UsageError(f"--values {values}: expected numbers between commas") from None
 
@@ -187,45 +186,29 @@ def run_name(row: Row, seed: int, recipe: str, common: list[str]) -> str:
 
 def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]) -> dict[str, Any]:
     """What ul-train report and ul-eval say of a run; kept in the run's folder."""
+    from ul_export.evaluation.headline import headline
     from ul_runtime import durable
+    from ul_train.variants import run_main
 
     report = variants.measured(run, images, mean_of)
     file, bundle = run / "evaluated.json", run / "bundle"
     record = json.loads(file.read_bytes()) if file.is_file() else {}
     if record.get("asked") != ask:
         if not bundle.exists():
-            call("ul_export.cli", str(run), "--out", str(bundle))
-        said = call("ul_export.eval_cli", str(bundle), "--data", variants.data, *ask, "--json")
+            run_main("ul_export.cli", str(run), "--out", str(bundle))
+        said = run_main("ul_export.eval_cli", str(bundle), "--data", variants.data, *ask, "--json")
         record = {"asked": ask, "figures": json.loads(said)}
         durable.atomic_write(file, json.dumps(record).encode())
-    evaluated = record["figures"]
-    space = next(iter(evaluated["generation"]))
-    generated = evaluated["generation"][space]
-    rebuilt = evaluated["reconstruction"]["frechet_distance"][space]
     kept = ("bits_per_pixel", "psnr_db", "psnr_mean_db", "gaussian_psnr_db", "latent_std", "decoder_steps", "mean_of")
+    of_base = headline(record["figures"])
+    of_base["bits_per_pixel_base"] = of_base.pop("bits_per_pixel")
     return {
+        **of_base,
         **{key: report.get(key) for key in kept},
         "num_images": report["num_images"],
         "flops": flops(run),
-        "space": space,
-        "count": generated["frechet_distance"]["count"],
-        "bits_per_pixel_base": evaluated["bits_per_pixel"]["value"],
-        "rfd": rebuilt["value"],
-        "gfd": generated["frechet_distance"]["value"],
-        "gfd_spread": generated["frechet_distance"]["spread"],
-        "gfd_real": generated["frechet_distance"]["real"],
-        "precision": generated["precision"]["value"],
-        "recall": generated["recall"]["value"],
-        "settings": evaluated["settings"],
+        "settings": record["figures"]["settings"],
     }
-
-
-def call(module: str, *words: str) -> str:
-    """stdout of a command in a process of its own; ends this one with its exit code if it fails."""
-    from ul_train.variants import run_to_end
-
-    print(module, *words, file=sys.stderr, flush=True)
-    return run_to_end([sys.executable, "-c", f"from {module} import main; main()", *words])
 
 
 def flops(run: Path) -> dict[str, int]:
@@ -287,15 +270,16 @@ def plot(record: dict[str, Any]) -> bytes:
     """PNG: PSNR, rFD and gFD over the rate."""
     from matplotlib.figure import Figure
 
+    from ul_train.plots import figure_png, name_points
+
     rows = sorted(averaged(record), key=lambda row: float(row["bits_per_pixel"]))
     rates = [row["bits_per_pixel"] for row in rows]
     figure = Figure(figsize=(12, 4), layout="constrained")
     first, second, third = figure.subplots(1, 3)
-    draw: Callable[..., Any] = first.plot
     if all(row["gaussian_psnr_db"] is not None for row in rows):
-        draw(rates, [row["gaussian_psnr_db"] for row in rows], "--", color="grey", label="Gaussian at that rate")
-    draw(rates, [row["psnr_mean_db"] for row in rows], "o-", label="mean of several decodes")
-    draw(rates, [row["psnr_db"] for row in rows], "s-", label="one decode")
+        first.plot(rates, [row["gaussian_psnr_db"] for row in rows], "--", color="grey", label="Gaussian at that rate")
+    first.plot(rates, [row["psnr_mean_db"] for row in rows], "o-", label="mean of several decodes")
+    first.plot(rates, [row["psnr_db"] for row in rows], "s-", label="one decode")
     first.legend()
     second.plot(rates, [row["rfd"] for row in rows], "o-")
     third.plot(rates, [row["gfd"] for row in rows], "o-")
@@ -306,15 +290,10 @@ def plot(record: dict[str, Any]) -> bytes:
         (second, "rfd", "Frechet distance of reconstructions"),
         (third, "gfd", "Frechet distance of samples"),
     ):
-        for row in rows:
-            axes.annotate(
-                row["row"].partition(":")[0], (row["bits_per_pixel"], row[key]), (4, 5), textcoords="offset points"
-            )
+        name_points(axes, ((row["bits_per_pixel"], row[key], row["row"].partition(":")[0]) for row in rows))
         axes.set(xlabel="bits per pixel, stage-1 prior", title=title)
         axes.grid(alpha=0.3)
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    return data.getvalue()
+    return figure_png(figure, 110)
 
 
 if __name__ == "__main__":

@@ -218,10 +218,10 @@ def table(record: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any]) -> bytes:
     """PNG: error over calls, one picture a panel, both axes logarithmic."""
-    from io import BytesIO
-
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
+
+    from ul_train.plots import figure_png
 
     found = panels(record, "calls")
     canvas = Figure(figsize=(6.5 * len(found), 5.0), layout="constrained")
@@ -238,9 +238,7 @@ def plot(record: dict[str, Any]) -> bytes:
         axes.set(xlabel="network calls", ylabel="root-mean-square error", title=PANELS[panel])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
-    data = BytesIO()
-    canvas.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    return data.getvalue()
+    return figure_png(canvas, 110)
 
 
 if __name__ == "__main__":

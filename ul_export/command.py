@@ -65,7 +65,7 @@ def export_bundle(
     files = export_graphs(networks, described, opset, weights == "fp16")
     batches = ", ".join(map(str, BATCH_SIZES))
     say(f"comparing with torch along the whole sampling path, at batch sizes {batches}")
-    proof, backend = _prove(out, described, files, networks, threads)
+    proof, backend = prove(out, described, files, networks, threads)
     require(proof, str(run))
     parity |= {"backend": backend, **proof.figures}
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=overwrite)
@@ -121,7 +121,7 @@ def _weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _prove(
+def prove(
     out: Path,
     described: BundleInfo,
     files: dict[str, bytes],

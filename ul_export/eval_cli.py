@@ -78,7 +78,8 @@ def evaluate(
     from ul_train.cli import cache_dir
 
     interval = options.parse_interval(guidance_interval)
-    prior = Overrides(steps=steps, sampler=sampler, grid=grid, guidance=guidance, guidance_interval=interval)
+    prior = Overrides(steps=steps, sampler=sampler, grid=grid)
+    guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
     wanted = EvalOptions(
         data=data,
@@ -96,7 +97,7 @@ def evaluate(
         precision=precision,
         cache=cache_dir(cache),
         out=out,
-        overrides=prior | decoder | Overrides(guidance_rescale=guidance_rescale),
+        overrides=prior | guided | decoder,
     )
     _say(run_eval(bundle, wanted, anonymous("ul-eval", sys.argv[1:])), as_json)
 

@@ -22,6 +22,7 @@ from ul_runtime.loop import never
 from ul_runtime.provenance import Job, fingerprint, is_picture_of, picture_chunks, sheet_chunks
 
 SHEET = "contact_sheet.png"
+_JOB_FILES = {"ul-generate": "generate.json", "ul-decode": "decode.json"}  # by the command that fills a folder
 _FORMAT = "unified-latents-images"
 _NAME = re.compile(r"\d{6}\.png|[1-9]\d{6,18}\.png")  # image_name
 _MOST_PIXELS = 2**26
@@ -32,6 +33,11 @@ _END_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
 def image_name(index: int) -> str:
     """File name of image `index`."""
     return f"{index:06d}.png"
+
+
+def is_sheet(file: Path) -> bool:
+    """Whether the file is the contact sheet beside images that a job here filled a folder with."""
+    return file.name == SHEET and any((file.parent / job).is_file() for job in _JOB_FILES.values())
 
 
 def png_bytes(picture: Image.Image, text: Mapping[str, str]) -> bytes:
@@ -156,7 +162,7 @@ def open_image_folder(path: Path, job: Job, bundle_name: str, num_images: int) -
 
     UsageError: other things in it, or another job. OutputError: not writable.
     """
-    job_name = f"{job.command.removeprefix('ul-')}.json"
+    job_name = _JOB_FILES[job.command]
     durable.check_output_directory(path, [job_name, SHEET, "[0-9]" * 6 + "*.png"])
     with durable.lock_directory(path):
         folder = ImageFolder(path, job, bundle_name, num_images)

@@ -7,10 +7,8 @@ import numpy as np
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.image_conversion import SUFFIXES, Conversion, ImageRejectedError, convert
-from ul_runtime.image_folder import SHEET
+from ul_runtime.image_folder import is_sheet
 from ul_runtime.manifest import ImageFormat
-
-_JOBS = ("generate.json", "decode.json")  # what a folder of pictures says of itself
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
@@ -22,7 +20,7 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             below = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            inside = [file for file in below if file.is_file() and not _is_sheet(file)]
+            inside = [file for file in below if file.is_file() and not is_sheet(file)]
             if not inside:
                 raise BadInputError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
             found += inside
@@ -31,11 +29,6 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
         else:
             raise BadInputError(f"{path}: no such file or folder; expected images or folders of them")
     return found
-
-
-def _is_sheet(file: Path) -> bool:
-    """Whether the file is the contact sheet beside pictures of this program."""
-    return file.name == SHEET and any((file.parent / job).is_file() for job in _JOBS)
 
 
 def load_image(path: Path, image: ImageFormat) -> tuple[np.ndarray, tuple[str, ...]]:

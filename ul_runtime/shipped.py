@@ -25,8 +25,9 @@ def open_bundle(bundle: str | Path | None, *, graphs: Collection[GraphName] = GR
     if bundle is not None and os.path.lexists(bundle):
         return Bundle.open(Path(bundle), graphs=graphs)
     name = DEFAULT if bundle is None else str(bundle)
-    if name not in shipped_names():
-        known = ", ".join(shipped_names()) or "none"
+    names = shipped_names()
+    if name not in names:
+        known = ", ".join(names) or "none"
         raise BadInputError(
             f"{name}: no such folder, and no model of that name ships with this package (those that do: {known}); "
             "expected a bundle, the folder that ul-export wrote"

@@ -20,6 +20,15 @@ Data = Annotated[
         metavar="SOURCE", help="Images: folder (class = sub-folder), IDX folder, .npz, hf:NAME, WebDataset shards."
     ),
 ]
+Heldout = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Held-out images; default: the source's own, or 5 %.")
+]
+SetFields = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
+]
+Images = Annotated[int, typer.Option(metavar="N", min=1, help="How many held-out images.")]
+MeanOf = Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")]
 TargetBits = Annotated[
     float | None,
@@ -52,12 +61,8 @@ def train(
     ],
     data: Data = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory to write.")] = None,
-    heldout: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Held-out images; default: the source's own, or 5 %.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
-    ] = None,
+    heldout: Heldout = None,
+    set_: SetFields = None,
     target_bits_per_pixel: TargetBits = None,
     stage: Annotated[str, typer.Option(metavar="joint|base|all", help="Which stage to train.")] = "all",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
@@ -74,7 +79,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and the resolved recipe; write nothing.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Train a Unified Latents model: encoder, prior and decoder together, then the base prior on their latents."""
     require_packages("torch", extras="train")
@@ -112,8 +117,8 @@ def report(
     heldout: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Held-out images, as given to ul-train.")
     ] = None,
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="How many held-out images.")] = 1000,
-    mean_of: Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")] = 16,
+    images: Images = 1000,
+    mean_of: MeanOf = 16,
     decoder_steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Decoder steps; default: the recipe's.")
     ] = None,
@@ -123,7 +128,7 @@ def report(
     precision: Annotated[
         str, typer.Option(metavar="fp32|bf16", help="What the networks compute in; bf16 is faster where it is native.")
     ] = "fp32",
-    json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Measure bits per pixel and reconstruction PSNR of a run on held-out images, beside the Gaussian bound."""
     require_packages("torch", extras="train")
@@ -143,32 +148,26 @@ def sweep(
         Path | None, typer.Option(metavar="DIR", help="Folder for results.json, table.md and plot.png; runs go below.")
     ] = None,
     loss_factors: Annotated[str, typer.Option(metavar="A,B,...", help="In the order of training.")] = "1.5,2,3",
-    heldout: Annotated[str | None, typer.Option(metavar="SOURCE", help="Held-out images, as for training.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe; repeatable.")
-    ] = None,
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="How many held-out images.")] = 1000,
-    mean_of: Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")] = 16,
+    heldout: Heldout = None,
+    set_: SetFields = None,
+    images: Images = 1000,
+    mean_of: MeanOf = 16,
     threads: Threads = None,
     cache: Cache = None,
-    json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Train stage joint once for each loss factor, and draw the rate-distortion curve; run again, it goes on."""
     require_packages("torch", "matplotlib", extras="train")
     from ul_runtime.origin import anonymous
     from ul_train import sweep as sweeping
     from ul_train.config import load_config
-    from ul_train.variants import Variants
+    from ul_train.variants import Variants, option_words
 
-    for name, value in (("--data", data), ("--out", out)):
-        if value is None:
-            raise UsageError(f"{name} is missing; see ul-train sweep --help")
-    assert data is not None
-    assert out is not None
+    if data is None or out is None:
+        raise UsageError(f"{'--out' if data else '--data'} is missing; see ul-train sweep --help")
     overrides, factors = set_ or [], sweeping.parse_factors(loss_factors)
     load_config(recipe, overrides)  # a mistake in it is said at once
-    given = {"--heldout": heldout, "--threads": threads, "--cache": cache}
-    shared = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
+    shared = option_words({"--heldout": heldout, "--threads": threads, "--cache": cache})
     options = sweeping.SweepOptions(out, factors, overrides, images, mean_of, heldout, cache_dir(cache))
     command = anonymous("ul-train sweep", sys.argv[1:])
     record = sweeping.sweep(Variants(recipe, data, out / "runs", shared), options, command)

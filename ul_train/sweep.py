@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from ul_runtime.errors import UsageError
 from ul_runtime.loop import never
 from ul_runtime.origin import commit, versions
 from ul_train.command import open_splits
+from ul_train.config import Config
 from ul_train.heldout import yardstick
+from ul_train.plots import figure_png, name_points
 from ul_train.rate_distortion import gaussian_psnr_db
 from ul_train.session import read_run
 from ul_train.variants import Variants
@@ -71,7 +72,7 @@ def sweep(variants: Variants, options: SweepOptions, command: str) -> dict[str, 
         "data_fingerprint": info.data_fingerprint,
         "versions": versions(_PACKAGES),
         "commit": commit(),
-        "gaussian_curve": _gaussian_curve(run, variants.data, options, rows),
+        "gaussian_curve": _gaussian_curve(config, variants.data, options, rows),
     }
     durable.atomic_write(options.out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
     durable.atomic_write(options.out / "table.md", sweep_table(record).encode())
@@ -80,10 +81,9 @@ def sweep(variants: Variants, options: SweepOptions, command: str) -> dict[str, 
 
 
 def _gaussian_curve(
-    run: Path, data: str, options: SweepOptions, rows: list[dict[str, Any]]
+    config: Config, data: str, options: SweepOptions, rows: list[dict[str, Any]]
 ) -> list[tuple[float, float]]:
     """(bits per pixel, PSNR) of the Gaussian rate-distortion function around the rates measured; [] if not computed."""
-    config = read_run(run)[0]
     splits = open_splits(config.image, data, options.heldout, options.cache, never)
     eigenvalues, _ = yardstick(splits.heldout, splits.train, rows[0]["num_images"])
     if eigenvalues is None:
@@ -123,13 +123,9 @@ def _plot(record: dict[str, Any]) -> bytes:
         )
     axes.plot(rates, [row["psnr_mean_db"] for row in rows], "o-", label=f"mean of {rows[0]['mean_of']} decodes")
     axes.plot(rates, [row["psnr_db"] for row in rows], "s-", label="one decode")
-    for row in rows:
-        place = row["bits_per_pixel"], row["psnr_mean_db"]
-        axes.annotate(f"{row['loss_factor']:g}", place, (4, 6), textcoords="offset points")
+    name_points(axes, ((row["bits_per_pixel"], row["psnr_mean_db"], f"{row['loss_factor']:g}") for row in rows))
     title = f"{record['config']['name']}: loss_factor at each point"
     axes.set(xlabel="bits per pixel", ylabel="PSNR (dB)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=120, metadata={"Software": None})
-    return data.getvalue()
+    return figure_png(figure, 120)

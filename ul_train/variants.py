@@ -6,7 +6,7 @@ What is finished is kept, so that the same command goes on where it stopped.
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from ul_runtime import durable
 from ul_runtime.errors import StoppedError
 from ul_runtime.signals import stop_on_signal
 
-_COMMAND = (sys.executable, "-c", "from ul_train.cli import main; main()")
 _REPORT_IMAGES = 16  # in the report at the end of training, which is not the one that counts
 
 
@@ -52,9 +51,19 @@ class Variants:
         return dict(record["figures"])
 
 
+def option_words(given: Mapping[str, object]) -> list[str]:
+    """The options that are given, and their values, as words of a command."""
+    return [str(word) for name, value in given.items() if value is not None for word in (name, value)]
+
+
 def _ul_train(*words: str) -> None:
-    print("ul-train", *words, file=sys.stderr, flush=True)
-    run_to_end([*_COMMAND, *words])
+    run_main("ul_train.cli", *words, name="ul-train")
+
+
+def run_main(module: str, *words: str, name: str | None = None) -> str:
+    """`main` of a module as a command in a process of its own, said on stderr as `name`; see run_to_end."""
+    print(name or module, *words, file=sys.stderr, flush=True)
+    return run_to_end([sys.executable, "-c", f"from {module} import main; main()", *words])
 
 
 def run_to_end(program: Sequence[str]) -> str:

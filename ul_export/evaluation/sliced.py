@@ -1,5 +1,7 @@
 """Sliced Wasserstein distance of two sets of features: the Monge distance MIND."""
 
+from functools import lru_cache
+
 import numpy as np
 
 _SEED = 0
@@ -15,12 +17,17 @@ def sliced_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     if a.shape != b.shape:
         raise ValueError(f"features of shape {list(a.shape)} and {list(b.shape)}; expected as many of each")
-    d = a.shape[1]
-    draw = np.random.default_rng(_SEED)
-    bases = -(-_FEWEST_DIRECTIONS // d)
+    bases = _bases(a.shape[1])
     total = 0.0
-    for _ in range(bases):
-        basis = np.linalg.qr(draw.standard_normal((d, d)))[0].astype(a.dtype)
+    for basis in bases:
+        basis = basis.astype(a.dtype)
         apart = np.sort(basis @ a.T, axis=1) - np.sort(basis @ b.T, axis=1)  # a direction in each row
         total += float(np.square(apart, dtype=np.float64).mean(axis=1).sum())
-    return total / bases
+    return total / len(bases)
+
+
+@lru_cache(maxsize=2)
+def _bases(d: int) -> tuple[np.ndarray, ...]:
+    """Orthonormal bases of `d` directions, enough of them."""
+    draw = np.random.default_rng(_SEED)
+    return tuple(np.linalg.qr(draw.standard_normal((d, d)))[0] for _ in range(-(-_FEWEST_DIRECTIONS // d)))
