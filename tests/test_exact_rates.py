@@ -58,6 +58,17 @@ def test_the_exact_rate_is_the_information_in_z_0_plus_the_kl_of_the_last_margin
     assert marginal > 1e-3
 
 
+@pytest.mark.parametrize("spread", [0.05, 0.5])
+def test_a_learned_variance_costs_the_information_in_z_clean(spread):
+    # beside what the noise of z_0 makes of the prior: 1/2 log of (1 + s^2 + e^-5) / (1 + s^2) nats
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    z_clean, nats = ul.drawn_latent(zero, zero + 2 * math.log(spread), zero + 1.0, LATENT_SCHEDULE)
+    assert float(z_clean) == pytest.approx(spread)
+    rate = gaussian_rate(math.hypot(1.0, spread)) + float(nats)
+    hidden = 0.5 * math.log1p(math.exp(-5.0) / (1.0 + spread**2))
+    assert rate == pytest.approx(0.5 * math.log1p(1.0 / spread**2) + hidden, abs=FIVE_DIGITS)
+
+
 def test_unit_gaussian_latents_cost_3_61_bits_a_dimension():
     assert ul.bits(gaussian_rate(1.0)) == pytest.approx(3.61158, abs=FIVE_DIGITS)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ul_runtime.bitrate import NATS_PER_BIT
 from ul_runtime.errors import StoppedError
+from ul_runtime.manifest import BundleInfo
 from ul_runtime.noise_process import alpha, sigma, v_from_x
 from ul_runtime.pipeline import Control, Pipeline
 from ul_train.data import ImageSet
@@ -28,6 +29,7 @@ STD = 0.25  # of every pixel, in [-1, 1]
 SCALE = 2.0  # of the encoder
 LOGSNR_0 = 5.0
 SIDE = 4
+SPREAD = 0.3
 
 
 class ScaledSubset(nn.Module):
@@ -39,6 +41,16 @@ class ScaledSubset(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * torch.cat([x[:, :, ::4, ::4], x[:, :, 1::4, ::4]], dim=1)
+
+
+class Spread(ScaledSubset):
+    """The same with noise of its own, of standard deviation SPREAD."""
+
+    learned_variance = True
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self(x)
+        return mean, torch.full_like(mean, 2 * float(np.log(SPREAD)))
 
 
 class ExactPrior(nn.Module):
@@ -75,9 +87,12 @@ def gaussian_images(num: int) -> ImageSet:
     return made
 
 
+def described() -> BundleInfo:
+    return describe(tiny("sampling.decoder_steps=32"), ("a",), "run", "f" * 64, 0, 18)
+
+
 def pipeline(scale: float = SCALE, prior_std: float = SCALE * STD) -> Pipeline:
-    described = describe(tiny("sampling.decoder_steps=32"), ("a",), "run", "f" * 64, 0, 18)
-    return torch_pipeline(described, ScaledSubset(scale), ExactPrior(prior_std), ExactDecoder(), CPU, "fp32")
+    return torch_pipeline(described(), ScaledSubset(scale), ExactPrior(prior_std), ExactDecoder(), CPU, "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +115,15 @@ def test_bits_equal_the_closed_form_within_their_error(figures: HeldoutFigures) 
     assert figures.bits_per_value == pytest.approx(expected, rel=0.02)
     assert figures.bits_per_image == pytest.approx(32 * figures.bits_per_value)
     assert figures.bits_per_pixel == pytest.approx(figures.bits_per_image / 256)
+
+
+def test_a_learned_variance_is_drawn_and_its_bits_are_counted() -> None:
+    std = float(np.hypot(SCALE * STD, SPREAD))
+    spread = torch_pipeline(described(), Spread(SCALE), ExactPrior(std), ExactDecoder(), CPU, "fp32")
+    drawn = measure(spread, gaussian_images(300), 256, mean_of=1, bits_samples=16)
+    assert drawn.latent_std == pytest.approx(std, rel=0.02)
+    paid = (-LOGSNR_0 - 2 * np.log(SPREAD)) / (2 * NATS_PER_BIT)
+    assert drawn.bits_per_value - paid == pytest.approx(gaussian_bits(std), rel=0.02)
 
 
 def test_a_wrong_prior_costs_more_bits(figures: HeldoutFigures) -> None:

@@ -8,6 +8,7 @@ import torch
 from exact_denoisers import LATENT_SCHEDULE
 from torch import nn
 
+from ul_runtime.errors import UsageError
 from ul_runtime.noise_process import Schedule, alpha, sigma, sigmoid
 from ul_train import objective as ul
 from ul_train.config import load_config
@@ -169,8 +170,9 @@ def joint_parts(share: float = 1.0):
         return nn.functional.interpolate(decoder(z_0), scale_factor=2) + 0.1 * x_t
 
     x = torch.randn(4, 1, 4, 4)
-    nats = ul.joint_nats(encoder, lambda z, logsnr: prior(z), decode, x, random_draws(), OBJECTIVE, share)
-    return (encoder, prior, decoder), nats, x
+    z_clean = encoder(x)
+    nats = ul.joint_nats(lambda z, logsnr: prior(z), decode, x, z_clean, random_draws(), OBJECTIVE, share)
+    return (encoder, prior, decoder), (*nats, z_clean), x
 
 
 def test_joint_nats_are_the_prior_and_decoder_terms_of_one_encoding():
@@ -277,12 +279,36 @@ def test_with_a_normal_weight_the_prior_measures_and_the_encoder_pays_the_diverg
     x = torch.randn(2, *config.image_shape)
     loss, figures = stage.loss(Batch(x, torch.zeros(2, dtype=torch.long), draws), step=5)
     encoder, prior, decoder = (stage.modules[name] for name in ("encoder", "prior", "decoder"))
-    nats_prior, nats_decoder, z_clean = ul.joint_nats(encoder, prior, decoder, x, draws, stage.objective)
+    z_clean = encoder(x)
+    nats_prior, nats_decoder = ul.joint_nats(prior, decoder, x, z_clean, draws, stage.objective)
     assert figures["prior_nats"] == pytest.approx(nats_prior.mean().item(), rel=1e-6)
     assert torch.autograd.grad(nats_prior.sum(), encoder.out.weight, retain_graph=True, allow_unused=True) == (None,)
     paid = (nats_decoder + 0.5 * 0.25 * ul.normal_nats(z_clean, LATENT_SCHEDULE)).mean() / x[0].numel()
     expected = torch.autograd.grad(paid, encoder.out.weight)[0]
     torch.testing.assert_close(torch.autograd.grad(loss, encoder.out.weight)[0], expected)
+
+
+def test_an_encoder_with_a_learned_variance_learns_it_from_all_terms_and_the_base_sees_its_draws():
+    config = load_config("tiny", ["objective.learned_variance=true", "objective.prior_ramp_steps=0"])
+    stage = joint_stage(config, torch.device("cpu"), "fp32")
+    x, label = torch.randn(4, *config.image_shape), torch.zeros(4, dtype=torch.long)
+    draws, eps = random_draws(4, config.latent_shape, config.image_shape), torch.randn(4, *config.latent_shape)
+    loss, _ = stage.loss(Batch(x, label, draws, eps), step=1)
+    encoder = stage.modules["encoder"]
+    z_clean, nats = ul.drawn_latent(*encoder.moments(x), eps, stage.objective.schedule_z)
+    parts = ul.joint_nats(stage.modules["prior"], stage.modules["decoder"], x, z_clean, draws, stage.objective)
+    torch.testing.assert_close(loss, (sum(parts) + nats).mean() / x[0].numel())
+    assert torch.autograd.grad(loss, encoder.spread.weight)[0].abs().max() > 0
+    half = Batch(x, label, draws, eps).part(1, 2)
+    assert torch.equal(half.eps_clean, eps[2:])
+    base = base_stage(config, 0, torch.device("cpu"), "fp32", {"encoder": encoder})
+    first, second = (base.loss(Batch(x, label, draws, noise), step=1)[0] for noise in (eps, -eps))
+    assert not torch.equal(first, second)
+
+
+def test_a_learned_variance_and_a_normal_weight_exclude_each_other():
+    with pytest.raises(UsageError, match="exclude each other"):
+        load_config("tiny", ["objective.learned_variance=true", "objective.normal_weight=1.0"])
 
 
 def test_the_squared_error_is_of_one_step_from_pure_noise():

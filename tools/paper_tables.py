@@ -69,6 +69,7 @@ TABLES = {
                 ("objective.normal_weight=0.1", "latent_channels=1"),
             ),
             Row("B: logsnr of z_0 10, not 5", ("objective.latent_logsnr=10.0",)),
+            Row("D: learned variance of the encoder", ("objective.learned_variance=true",)),
         ),
     ),
 }

@@ -143,7 +143,7 @@ def _loss(config: Config, networks: Networks, trained: tuple[str, ...], num: int
     x, draws, objective = torch.empty(num, *config.image_shape), _draws(config, num), config.make_objective()
     if trained == JOINT:
         encoder, prior, decoder = (networks[name] for name in JOINT)
-        nats_prior, nats_decoder, _ = ul.joint_nats(encoder, prior, decoder, x, draws, objective)
+        nats_prior, nats_decoder = ul.joint_nats(prior, decoder, x, encoder(x), draws, objective)
         return ul.total_loss(nats_prior, nats_decoder, math.prod(config.image_shape))
     with torch.no_grad():
         z_clean = networks["encoder"](x).float()

@@ -81,11 +81,12 @@ class ObjectiveConfig(Section):
     image_logsnr_max: float = 10.0  # at 64 px; moved by 2 log(64 / size)
     image_logsnr_min: float = -10.0
     prior_ramp_steps: Annotated[int, Field(ge=0)] = 600  # steps until the prior's full gradient reaches the encoder
-    # What the paper compares with; both off in Unified Latents.
+    # What the paper compares with; all off in Unified Latents.
     normal_weight: Annotated[float, Field(gt=0.0)] | None = (
         None  # the latent costs KL(z_0 || N(0, I)) times this instead
     )
     reconstruction: Literal["mse"] | None = None  # the decoder makes the image in one step, for the squared error
+    learned_variance: bool | None = None  # the encoder adds noise of its own, whose size it learns and pays for
 
     @model_validator(mode="after")
     def _coherent(self) -> "ObjectiveConfig":
@@ -95,6 +96,8 @@ class ObjectiveConfig(Section):
         ):
             if not low < high:
                 raise ValueError(f"objective.{low_name} {low} must be below objective.{high_name} {high}")
+        if self.learned_variance and self.normal_weight is not None:
+            raise ValueError("objective.learned_variance and objective.normal_weight exclude each other; give one")
         return self
 
 

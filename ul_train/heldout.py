@@ -9,16 +9,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from ul_runtime import noise
+from ul_runtime.bitrate import NATS_PER_BIT
 from ul_runtime.contact_sheet import contact_sheet
 from ul_runtime.image_folder import png_bytes
 from ul_runtime.manifest import BundleInfo
-from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
+from ul_runtime.noise_process import alpha
+from ul_runtime.pipeline import UNWATCHED, Control, Encoded, Pipeline
 from ul_train.data import ImageSet
 from ul_train.model import TorchBackend
 from ul_train.rate_distortion import gaussian_psnr_db, image_covariance_eigenvalues, psnr_db
 
 DEAD_BITS_PER_VALUE = 0.05  # below this rate a latent carries next to nothing
 MOST_DIMENSIONS = 4096  # of an image, for its covariance
+_OTHER_SEED = 1  # than that of the fixed noise
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def measure(
     for first in range(0, num_images, batch):
         ids = np.arange(first, min(first + batch, num_images))
         x = from_uint8(images.batch(ids)[0])
-        latent = pipeline.encode(x, indices=ids)
+        latent, bits_variance = _encode(pipeline, x, ids)
+        bits += bits_variance
         bits += float(pipeline.bits(latent.z_clean, indices=ids, num_samples=bits_samples, control=quiet).sum())
         sums += latent.z_clean.sum(dtype=np.float64), np.square(latent.z_clean, dtype=np.float64).sum()
         total = np.zeros(x.shape, np.float64)
@@ -122,6 +127,18 @@ def measure(
         gaussian_psnr_db=None if eigenvalues is None else gaussian_psnr_db(eigenvalues, bits_per_image),
         latent_died=min(bits_per_image / num_values, capacity) < DEAD_BITS_PER_VALUE,
     )
+
+
+def _encode(pipeline: Pipeline, x: np.ndarray, ids: np.ndarray) -> tuple[Encoded, float]:
+    """(latents, bits in all beyond those of z_clean): drawn as in training if the encoder has a learned variance."""
+    latent, backend = pipeline.encode(x, indices=ids), pipeline.backend
+    if not isinstance(backend, TorchBackend) or "moments" not in backend.graphs:
+        return latent, 0.0
+    log_variance = backend.run("moments", {"x": x})["log_variance"]
+    schedule = pipeline.manifest.logsnr_z
+    apart = np.exp(0.5 * log_variance) * noise.normals(_OTHER_SEED, ids, noise.ENCODER, pipeline.latent_shape)
+    nats = 0.5 * float((-schedule.max - log_variance.astype(np.float64)).sum())
+    return Encoded(latent.z_clean + apart, latent.z_0 + np.float32(alpha(schedule.max)) * apart), nats / NATS_PER_BIT
 
 
 def yardstick(heldout: ImageSet, train: ImageSet, num_images: int) -> tuple[np.ndarray | None, str]:

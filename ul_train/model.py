@@ -12,7 +12,8 @@ from ul_train.step import DecoderStep, PriorStep
 def make_encoder(config: Config) -> Encoder:
     """Image -> z_clean."""
     c = config.encoder
-    return Encoder(config.image.channels, config.latent_channels, c.patch, c.channels, c.blocks)
+    learned_variance = bool(config.objective.learned_variance)
+    return Encoder(config.image.channels, config.latent_channels, c.patch, c.channels, c.blocks, learned_variance)
 
 
 def make_decoder(config: Config) -> DecoderUViT:
@@ -53,6 +54,18 @@ def joint_networks(config: Config) -> dict[str, nn.Module]:
     return {"encoder": make_encoder(config), "prior": make_prior(config), "decoder": make_decoder(config)}
 
 
+class Moments(nn.Module):
+    """An encoder's mean and log of the variance, as a graph."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_variance = self.encoder.moments(x)  # type: ignore[operator]
+        return mean, log_variance
+
+
 class TorchBackend:
     """Runs the graphs of ul_runtime.pipeline with torch networks: numpy float32 in and out.
 
@@ -76,6 +89,9 @@ class TorchBackend:
             "prior_step": ("z_next", "pred"),
             "decoder_step": ("x_next", "pred"),
         }
+        if getattr(encoder, "learned_variance", False):  # what no bundle has: it encodes by the mean
+            self.graphs["moments"] = Moments(encoder)
+            self.outputs["moments"] = ("z_clean", "log_variance")
 
     @torch.inference_mode()
     def run(self, graph_name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -113,6 +113,16 @@ def base_nats(
     return nats * sigmoid(objective.base_bias - objective.schedule_z.logsnr(t))
 
 
+def drawn_latent(mean: Tensor, log_variance: Tensor, eps: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """(z_clean = mean + s eps, nats `b`) of an encoder with a learned variance s^2 (ablation D of the paper).
+
+    Nats sum 1/2 (-logsnr_z(0) - log s^2), which add to L_prior: z_clean given z_0 costs the entropy of N(., e^-logsnr)
+    more than z_0 does, and the entropy of the encoder's own noise less.
+    """
+    nats = 0.5 * (-schedule.ends[1] - log_variance).flatten(1).sum(1)
+    return mean + (0.5 * log_variance).exp() * eps, nats
+
+
 def noisy_latent(z_clean: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
     """z_0 = alpha_0 z_clean + sigma_0 eps, at exactly the prior's least noise level."""
     return diffuse(z_clean, eps, torch.full_like(z_clean, schedule.ends[1]))
@@ -130,25 +140,24 @@ def ramp_gradient(z: Tensor, share: float) -> Tensor:
 
 
 def joint_nats(
-    encoder: Callable[[Tensor], Tensor],
     prior: Callable[[Tensor, Tensor], Tensor],
     decoder: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Tensor,
+    z_clean: Tensor,
     draws: Draws,
     objective: Objective,
     prior_share: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(L_prior `b`, L_decoder `b`, z_clean) of stage 1, no stop-gradient.
+) -> tuple[Tensor, Tensor]:
+    """(L_prior `b`, L_decoder `b`) of stage 1 for z_clean = E(x) in float32, no stop-gradient.
 
     `prior_share` scales the gradient that L_prior sends into the encoder and nothing else: it is ramped to 1 at the
     start of training, so that the decoder can learn to use z_0 before the prior's cost empties it. With a
     `normal_weight` L_prior sends none: the prior learns the latents and measures their bits, no more.
     """
-    z_clean = encoder(x).float()
     priced = z_clean.detach() if objective.normal_weight is not None else ramp_gradient(z_clean, prior_share)
     nats_prior = prior_nats(prior, priced, draws.eps_prior, draws.t_z, objective.schedule_z)
     z_0 = noisy_latent(z_clean, draws.eps_z, objective.schedule_z)
-    return nats_prior, decoder_nats(decoder, x, z_0, draws.eps_x, draws.t_x, objective), z_clean
+    return nats_prior, decoder_nats(decoder, x, z_0, draws.eps_x, draws.t_x, objective)
 
 
 def total_loss(nats_prior: Tensor, nats_decoder: Tensor, num_image_values: int) -> Tensor:

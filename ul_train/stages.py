@@ -11,7 +11,7 @@ from ul_train import objective as ul
 from ul_train import randomness
 from ul_train.config import Config, StageConfig
 from ul_train.data import ImageSet
-from ul_train.model import joint_networks, make_base
+from ul_train.model import Moments, joint_networks, make_base
 from ul_train.rate_control import RateControl
 
 
@@ -22,13 +22,14 @@ class Batch:
     x: Tensor  # b c h w in [-1, 1]
     label: Tensor  # b
     draws: ul.Draws
+    eps_clean: Tensor | None = None  # b cz h w: noise of an encoder with a learned variance
 
     def part(self, index: int, count: int) -> "Batch":
         """Micro-batch `index` of `count`."""
         size = len(self.x) // count
         at = slice(index * size, (index + 1) * size)
         draws = ul.Draws(**{name: value[at] for name, value in vars(self.draws).items()})
-        return Batch(self.x[at], self.label[at], draws)
+        return Batch(self.x[at], self.label[at], draws, None if self.eps_clean is None else self.eps_clean[at])
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -79,7 +80,10 @@ class Stage:
             hidden = torch.rand(len(x), generator=generator) < self.settings.label_dropout
             label = torch.where(hidden, self.num_classes, label)
         draws = ul.Draws(**{name: value.to(self.device) for name, value in vars(draws).items()})
-        return Batch(x.to(self.device), label.to(self.device), draws)
+        batch = Batch(x.to(self.device), label.to(self.device), draws)
+        if self.config.objective.learned_variance:
+            batch.eps_clean = torch.randn(draws.eps_z.shape, generator=generator).to(self.device)
+        return batch
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         """(scalar to minimise, figures for the log) of a micro-batch."""
@@ -88,15 +92,17 @@ class Stage:
     def _joint_loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         ramp = self.config.objective.prior_ramp_steps
         share = min(1.0, step / ramp) if ramp else 1.0
-        nats_prior, nats_decoder, z_clean = ul.joint_nats(
-            self.compute["encoder"],
+        z_clean, nats_variance = self._encode(self.compute["encoder"], batch)
+        nats_prior, nats_decoder = ul.joint_nats(
             self.compute["prior"],
             self.compute["decoder"],
             batch.x,
+            z_clean,
             batch.draws,
             replace(self.objective, loss_factor=self.loss_factor),
             prior_share=share,
         )
+        nats_prior = nats_prior + ul.ramp_gradient(nats_variance, share)
         cost = nats_prior
         if (weight := self.objective.normal_weight) is not None:
             cost = cost + weight * ul.normal_nats(ul.ramp_gradient(z_clean, share), self.objective.schedule_z)
@@ -107,9 +113,16 @@ class Stage:
             "latent_std": z_clean.std().item(),
         }
 
+    def _encode(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(z_clean, nats `b` that a learned variance costs) of a batch."""
+        if batch.eps_clean is None:
+            return encoder(batch.x).float(), torch.zeros(len(batch.x), device=self.device)
+        mean, log_variance = Moments(encoder)(batch.x)
+        return ul.drawn_latent(mean.float(), log_variance.float(), batch.eps_clean, self.objective.schedule_z)
+
     def _base_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
-            z_clean = self.frozen["encoder"](batch.x).float()
+            z_clean, _ = self._encode(self.frozen["encoder"], batch)
         nats = ul.base_nats(
             self.compute["base"], z_clean, batch.label, batch.draws.eps_prior, batch.draws.t_z, self.objective
         )
