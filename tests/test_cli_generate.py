@@ -213,6 +213,8 @@ def test_a_signal_stops_at_a_step_and_leaves_whole_files(analytic_bundle, tmp_pa
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 75, err
+    there = len(list(out.glob("[0-9]*.png")))
+    assert f"{out}: {there} of 100000 images are there; stopped before step " in err
     assert "run the same command again to go on" in err
     assert not [name for name in os.listdir(out) if name.endswith(".tmp") or name == ".lock"]
     for file in out.glob("*.png"):

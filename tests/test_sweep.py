@@ -42,6 +42,7 @@ def test_versions_are_of_what_is_installed():
         (("--data", "x"), "--out is missing"),
         (("--data", "x", "--out", "y", "--loss-factors", "2,a"), "--loss-factors 2,a: expected numbers between commas"),
         (("--data", "x", "--out", "y", "--set", "joint.stepz=1"), "there is no key joint.stepz"),
+        (("--data", "x", "--out", "y", "--set", "objective.loss_factor=3"), "a sweep sets it for each run; give"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_trained(words, message, command, monkeypatch, tmp_path):

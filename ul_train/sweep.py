@@ -21,6 +21,7 @@ from ul_train.session import read_run
 from ul_train.variants import Variants
 
 FILES = ("results.json", "table.md", "plot.png")
+_STEERED = ("objective.loss_factor", "objective.target_bits_per_pixel")
 _PACKAGES = ("unified-latents", "numpy", "torch")
 # figure -> column; a row each in the order of rate
 _COLUMNS = {
@@ -58,6 +59,9 @@ def parse_factors(text: str) -> list[float]:
 
 def sweep(variants: Variants, options: SweepOptions, command: str) -> dict[str, Any]:
     """Train and measure every loss factor; writes FILES into `options.out` and returns what results.json holds."""
+    for override in options.overrides:
+        if (field := override.partition("=")[0].strip()) in _STEERED:
+            raise UsageError(f"--set {field}: a sweep sets it for each run; give --loss-factors")
     durable.make_directory(options.out)
     durable.check_output_directory(options.out, (*FILES, "runs"))
     rows = []

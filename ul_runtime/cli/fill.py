@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from ul_runtime.background import Background
-from ul_runtime.errors import BadInputError, NonFiniteError
+from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
 from ul_runtime.image_folder import ImageFolder, open_image_folder
 from ul_runtime.pipeline import UNWATCHED, Control, Images, Pipeline, check_seed
 from ul_runtime.progress import progress
@@ -64,6 +64,9 @@ def fill(
                         made += len(batch.indices)
                 except NonFiniteError as error:
                     failed.append(error)
+                except StoppedError as error:
+                    there = f"{out}: {len(done) + made} of {num_images} images are there"
+                    raise StoppedError(f"{there}; {error}") from None
         seconds = time.monotonic() - start
         sheet = folder.write_sheet(title, columns)
     if failed:
