@@ -17,6 +17,7 @@ from ul_train.session import load_networks
 CASES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "grey with classes, opset 20": (20, (), DIGITS),
     "grey with classes, opset 18": (18, (), DIGITS),
+    "grey with classes, opset 22": (22, (), DIGITS),
     "grey with classes, weights in float16": (20, (), DIGITS),
     "RGB without classes, opset 20": (
         20,
@@ -72,13 +73,6 @@ def _export(name: str, folder: Path) -> Exported:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "export_graphs", keep)
-        figures = command.export_bundle(
-            folder / "run",
-            folder / "bundle",
-            opset=opset,
-            weights=weights,
-            threads=1,
-            overwrite=False,
-            say=said.append,
-        )
+        options = command.ExportOptions(opset=opset, weights=weights, threads=1)
+        figures = command.export_bundle(folder / "run", folder / "bundle", options, said.append)
     return Exported(folder / "run", folder / "bundle", opset, weights, files, figures, said)

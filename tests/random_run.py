@@ -3,7 +3,7 @@
 Fresh networks would not do: their last layers and modulations start at zero, so that every graph would be trivial.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,9 +42,15 @@ def save(run: Path, config: Config, stage: str, networks: dict[str, nn.Module], 
 
 
 def write_run(
-    run: Path, *overrides: str, recipe: str = "tiny", classes: Sequence[str] = DIGITS, base: bool = True, seed: int = 0
+    run: Path,
+    *overrides: str,
+    recipe: str = "tiny",
+    classes: Sequence[str] = DIGITS,
+    base: bool = True,
+    seed: int = 0,
+    change: Callable[[dict[str, nn.Module]], None] = lambda networks: None,
 ) -> dict[str, nn.Module]:
-    """Write the run, with its base stage or without; returns its networks, `base` in any case."""
+    """Write the run, with its base stage or without; returns its networks, `base` in any case, after a `change`."""
     torch.manual_seed(seed)  # of the biases before they are moved
     config = load_config(recipe, list(overrides))
     splits: Any = SimpleNamespace(train=SimpleNamespace(fingerprint="0" * 64, class_names=tuple(classes), rejected=()))
@@ -54,6 +60,7 @@ def write_run(
     networks["base"] = make_base(config, len(classes))
     for index, network in enumerate(networks.values()):
         randomise(network, 10 * seed + index)
+    change(networks)
     joint = save(run, config, "joint", {name: networks[name] for name in makers})
     if base:
         save(run, config, "base", {"base": networks["base"]}, joint)

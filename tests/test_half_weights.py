@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from random_run import randomise, save, write_run
 
 from ul_export.cli import main
-from ul_export.half_weights import effect_of_rounding, rounded, store_half
+from ul_export.half_weights import effect_of_rounding, exact_in_half, rounded, store_half
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.errors import BadInputError
 from ul_runtime.pipeline import Pipeline
@@ -37,9 +37,9 @@ def test_a_graph_with_weights_in_float16_computes_the_same_bytes():
     draw = np.random.default_rng(0)
     weight = draw.standard_normal((4, 4)).astype(np.float16).astype(np.float32)
     x = draw.standard_normal((3, 4)).astype(np.float32)
-    half = store_half(product(weight))
+    half = store_half(product(weight), exact_in_half(product(weight)))
     stored = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
-    assert stored == {"w.float16": TensorProto.FLOAT16, "c": TensorProto.FLOAT}
+    assert stored == {"w.half": TensorProto.FLOAT16, "c": TensorProto.FLOAT}
     np.testing.assert_array_equal(run(half, x), run(product(weight), x))
 
 
@@ -47,7 +47,7 @@ def test_a_graph_with_weights_in_float16_computes_the_same_bytes():
 def test_a_weight_that_float16_does_not_hold_stays_as_it_is(value):
     weight = np.full((4, 4), 0.5, np.float32)
     weight[1, 2] = value
-    model = store_half(product(weight))
+    model = store_half(product(weight), exact_in_half(product(weight)))
     assert [tensor.name for tensor in model.graph.initializer] == ["w", "c"]
     assert [node.op_type for node in model.graph.node] == ["MatMul", "Add"]
 

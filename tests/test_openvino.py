@@ -14,8 +14,8 @@ from command import Runner
 from exported_run import exported_run
 from safetensors.numpy import save
 
-from ul_export.compare import FP32_GRAPH, compare_outputs, image_psnr_db
-from ul_export.verify import LEAST_PSNR_DB, Recorder
+from ul_export.compare import FP32, FP32_GRAPH, compare_outputs, image_psnr_db
+from ul_export.verify import Recorder
 from ul_runtime.backends import Backend, choose_backend, open_backend
 from ul_runtime.backends import openvino as module
 from ul_runtime.backends.openvino import OpenVinoBackend
@@ -75,14 +75,14 @@ def test_float32_equals_onnx_runtime_call_by_call_and_along_the_whole_path(expor
         differences = compare_outputs(outputs, backend.run(graph, inputs), FP32_GRAPH)
         assert all(difference.within for difference in differences.values()), (graph, differences)
     reference = images(exported_bundle, open_backend("ort-cpu", exported_bundle, threads=1))
-    assert image_psnr_db(reference, images(exported_bundle, backend)) >= LEAST_PSNR_DB
+    assert image_psnr_db(reference, images(exported_bundle, backend)) >= FP32.least_psnr_db
 
 
 @pytest.mark.slow
 def test_bfloat16_images_are_close_to_float32_and_not_the_same(exported_bundle: Bundle, bf16: None) -> None:
     reference = images(exported_bundle, open_backend("ort-cpu", exported_bundle, threads=1))
     psnr = image_psnr_db(reference, images(exported_bundle, opened(exported_bundle, "bf16")))
-    assert LEAST_BF16_PSNR_DB <= psnr < LEAST_PSNR_DB
+    assert LEAST_BF16_PSNR_DB <= psnr < FP32.least_psnr_db
 
 
 @pytest.mark.slow

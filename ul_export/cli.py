@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ul_runtime.errors import require_packages, run_command
+from ul_runtime.errors import UsageError, require_packages, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -16,24 +16,39 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of ul-train, both stages trained.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
-    opset: Annotated[int, typer.Option(metavar="18|20", help="ONNX opset of the graphs.")] = 20,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16 wherever that is proved to hold.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 wherever that is proved to hold.")] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Images for --fp16 and --bf16.", show_default="the run's held-out images"),
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(metavar="18|20|22", help="ONNX opset of the graphs.", show_default="20; --bf16: 22")
+    ] = None,
     weights: Annotated[
-        str, typer.Option(metavar="fp32|fp16", help="How weights are stored; graphs compute in float32 either way.")
+        str, typer.Option(metavar="fp32|fp16", help="How weights are stored where graphs compute in float32.")
     ] = "fp32",
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")
     ] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Prepared images, as for ul-train.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle at --out.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
     require_packages("torch", "onnx", "onnxscript", extras="train,export")
-    from ul_export.command import export_bundle
+    from ul_export.command import ExportOptions, export_bundle
+    from ul_train.cli import cache_dir
+
+    if fp16 and bf16:
+        raise UsageError("--fp16 and --bf16: give one of them")
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    figures = export_bundle(run, out, opset=opset, weights=weights, threads=threads, overwrite=overwrite, say=say)
+    precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
+    options = ExportOptions(opset, precision, weights, calibrate, cache_dir(cache), threads, overwrite)
+    figures = export_bundle(run, out, options, say)
     if json_:
         print(json.dumps(figures))
         return

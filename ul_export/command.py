@@ -4,52 +4,81 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ul_export.compare import FP32, HALF, Tolerances
+from ul_export.first_difference import first_difference
 from ul_export.half_weights import effect_of_rounding, rounded
-from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs
+from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs, step_graphs
+from ul_export.precision.command import reduced_bundle, with_their_weights
+from ul_export.precision.search import CALIBRATION_IMAGES
 from ul_export.verify import BATCH_SIZES, Proof, require, verify
 from ul_runtime import durable
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import write_bundle
-from ul_runtime.errors import NonFiniteError, UsageError
+from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
+from ul_runtime.loop import never
 from ul_runtime.manifest import MANIFEST_NAME, BundleInfo, Provenance
 from ul_runtime.pipeline import Pipeline
+from ul_train.command import open_splits
+from ul_train.config import Config
 from ul_train.describe import describe
-from ul_train.heldout import torch_pipeline
-from ul_train.session import load_networks
+from ul_train.heldout import from_uint8, torch_pipeline
+from ul_train.session import RunInfo, load_networks
 
 WEIGHTS = ("fp32", "fp16")
+_DEFAULT_OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # convolutions take bfloat16 from opset 22 on
 
 
-def export_bundle(
-    run: Path,
-    out: Path,
-    *,
-    opset: int,
-    weights: str = "fp32",
-    threads: int | None,
-    overwrite: bool,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of ul-export. `weights`: what they are stored in where graphs compute in float32.
+
+    `calibrate`: source of images; None = the run's own. `opset` None = the precision's.
+    """
+
+    opset: int | None = None
+    precision: str = "fp32"
+    weights: str = "fp32"
+    calibrate: str | None = None
+    cache: Path = Path("cache")
+    threads: int | None = None
+    overwrite: bool = False
+
+    def check(self) -> int:
+        """The opset. UsageError for what cannot be."""
+        opset = _DEFAULT_OPSET[self.precision] if self.opset is None else self.opset
+        if opset not in OPSETS:
+            raise UsageError(f"--opset is {opset}; expected {', '.join(map(str, OPSETS[:-1]))} or {OPSETS[-1]}")
+        if self.precision == "bf16" and opset < _DEFAULT_OPSET["bf16"]:
+            raise UsageError(f"--opset is {opset}; convolutions take bfloat16 from opset {_DEFAULT_OPSET['bf16']} on")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"--weights {self.weights}: expected {' or '.join(WEIGHTS)}")
+        if self.precision != "fp32" and self.weights != "fp32":
+            raise UsageError(f"--weights {self.weights}: --{self.precision} says itself how weights are stored")
+        if self.precision == "fp32" and self.calibrate is not None:
+            raise UsageError("--calibrate is for --fp16 and --bf16")
+        return opset
+
+
+def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[str], None]) -> dict[str, Any]:
     """Export the run and verify; the bundle at `out` is whole or absent. Returns what to print.
 
-    `weights`: what they are stored in, fp32 or fp16; graphs compute in float32 either way.
-    BadInputError: a stage is missing, or a graph does not equal torch. NonFiniteError: a weight is NaN or Inf.
-    UsageError: `out` is in the way. OutputError: it cannot be written.
+    BadInputError: a stage is missing, or a graph does not equal torch, or float32 in a lower precision.
+    NonFiniteError: a weight is NaN or Inf. UsageError: `out` is in the way. OutputError: it cannot be written.
     """
-    if opset not in OPSETS:
-        raise UsageError(f"--opset is {opset}; expected {' or '.join(map(str, OPSETS))}")
-    if weights not in WEIGHTS:
-        raise UsageError(f"--weights {weights}: expected {' or '.join(WEIGHTS)}")
-    _check_free(out, overwrite)
+    opset, weights, threads = options.check(), options.weights, options.threads
+    _check_free(out, options.overwrite)
     started = time.monotonic()
     config, info, networks, step = load_networks(run)
     _check_finite(run, networks)
+    x = None if options.precision == "fp32" else _calibration_images(run, config, info, options)
     if threads:
         torch.set_num_threads(threads)
     encoder = _weights_sha256(networks["encoder"])
@@ -66,21 +95,65 @@ def export_bundle(
     batches = ", ".join(map(str, BATCH_SIZES))
     say(f"comparing with torch along the whole sampling path, at batch sizes {batches}")
     proof, backend = prove(out, described, files, networks, threads)
-    require(proof, str(run))
+    require(proof, str(run), lambda: _first_difference(described, files, networks, proof))
     parity |= {"backend": backend, **proof.figures}
-    final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=overwrite)
     paths = [figures for figures in proof.figures.values() if "z_0" in figures]
     by_rounding = parity.get("rounded_weights")
+    reduced: dict[str, Any] = {}
+    if x is not None:
+        described, files, reduced = reduced_bundle(described, files, options.precision, x, threads, say)
+        on_this_machine, _ = prove(out, described, files, networks, threads, HALF[options.precision])
+        require(on_this_machine, str(run))
+        parity[options.precision] = reduced | {"on_this_machine": on_this_machine.figures}
+    final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=options.overwrite)
     return {
         "bundle": str(out),
         "hash": final.hash,
         "megabytes": sum(entry.size for entry in final.manifest.files.values()) / 1e6,
         "opset": opset,
+        **_reduced_in_short(reduced),
         "worst_graph_difference": proof.worst_graph_difference,
         "worst_z_0_difference": max(figures["z_0"] for figures in paths),
         "worst_image_psnr_db": min(figures["image_psnr_db"] for figures in paths),
         **({"rounded_weights_psnr_db": by_rounding["image_psnr_db"]} if by_rounding else {}),
         "seconds": time.monotonic() - started,
+    }
+
+
+def _calibration_images(run: Path, config: Config, info: RunInfo, options: ExportOptions) -> np.ndarray:
+    """Held-out images `b c h w` in [-1, 1], for the encoder's ranges and proof. BadInputError, UsageError."""
+    source, heldout = (info.data, info.heldout) if options.calibrate is None else (options.calibrate, None)
+    try:
+        splits = open_splits(config.image, source, heldout, options.cache, never)
+    except BadInputError as error:
+        if options.calibrate is not None:
+            raise
+        raise BadInputError(
+            f"{run}: {error}; the ranges of the encoder need images, give others by --calibrate"
+        ) from None
+    images = splits.heldout
+    return from_uint8(images.batch(np.arange(min(CALIBRATION_IMAGES, len(images))))[0])
+
+
+def _first_difference(
+    described: BundleInfo, files: dict[str, bytes], networks: dict[str, nn.Module], proof: Proof
+) -> str:
+    graph = proof.worst_graph
+    modules = {each.name: each.module for each in step_graphs(networks, described.image, described.latent)}
+    model = with_their_weights(described, files)[graph]
+    return first_difference(modules[graph], model, described, graph, proof.worst_calls[graph][1])
+
+
+def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
+    """Of the proof in a lower precision, what ul-export prints."""
+    if not reduced:
+        return {}
+    paths = [each for each in reduced.values() if isinstance(each, dict) and "z_0" in each]
+    return {
+        "pinned_nodes": sum(map(len, reduced["pinned"].values())),
+        "least_share_in_half": min(reduced["shares"].values()),
+        "half_worst_z_0_difference": max(each["z_0"] for each in paths),
+        "half_worst_image_psnr_db": min(each["image_psnr_db"] for each in paths),
     }
 
 
@@ -127,12 +200,14 @@ def prove(
     files: dict[str, bytes],
     networks: dict[str, nn.Module],
     threads: int | None,
+    tolerances: Tolerances = FP32,
 ) -> tuple[Proof, str]:
     """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is."""
     reference = _torch(described, networks)
     with durable.temporary_directory_beside(out) as temporary:
         bundle = write_bundle(temporary / "trial", described, files)
         for graph in described.graphs.values():
-            check_graph(temporary / "trial" / graph.file)
+            for file in {graph.file, graph.float32_file or graph.file}:
+                check_graph(temporary / "trial" / file)
         backend = OrtCpuBackend(bundle, threads=threads)
-        return verify(reference, backend), backend.name
+        return verify(reference, backend, tolerances=tolerances), backend.name

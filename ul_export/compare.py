@@ -14,17 +14,36 @@ class Tolerance:
     relative: float
 
 
-FP32_GRAPH = Tolerance(absolute=1e-5, relative=1e-4)  # of one graph call
-FP32_PATH = Tolerance(absolute=2e-4, relative=1e-3)  # of z_0 after the whole loop
+@dataclass(frozen=True)
+class Tolerances:
+    """Of a proof: of one graph call, of z_0 after the whole loop (None = images alone count), and of final images."""
+
+    graph: Tolerance
+    path: Tolerance | None
+    least_psnr_db: float  # of final images in [-1, 1]
+    least_equal_pixels: float  # share of uint8 values that differ by at most one
+
+
+FP32_GRAPH = Tolerance(absolute=1e-5, relative=1e-4)
+FP32_PATH = Tolerance(absolute=2e-4, relative=1e-3)
+FP32 = Tolerances(FP32_GRAPH, FP32_PATH, least_psnr_db=80.0, least_equal_pixels=0.999)  # 133 to 142 dB measured
+HALF = {  # each against float32; steps of the number format are 2^-11 and 2^-8
+    "fp16": Tolerances(Tolerance(absolute=2.5e-3, relative=1e-3), None, least_psnr_db=35.0, least_equal_pixels=0.0),
+    "bf16": Tolerances(Tolerance(absolute=0.02, relative=0.01), None, least_psnr_db=35.0, least_equal_pixels=0.0),
+}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two arrays are apart; `within` is the verdict, `reason` says what is wrong when it is not."""
+    """How far two arrays are apart; `within` is the verdict, `reason` says what is wrong when it is not.
+
+    `share`: the largest part of the tolerance that a value takes; above 1 it is not within.
+    """
 
     largest: float
     within: bool
     reason: str = ""
+    share: float = np.inf
 
 
 def compare(expected: np.ndarray | None, actual: np.ndarray | None, tolerance: Tolerance) -> Difference:
@@ -43,11 +62,12 @@ def compare(expected: np.ndarray | None, actual: np.ndarray | None, tolerance: T
     gap = np.abs(expected.astype(np.float64) - actual.astype(np.float64))
     bound = tolerance.absolute + tolerance.relative * np.abs(expected.astype(np.float64))
     largest = float(gap.max())
+    share = float((gap / np.maximum(bound, np.finfo(np.float64).tiny)).max())
     if bool((gap <= bound).all()):
-        return Difference(largest, True)
+        return Difference(largest, True, share=share)
     worst = np.unravel_index(int((gap - bound).argmax()), gap.shape)
     where = ", ".join(str(i) for i in worst)
-    return Difference(largest, False, f"[{where}] is {actual[worst]:.6g}, expected {expected[worst]:.6g}")
+    return Difference(largest, False, f"[{where}] is {actual[worst]:.6g}, expected {expected[worst]:.6g}", share)
 
 
 def compare_outputs(

@@ -5,6 +5,7 @@ measured apart.
 """
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from ul_export.compare import image_psnr_db
+from ul_export.precision.tensors import half_tensor, stored_name
 from ul_runtime.errors import BadInputError
 from ul_runtime.pipeline import Pipeline
 
 LEAST_PSNR_DB = 35.0  # of images by rounded against those by exact weights, from the same noise
 NUM_IMAGES = 16
-_SUFFIX = ".float16"
+_FLOAT = TensorProto.FLOAT
 
 
 def rounded(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -38,19 +40,26 @@ def rounded(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return copies
 
 
-def store_half(model: ModelProto) -> ModelProto:
-    """Every float32 initializer that float16 holds exactly is stored as that, and cast where the graph begins."""
+def exact_in_half(model: ModelProto) -> set[str]:
+    """Names of the float32 initializers that float16 holds exactly."""
+    arrays = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer if each.data_type == _FLOAT}
+    return {
+        name
+        for name, values in arrays.items()
+        if values.ndim > 0 and np.array_equal(_half(values).astype(np.float32), values)
+    }
+
+
+def store_half(model: ModelProto, names: Collection[str], kind: int = TensorProto.FLOAT16) -> ModelProto:
+    """These float32 initializers are stored in half precision, and cast where the graph begins."""
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
+        if tensor.name not in names:
             continue
-        values = numpy_helper.to_array(tensor)
-        half = _half(values)
-        if values.ndim == 0 or not np.array_equal(half.astype(np.float32), values):
-            continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(half, name + _SUFFIX))
-        casts.append(helper.make_node("Cast", [name + _SUFFIX], [name], name=f"{name}.cast", to=TensorProto.FLOAT))
+        name, stored = tensor.name, stored_name(tensor.name)
+        tensor.CopyFrom(half_tensor(tensor, kind))
+        tensor.name = stored
+        casts.append(helper.make_node("Cast", [stored], [name], name=f"{stored}/Cast", to=_FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -17,12 +17,13 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from safetensors.numpy import save
 from torch import nn
 
-from ul_export.half_weights import store_half
+from ul_export.half_weights import exact_in_half, store_half
+from ul_export.module_paths import name_nodes
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
 from ul_train.step import DecoderStep, PriorStep
 
-OPSETS = (18, 20)  # those that the tests prove
+OPSETS = (18, 20, 22)  # those that the tests prove
 _INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
 
 
@@ -85,7 +86,9 @@ def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
     finally:
         log.setLevel(level)
     assert program is not None
-    return strip_metadata(program.model_proto)
+    model = program.model_proto
+    name_nodes(model)
+    return strip_metadata(model)
 
 
 def strip_metadata(model: ModelProto) -> ModelProto:
@@ -139,6 +142,6 @@ def export_graphs(
         entry = info.graphs[graph.name]
         model = export_onnx(graph, [tensor.name for tensor in entry.outputs], opset)
         if half_weights:
-            model = store_half(model)
+            model = store_half(model, exact_in_half(model))
         files[entry.file], files[entry.weights] = split_weights(model, entry.weights)
     return files

@@ -1,13 +1,13 @@
 """The proof of a bundle: its graphs against torch, one by one and along the whole sampling path."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from ul_export.compare import FP32_GRAPH, FP32_PATH, Difference, Tolerance, compare, compare_outputs, image_psnr_db
+from ul_export.compare import FP32, Difference, Tolerance, Tolerances, compare, compare_outputs, image_psnr_db
 from ul_runtime.backends import Backend, InFront
 from ul_runtime.errors import BadInputError, NonFiniteError
 from ul_runtime.manifest import GraphName, interface
@@ -17,17 +17,18 @@ from ul_runtime.progress import progress
 from ul_runtime.samplers import ALPHA, LOGSNR, SIGMA
 
 BATCH_SIZES = (1, 3, 16)
-LEAST_PSNR_DB = 80.0  # of final images, float32 against float32; 133 to 142 measured
-LEAST_EQUAL_PIXELS = 0.999  # share of uint8 values that differ by at most one
+
+_ANY = Tolerance(absolute=np.inf, relative=0.0)  # anything finite
 
 Arrays = dict[str, np.ndarray]
+Call = tuple[GraphName, Arrays, Arrays]  # inputs, outputs
 
 
 @dataclass
 class Recorder(InFront):
     """Keeps the inputs and outputs of every call of a backend: the real path, to compare other backends on."""
 
-    calls: list[tuple[GraphName, Arrays, Arrays]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     def run(self, graph_name: GraphName, inputs: Arrays) -> Arrays:
         """Run and remember."""
@@ -42,6 +43,8 @@ class Proof:
 
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    # graph -> (how many times the tolerance, inputs) of its call that is furthest out
+    worst_calls: dict[GraphName, tuple[float, Arrays]] = field(default_factory=dict)
 
     def note(self, what: str, difference: Difference) -> float:
         """Record a failure, if it is one; returns the largest difference."""
@@ -49,16 +52,21 @@ class Proof:
             self.failures.append(f"{what}: {difference.reason}, largest difference {difference.largest:.3g}")
         return difference.largest
 
-    def compare_calls(
-        self, key: str, calls: list[tuple[GraphName, Arrays, Arrays]], actual: Backend, tolerance: Tolerance
-    ) -> dict[str, Any]:
+    def compare_calls(self, key: str, calls: list[Call], actual: Backend, tolerance: Tolerance) -> dict[str, Any]:
         """Run every recorded call again on `actual`; the figures of `key` get the largest difference of each graph."""
         largest: dict[str, float] = {}
         for graph, inputs, outputs in calls:
             for name, difference in compare_outputs(outputs, actual.run(graph, inputs), tolerance).items():
                 largest[graph] = max(largest.get(graph, 0.0), self.note(f"{graph}, {name}, {key}", difference))
+                if graph not in self.worst_calls or difference.share > self.worst_calls[graph][0]:
+                    self.worst_calls[graph] = difference.share, inputs
         self.figures[key] = {"largest_difference": largest}
         return self.figures[key]
+
+    @property
+    def worst_graph(self) -> GraphName:
+        """The graph with the call that is furthest out, by its tolerance."""
+        return max(self.worst_calls, key=lambda graph: self.worst_calls[graph][0])
 
     @property
     def worst_graph_difference(self) -> float:
@@ -71,65 +79,91 @@ def verify(
     actual: Backend,
     *,
     seed: int = 0,
-    tolerance: Tolerance = FP32_GRAPH,
+    tolerances: Tolerances = FP32,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    what: str = "torch",
+    x: np.ndarray | None = None,
 ) -> Proof:
-    """Compare `actual` with the reference pipeline (torch): same noise and labels, guided and not, several batch sizes.
+    """Compare `actual` with the reference pipeline (`what`): same noise and labels, guided and not, batch by batch.
 
     Each graph is compared on the inputs that the reference path really gives it, then, while these agree, z_0 and the
     images of both whole paths, then each graph where no input is zero. Differences are collected, not raised.
-    NonFiniteError: torch itself gives NaN or Inf.
+    A size of `batch_sizes` that comes again is of other images; the encoder is also given images x `b c h w`.
+    NonFiniteError: the reference gives NaN or Inf.
     """
     proof = Proof()
     guidances = list(dict.fromkeys((1.0, reference.settings().guidance)))
-    with progress("comparing with torch", sum(BATCH_SIZES) * len(guidances), "images") as advance:
-        for batch_size, guidance in product(BATCH_SIZES, guidances):
-            _verify_path(proof, reference, actual, batch_size, guidance, seed, tolerance)
+    with progress(f"comparing with {what}", sum(batch_sizes) * len(guidances), "images") as advance:
+        for (at, batch_size), guidance in product(enumerate(batch_sizes), guidances):
+            again = batch_sizes[:at].count(batch_size)
+            key = f"batch {batch_size}, guidance {guidance:g}" + (f", seed {seed + again}" if again else "")
+            path = _Path(reference, actual, batch_size, guidance, seed + again)
+            _verify_path(proof, path, key, tolerances, what)
             advance(batch_size)
     recorder = Recorder(reference.backend)
     for graph, inputs in _full_inputs(reference, seed):
         recorder.run(graph, inputs)
-    proof.compare_calls("any coefficients", recorder.calls, actual, tolerance)
+    proof.compare_calls("any coefficients", recorder.calls, actual, tolerances.graph)
+    if x is not None:
+        recorder = Recorder(reference.backend)
+        recorder.run("encoder", {"x": x})
+        proof.compare_calls("images", recorder.calls, actual, tolerances.graph)
     return proof
 
 
-def _verify_path(
-    proof: Proof,
-    reference: Pipeline,
-    actual: Backend,
-    batch_size: int,
-    guidance: float,
-    seed: int,
-    tolerance: Tolerance,
-) -> None:
-    key = f"batch {batch_size}, guidance {guidance:g}"
+@dataclass(frozen=True)
+class _Path:
+    """Whole images by two backends from the same noise."""
 
-    def generate(backend: Recorder) -> Images:
-        pipeline = Pipeline(reference.bundle, backend)
-        (images,) = pipeline.generate(batch_size, seed=seed, batch_size=batch_size, guidance=guidance)
+    reference: Pipeline
+    actual: Backend
+    batch_size: int
+    guidance: float
+    seed: int
+
+    def images(self, backend: Recorder) -> Images:
+        """Of this backend."""
+        pipeline = Pipeline(self.reference.bundle, backend)
+        batches = pipeline.generate(self.batch_size, seed=self.seed, batch_size=self.batch_size, guidance=self.guidance)
+        (images,) = batches
         return images
 
-    expected, given = Recorder(reference.backend), Recorder(actual)
+
+def _verify_path(proof: Proof, path: _Path, key: str, tolerances: Tolerances, what: str) -> None:
+    expected, given = Recorder(path.reference.backend), Recorder(path.actual)
     try:
-        x = generate(expected).x
+        x = path.images(expected).x
     except NonFiniteError as error:
-        message = "torch itself gives NaN or Inf; train on, or change sampling.guidance"
+        message = f"{what} itself gives NaN or Inf; train on, or change sampling.guidance"
         raise NonFiniteError(f"images, {key}: {message}: {error}") from error
-    figures = proof.compare_calls(key, expected.calls, actual, tolerance)
+    figures = proof.compare_calls(key, expected.calls, path.actual, tolerances.graph)
     if proof.failures:
         return
     try:
-        y = generate(given).x
+        y = path.images(given).x
     except NonFiniteError as error:
         proof.failures.append(f"images, {key}: {error}")
         return
     z_0 = [recorder.calls[-1][1]["z_0"] for recorder in (expected, given)]
     psnr = image_psnr_db(x, y)
     close = float((np.abs(to_uint8(x).astype(int) - to_uint8(y).astype(int)) <= 1).mean())
-    if not (psnr >= LEAST_PSNR_DB and close >= LEAST_EQUAL_PIXELS):
+    if not (psnr >= tolerances.least_psnr_db and close >= tolerances.least_equal_pixels):
         proof.failures.append(f"images, {key}: PSNR {psnr:.1f} dB, {close:.4%} of values within one level")
-    figures["z_0"] = proof.note(f"z_0, {key}", compare(z_0[0], z_0[1], FP32_PATH))
+    figures["z_0"] = proof.note(f"z_0, {key}", compare(z_0[0], z_0[1], tolerances.path or _ANY))
     figures["image_psnr_db"] = min(psnr, 200.0)
+    figures["largest_pixel_difference"] = float(np.abs(x - y).max())
     figures["within_one_level"] = close
+    figures["drift"] = drift(expected.calls, given.calls)
+
+
+def drift(expected: Sequence[Call], given: Sequence[Call]) -> dict[str, list[float]]:
+    """Root-mean-square difference of the state after each step, of both loops."""
+    steps: dict[str, list[float]] = {}
+    for (graph, _, outputs), (_, _, others) in zip(expected, given, strict=True):
+        (state,) = (name for name in outputs if name.endswith("_next"))
+        gap = outputs[state].astype(np.float64) - others[state]
+        steps.setdefault(graph, []).append(float(f"{np.sqrt(np.square(gap).mean()):.4g}"))
+    return steps
 
 
 def _full_inputs(pipeline: Pipeline, seed: int) -> Iterator[tuple[GraphName, Arrays]]:
@@ -166,11 +200,15 @@ def _full_step(
     return inputs
 
 
-def require(proof: Proof, where: str) -> None:
-    """BadInputError with the first failures unless the proof holds; a proof that compared nothing does not."""
+def require(proof: Proof, where: str, look: Callable[[], str] | None = None) -> None:
+    """BadInputError with the first failures unless the proof holds; a proof that compared nothing does not.
+
+    `look`: finds out more about a failure, for the message.
+    """
     if not proof.figures:
         raise BadInputError(f"{where}: nothing was compared with torch, no bundle was written")
     if proof.failures:
         shown = "; ".join(proof.failures[:3])
         more = f" and {len(proof.failures) - 3} more" if len(proof.failures) > 3 else ""
-        raise BadInputError(f"{where}: the graphs do not equal torch, no bundle was written: {shown}{more}")
+        found = f"; {look()}" if look is not None and proof.worst_calls else ""
+        raise BadInputError(f"{where}: the graphs do not equal torch, no bundle was written: {shown}{more}{found}")

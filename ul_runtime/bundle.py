@@ -98,9 +98,10 @@ class Bundle:
         """As `read`, and the bundle lets go of them."""
         return self._held.pop(name)
 
-    def graph(self, graph: GraphName) -> bytes:
-        """Verified ONNX bytes of a step graph, without weights."""
-        return self.read(self.manifest.graphs[graph].file)
+    def graph(self, graph: GraphName, *, float32: bool = False) -> bytes:
+        """Verified ONNX bytes of a step graph, without weights; `float32`: the one that computes in float32."""
+        entry = self.manifest.graphs[graph]
+        return self.read(entry.float32_file or entry.file if float32 else entry.file)
 
     def initializers(self, graph: GraphName) -> dict[str, np.ndarray]:
         """Weights of a step graph by initializer name; bfloat16 as its bits in uint16. BadInputError."""
@@ -108,8 +109,9 @@ class Bundle:
         return parse_weights(self.read(name), str(self.path / name))
 
 
-def _files_of(manifest: Manifest, graph: GraphName) -> tuple[str, str]:
-    return manifest.graphs[graph].file, manifest.graphs[graph].weights
+def _files_of(manifest: Manifest, graph: GraphName) -> list[str]:
+    entry = manifest.graphs[graph]
+    return [name for name in (entry.file, entry.weights, entry.float32_file) if name is not None]
 
 
 @dataclass(frozen=True)

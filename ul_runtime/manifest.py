@@ -130,10 +130,15 @@ class TensorFormat(_Part):
 
 
 class Graph(_Part):
-    """An ONNX graph without weights, and the safetensors file that holds its initializers."""
+    """An ONNX graph without weights, and the safetensors file that holds its initializers.
+
+    `float32_file`: the same graph over the same weights computing in float32, where `precision` is another: for
+    processors without that arithmetic, and to make an image again that was not finite.
+    """
 
     file: FileName
     weights: FileName
+    float32_file: FileName | None = None
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     opset: Annotated[int, Field(ge=1, le=1000)]
     inputs: Annotated[tuple[TensorFormat, ...], Field(max_length=16), FailFast()]
@@ -207,8 +212,8 @@ class Manifest(BundleInfo):
         if len({name.casefold() for name in [*self.files, MANIFEST_NAME]}) != len(self.files) + 1:
             raise ValueError("files: two names differ only in case, or the manifest lists itself")
         for graph_name, graph in self.graphs.items():
-            for file in (graph.file, graph.weights):
-                if file not in self.files:
+            for file in (graph.file, graph.weights, graph.float32_file):
+                if file is not None and file not in self.files:
                     raise ValueError(f"graphs.{graph_name}: {file} is not in files")
         return self
 
@@ -307,7 +312,7 @@ def _check_names(value: dict[str, Any], where: str) -> None:
             check_file_name(name, where)
     graphs = value.get("graphs")
     for graph in graphs.values() if isinstance(graphs, dict) and len(graphs) <= MAX_FILES else ():
-        for key in ("file", "weights"):
+        for key in ("file", "weights", "float32_file"):
             if isinstance(graph, dict) and isinstance(graph.get(key), str):
                 check_file_name(graph[key], where)
 

@@ -92,10 +92,18 @@ def bundle_precision(bundle: "Bundle") -> str:
     return "+".join(dict.fromkeys(graphs[name].precision for name in ("prior_step", "decoder_step")))
 
 
+def cpu_precision(bundle: "Bundle") -> str:
+    """What the bundle computes in on a CPU: its own precision, or float32 if it has graphs for that beside others."""
+    twins = any(graph.float32_file for graph in bundle.manifest.graphs.values())
+    return "fp32" if twins else bundle_precision(bundle)
+
+
 def choose_backend(bundle: "Bundle", precision: str | None) -> tuple[str, str]:
     """(the backend that `auto` stands for, why). It never depends on what is installed."""
-    own = bundle_precision(bundle)
+    own = cpu_precision(bundle)
     if precision in (None, own):
+        if own != (typed := bundle_precision(bundle)):
+            return "ort-cpu", f"computes in {own} with the bundle's {typed} weights: processors are slower in {typed}"
         return "ort-cpu", f"computes in {own} as ul-export proved the bundle"
     return "openvino", f"the one backend that computes a bundle of {own} in {precision} on a CPU"
 
@@ -117,7 +125,7 @@ def open_backend(
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"precision {precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
     check_threads(threads)
-    own = bundle_precision(bundle)
+    own = cpu_precision(bundle)
     if name == "auto":
         name, _ = choose_backend(bundle, precision)
     if name == "openvino":

@@ -79,7 +79,7 @@ class OpenVinoBackend:
         """Compile a graph: with these sizes of its dynamic dimensions, or with all sizes if there are none."""
         graph = self._bundle.manifest.graphs[graph_name]
         try:
-            data = with_weights(self._bundle.graph(graph_name), self._bundle.initializers(graph_name))
+            data = with_weights(self._bundle.graph(graph_name, float32=True), self._bundle.initializers(graph_name))
             model = _core().read_model(data)
             waves = None
             if dims:

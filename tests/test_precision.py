@@ -1,0 +1,183 @@
+"""Typed graphs of half precision: what they round, what stays in float32, and what is measured to choose."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from ul_export.module_paths import module_of, name_nodes
+from ul_export.precision.lower import HALF, by_design, emulated, half_nodes, lower
+from ul_export.precision.ranges import OUTPUT, headroom_bits, weight_ranges, with_ranges
+from ul_export.precision.search import overflow_pins
+from ul_export.precision.tensors import float_tensors
+from ul_runtime.errors import ULError
+
+DRAW = np.random.default_rng(0)
+W_1, W_2 = (DRAW.standard_normal((8, 8)).astype(np.float32) for _ in range(2))
+BIAS = DRAW.standard_normal(8).astype(np.float32)
+X = DRAW.standard_normal((5, 8)).astype(np.float32)
+NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+COMPUTED = {"network.a/MatMul", "network.a/Add", "network.c/MatMul", "network.c/Identity"}
+
+
+def model(w_1: np.ndarray = W_1, scale: float = 1.0) -> ModelProto:
+    """y = (softmax(x w_1 + b) w_2 scale + x) x, with the names that exported graphs have."""
+    rows = [
+        ("network.a/MatMul", ["x", "w_1"], "p"),
+        ("network.a/Add", ["p", "b"], "q"),
+        ("network.a/Softmax", ["q"], "s"),
+        ("network.c/MatMul", ["s", "w_2"], "r"),
+        ("network.c/Identity", ["r"], "i"),
+        ("network/Add", ["i", "x"], "u"),
+        ("/Mul", ["u", "x"], "y"),
+    ]
+    nodes = [helper.make_node(name.rpartition("/")[2], given, [made], name=name) for name, given, made in rows]
+    weights = {"w_1": w_1, "b": BIAS, "w_2": W_2 * np.float32(scale)}
+    x, y, *inner = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8]) for name in "xypqsriu")
+    graph = helper.make_graph(
+        nodes, "g", [x], [y], [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    )
+    graph.value_info.extend(inner)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def run(graph: ModelProto, x: np.ndarray = X) -> list[np.ndarray]:
+    onnx.checker.check_model(graph, full_check=True)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})
+
+
+def by_hand(kind: str) -> np.ndarray:
+    """The same in numpy, rounded after every operation of half precision."""
+
+    def half(array: np.ndarray) -> np.ndarray:
+        return array.astype(NUMPY[kind]).astype(np.float32)
+
+    q = half(half(half(X) @ half(W_1)) + half(BIAS))
+    e = np.exp(q - q.max(axis=1, keepdims=True))
+    r = half(half(e / e.sum(axis=1, keepdims=True)) @ half(W_2))
+    return (r + X) * X
+
+
+def test_statistics_the_update_and_what_meets_it_stay_in_float32():
+    assert half_nodes(model(), {}) == COMPUTED
+    assert by_design(model()) == {
+        "network.a/Softmax": "Softmax needs its range",
+        "/Mul": "guidance and the sampler's update",
+    }
+
+
+def test_the_embedding_of_the_noise_level_stays_in_float32():
+    graph = model()
+    for node in graph.graph.node[:2]:
+        node.name = node.name.replace("network.a", "network.logsnr_embedding.mlp.0")
+    assert half_nodes(graph, {}) == {"network.c/MatMul", "network.c/Identity"}
+
+
+def test_a_pinned_node_stays_in_float32_and_what_only_moves_its_result_too():
+    assert half_nodes(model(), {"network.c/MatMul": "pinned"}) == {"network.a/MatMul", "network.a/Add"}
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_a_lowered_graph_is_typed_and_keeps_float32_at_its_ends(kind):
+    lowered = lower(model(), kind, COMPUTED)
+    onnx.checker.check_model(lowered, full_check=True)
+    kinds = {each.name: each.type.tensor_type.elem_type for each in lowered.graph.value_info}
+    assert [name for name, found in kinds.items() if found == HALF[kind]] == ["p", "q", "r", "i"]
+    weights = {each.name: each.data_type for each in lowered.graph.initializer}
+    assert weights == dict.fromkeys(["w_1.half", "b.half", "w_2.half"], HALF[kind])
+    for end in (*lowered.graph.input, *lowered.graph.output):
+        assert end.type.tensor_type.elem_type == TensorProto.FLOAT
+    casts = [node for node in lowered.graph.node if node.op_type == "Cast"]
+    assert sorted(node.output[0] for node in casts) == ["i/float", "q/float", "s/half", "x/half"]
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_an_emulated_graph_rounds_as_the_precision_does(kind):
+    (given,) = run(emulated(lower(model(), kind, COMPUTED)))
+    np.testing.assert_allclose(given, by_hand(kind), rtol=2e-6, atol=2e-6)
+    (exact,) = run(model())
+    step = {"fp16": 2.0**-11, "bf16": 2.0**-8}[kind]
+    assert 0.05 * step < np.abs(given - exact).max() < 30 * step
+
+
+def test_an_emulated_graph_overflows_where_float16_does_and_bfloat16_does_not():
+    assert not np.isfinite(run(emulated(lower(model(scale=1e6), "fp16", COMPUTED)))[0]).any()
+    assert np.isfinite(run(emulated(lower(model(scale=1e6), "bf16", COMPUTED)))[0]).all()
+
+
+def test_a_result_of_half_precision_that_leaves_the_graph_is_rounded_and_float32():
+    graph = model()
+    del graph.graph.node[5:]
+    graph.graph.output[0].name = "i"
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8]) for name in "pqsr")
+    lowered = lower(graph, "fp16", COMPUTED)
+    (given,) = run(emulated(lowered))
+    assert given.dtype == np.float32
+    np.testing.assert_array_equal(given, given.astype(np.float16).astype(np.float32))
+    np.testing.assert_allclose(run(lowered)[0], given, rtol=2e-3, atol=1e-3)
+
+
+def test_a_weight_that_both_precisions_take_is_stored_once_in_float32():
+    graph = model()
+    graph.graph.node[3].input[1] = "w_1"
+    lowered = lower(graph, "fp16", {"network.a/MatMul", "network.a/Add"})
+    assert {each.name: each.data_type for each in lowered.graph.initializer} == {
+        "w_1": TensorProto.FLOAT,
+        "b.half": TensorProto.FLOAT16,
+        "w_2": TensorProto.FLOAT,
+    }
+    run(emulated(lowered))
+
+
+def test_ranges_are_the_largest_magnitudes_of_inputs_and_results():
+    measured, names = with_ranges(model())
+    y, ranges = run(measured)
+    q = X @ W_1 + BIAS
+    assert names == ["x", "p", "q", "s", "r", "i", "u", "y"]
+    assert measured.graph.output[1].name == OUTPUT
+    expected = {"x": X, "p": X @ W_1, "q": q, "y": y}
+    assert {name: ranges[names.index(name)] for name in expected} == pytest.approx(
+        {name: np.abs(array).max() for name, array in expected.items()}, rel=1e-6
+    )
+    np.testing.assert_array_equal(y, run(model())[0])
+    assert weight_ranges(model()) == pytest.approx({"w_1": abs(W_1).max(), "b": abs(BIAS).max(), "w_2": abs(W_2).max()})
+
+
+@pytest.mark.parametrize(("largest", "bits"), [(65504.0, 0.0), (32752.0, 1.0), (131008.0, -1.0), (0.0, np.inf)])
+def test_headroom_is_how_often_a_magnitude_can_double(largest, bits):
+    assert headroom_bits(largest) == bits
+
+
+def test_nodes_that_touch_a_magnitude_with_less_than_a_bit_of_headroom_are_pinned():
+    largest = dict.fromkeys(["x", "p", "s", "r", "i", "u", "y", "w_1", "b", "w_2"], 1.0)
+    assert overflow_pins(model(), largest | {"q": 32752.0}) == {}
+    pins = overflow_pins(model(), largest | {"q": 32753.0})
+    assert list(pins) == ["network.a/Add"], "the softmax is in float32 by design"
+    assert pins["network.a/Add"] == "magnitude 3.275e+04, headroom 1.0 bits"
+    assert list(overflow_pins(model(), largest | {"w_2": 7e4})) == ["network.c/MatMul"]
+    assert list(overflow_pins(model(), largest | {"r": 7e4})) == ["network.c/MatMul"], "the next one only moves it"
+
+
+def test_nodes_are_named_by_their_module_and_a_second_one_is_counted():
+    graph = model()
+    scopes: list[Any] = ["['', 'network', 'network.a', 'linear']"] * 3 + ["['', 'mul']", "['_empty_nn_module_stack_x']"]
+    for node, scope in zip(graph.graph.node, scopes, strict=False):
+        node.op_type = "MatMul"
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scope)
+    name_nodes(graph)
+    names = [node.name for node in graph.graph.node]
+    assert names[:5] == ["network.a/MatMul", "network.a/MatMul_2", "network.a/MatMul_3", "/MatMul", "/MatMul_2"]
+    assert [module_of(name) for name in names[2:4]] == ["network.a", ""]
+
+
+def test_a_graph_that_does_not_say_its_types_is_refused():
+    graph = model()
+    del graph.graph.value_info[:]
+    with pytest.raises(ULError, match=r"network\.a/MatMul: the type of its result p is not known"):
+        float_tensors(graph)

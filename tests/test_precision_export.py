@@ -1,0 +1,262 @@
+"""ul-export --fp16 and --bf16 of runs with random weights: pins where they are needed, proof, bundle and runtime."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from random_run import write_run
+from tiny_run import blobs, write_npz
+from torch import nn
+
+from ul_export import command as export_command
+from ul_export.cli import main
+from ul_export.compare import FP32, HALF, Tolerance, image_psnr_db
+from ul_export.precision.command import with_their_weights
+from ul_export.precision.layers import node_errors
+from ul_export.precision.lower import half_nodes, lower
+from ul_export.precision.ranges import headroom_bits
+from ul_export.precision.search import Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
+from ul_runtime import load
+from ul_runtime.backends import choose_backend
+from ul_runtime.bundle import Bundle
+from ul_runtime.cli.generate import main as generate
+from ul_runtime.manifest import GRAPH_NAMES
+from ul_train.heldout import from_uint8
+
+pytestmark = pytest.mark.slow
+LARGE = 3000.0
+
+
+def calm(networks: dict[str, nn.Module]) -> None:
+    """Results of the size that trained networks have: those of random ones err as much more as they are larger."""
+    with torch.no_grad():
+        for network in networks.values():
+            network.out.weight *= 0.3  # type: ignore[operator, union-attr]
+
+
+def plant(networks: dict[str, nn.Module]) -> None:
+    """One channel of the encoder's first stage becomes huge where the image is flat, and small again behind it."""
+    calm(networks)
+    encoder: Any = networks["encoder"]
+    with torch.no_grad():
+        encoder.embed.weight[0], encoder.embed.bias[0] = LARGE, 0.0
+        encoder.stages[1].weight[:, 0] /= LARGE
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, its bundle in float32, and that bundle ready to be reduced."""
+
+    run: Path
+    bundle: Path
+    calibration: Calibration
+
+
+def case(folder: Path, **options: Any) -> Case:
+    write_npz(folder / "images.npz")
+    write_run(folder / "run", **({"change": calm} | options))
+    export_command.export_bundle(folder / "run", folder / "bundle", export_command.ExportOptions(threads=1), print)
+    bundle = Bundle.open(folder / "bundle")
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    x = from_uint8(blobs(12)[0])
+    return Case(
+        folder / "run",
+        folder / "bundle",
+        Calibration(bundle.manifest, with_their_weights(bundle.manifest, files), x, threads=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return case(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return case(tmp_path_factory.mktemp("planted"), change=plant)
+
+
+def test_an_overflow_on_the_real_path_alone_is_pinned_with_exactly_the_nodes_it_needs(planted):
+    calibration = planted.calibration
+    largest = calibration.ranges()
+    draw = np.random.default_rng(0)
+    noise = replace(calibration, x=draw.standard_normal(calibration.x.shape).astype(np.float32))
+    (embed,) = (node for node in calibration.models["encoder"].graph.node if node.name == "embed/Conv")
+    assert headroom_bits(largest["encoder"][embed.output[0]]) < -0.5
+    assert headroom_bits(noise.ranges()["encoder"][embed.output[0]]) > 0, "random inputs do not show it"
+    said: list[str] = []
+    reduced = reduce(calibration, "fp16", largest, said.append)
+    assert reduced.proof.failures == []
+    assert said == [], "ranges alone found them"
+    assert {graph: sorted(pins) for graph, pins in reduced.pinned.items()} == {
+        "encoder": ["embed/Conv", "stages.0/Add", "stages.1/Conv"],
+        "prior_step": [],
+        "decoder_step": [],
+    }
+    for node in reduced.pinned["encoder"]:
+        fewer: Pins = {
+            graph: {n: why for n, why in pins.items() if n != node} for graph, pins in reduced.pinned.items()
+        }
+        lowered = {
+            graph: lower(model, "fp16", half_nodes(model, fewer[graph])) for graph, model in calibration.models.items()
+        }
+        assert prove(calibration, "fp16", lowered, batch_sizes=(1,)).failures, f"{node} was not needed"
+
+
+def test_without_calibration_on_the_real_path_the_proof_fails_and_names_the_node(planted, command, monkeypatch):
+    monkeypatch.setattr(Calibration, "ranges", lambda self: {graph: {} for graph in GRAPH_NAMES})
+    monkeypatch.setattr("ul_export.precision.search.MOST_ROUNDS", 0)
+    out = planted.run.parent / "unproved"
+    words = ("--fp16", "--out", out, "--threads", 1, "--calibrate", planted.run.parent / "images.npz")
+    result = command(main, planted.run, *words)
+    assert result.code == 65
+    assert "fp16 does not equal float32, no bundle was written" in result.err
+    assert "worst node of encoder: embed/Conv" in result.err
+    assert not out.exists()
+
+
+def test_where_the_tolerance_asks_for_it_the_nodes_that_add_most_are_pinned_and_no_more(plain, monkeypatch):
+    calibration = plain.calibration
+    largest = calibration.ranges()
+    loose = reduce(calibration, "fp16", largest, print)
+    assert loose.pinned == {graph: {} for graph in GRAPH_NAMES}
+    share = max(share for share, _ in loose.proof.worst_calls.values())
+    graph = HALF["fp16"].graph
+    tight = Tolerance(0.9 * share * graph.absolute, 0.9 * share * graph.relative)
+    monkeypatch.setitem(HALF, "fp16", replace(HALF["fp16"], graph=tight))
+    said: list[str] = []
+    reduced = reduce(calibration, "fp16", largest, said.append)
+    assert reduced.proof.failures == []
+    pinned = [node for pins in reduced.pinned.values() for node in pins]
+    assert 1 <= len(pinned) <= 8
+    assert said
+    assert said[0].startswith("fp16: ")
+    assert all("its rounding alone" in why for pins in reduced.pinned.values() for why in pins.values())
+    for graph, pins in reduced.pinned.items():
+        if pins:
+            fewer = reduced.pinned | {graph: dict(list(pins.items())[:-1])}
+            lowered = {
+                name: lower(model, "fp16", half_nodes(model, fewer[name])) for name, model in calibration.models.items()
+            }
+            assert prove(calibration, "fp16", lowered).failures, "one fewer does not do"
+
+
+def with_error(model: ModelProto, node_name: str) -> ModelProto:
+    """The graph where this node's result is a thousandth too large."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    nodes = []
+    for node in copy.graph.node:
+        nodes.append(node)
+        if node.name == node_name:
+            result, node.output[0] = node.output[0], "planted"
+            nodes.append(helper.make_node("Mul", ["planted", "planted/factor"], [result], name="planted/Mul"))
+    assert len(nodes) == len(model.graph.node) + 1
+    copy.graph.initializer.append(numpy_helper.from_array(np.array(1.001, np.float32), "planted/factor"))
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    return copy
+
+
+WRONG = "network.middle.blocks.0.mlp.0/MatMul"
+
+
+def test_an_error_of_a_thousandth_in_one_operator_fails_the_export_and_is_named(plain, command, monkeypatch, tmp_path):
+    export = export_command.export_graphs
+
+    def with_fault(*arguments: Any) -> dict[str, bytes]:
+        files = export(*arguments)
+        model = onnx.load_model_from_string(files["prior_step.onnx"])
+        return files | {"prior_step.onnx": with_error(model, WRONG).SerializeToString()}
+
+    monkeypatch.setattr(export_command, "export_graphs", with_fault)
+    result = command(main, plain.run, "--out", tmp_path / "bundle", "--threads", 1)
+    assert result.code == 65
+    assert "prior_step parts from torch in network.middle.blocks.0.mlp.0 (node network.middle" in result.err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_node_that_adds_the_error_is_first_among_the_node_errors(plain):
+    calibration = plain.calibration
+    model = calibration.models["prior_step"]
+    reduced = reduce(calibration, "fp16", calibration.ranges(), print)
+    inputs = reduced.proof.worst_calls["prior_step"][1]
+    errors = node_errors(model, with_error(model, WRONG), calibration.info, "prior_step", inputs)
+    assert errors[0].node == WRONG
+    assert errors[0].error == pytest.approx(1e-3, rel=1e-2)
+    none = node_errors(model, model, calibration.info, "prior_step", inputs)
+    assert max(each.error for each in none) == 0.0
+    graph, nodes = worst_nodes(calibration, reduced)
+    assert graph in GRAPH_NAMES
+    assert 0 < nodes[0].grown < 1e-2
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_images(kind, plain, command, tmp_path):
+    out, images = tmp_path / "bundle", plain.run.parent / "images.npz"
+    result = command(main, plain.run, f"--{kind}", "--out", out, "--threads", 1, "--calibrate", images)
+    assert result.code == 0, result.err
+    bundle = Bundle.open(out)
+    half = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[kind]
+    for name, graph in bundle.manifest.graphs.items():
+        typed = onnx.load(str(out / graph.file), load_external_data=False)
+        twin = onnx.load(str(out / f"{name}.float32.onnx"), load_external_data=False)
+        assert graph.precision == kind
+        assert any(each.type.tensor_type.elem_type == half for each in typed.graph.value_info)
+        assert {each.name for each in typed.graph.initializer if each.external_data} == {
+            each.name for each in twin.graph.initializer if each.external_data
+        }
+    weights = sum((out / name).stat().st_size for name in bundle.manifest.files if name.endswith(".safetensors"))
+    exact = sum((plain.bundle / name).stat().st_size for name in bundle.manifest.files if name.endswith(".safetensors"))
+    assert weights < 0.7 * exact
+    parity = bundle.manifest.parity[kind]
+    assert set(parity["pinned"]) == set(GRAPH_NAMES)
+    assert (
+        len(parity["batch 16, guidance 1.5, seed 3"]["drift"]["prior_step"]) == bundle.manifest.defaults.prior.num_steps
+    )
+    pipeline = load(out, threads=1)
+    assert pipeline.backend.precision == "fp32"
+    (given,), (expected,) = (list(each.generate(4)) for each in (pipeline, load(plain.bundle, threads=1)))
+    assert HALF[kind].least_psnr_db < image_psnr_db(expected.x, given.x) < FP32.least_psnr_db + 20
+
+
+def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, command, tmp_path):
+    out = tmp_path / "bundle"
+    assert command(main, plain.run, "--fp16", "--out", out, "--calibrate", plain.run.parent / "images.npz").code == 0
+    assert choose_backend(Bundle.open(out), None) == (
+        "ort-cpu",
+        "computes in fp32 with the bundle's fp16 weights: processors are slower in fp16",
+    )
+    made = command(generate, out, "--out", tmp_path / "samples", "--num-images", 2)
+    assert made.code == 0
+    assert "computes in fp32 with the bundle's fp16 weights" in made.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--fp16", "--bf16"), 2, "--fp16 and --bf16: give one of them"),
+        (("--bf16", "--opset", 20), 2, "--opset is 20; convolutions take bfloat16 from opset 22 on"),
+        (("--fp16", "--weights", "fp16"), 2, "--weights fp16: --fp16 says itself how weights are stored"),
+        (("--calibrate", "x"), 2, "--calibrate is for --fp16 and --bf16"),
+        (("--fp16",), 65, "give others by --calibrate"),
+        (("--fp16", "--calibrate", "nowhere"), 65, "nowhere: does not exist"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_before_any_work(words, code, message, plain, command, tmp_path):
+    result = command(main, plain.run, "--out", tmp_path / "bundle", *words)
+    assert (result.code, result.err.count("\n")) == (code, 1), result.err
+    assert message in result.err
+
+
+def test_pins_are_found_in_the_weights_too(plain):
+    largest = plain.calibration.ranges()
+    model = plain.calibration.models["decoder_step"]
+    weight = next(each.name for each in model.graph.initializer if each.name.endswith("embed.weight"))
+    assert overflow_pins(model, largest["decoder_step"]) == {}
+    assert list(overflow_pins(model, largest["decoder_step"] | {weight: 1e5})) == ["network.embed/Conv"]

@@ -1,0 +1,94 @@
+"""What ul-export --fp16 and --bf16 do: ranges, search, proof, and the files of the bundle."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from ul_export.half_weights import store_half
+from ul_export.onnx_graphs import split_weights
+from ul_export.precision.lower import HALF, by_design
+from ul_export.precision.search import Calibration, Reduced, prove, reduce, worst_nodes
+from ul_export.precision.tensors import stored_name
+from ul_export.verify import BATCH_SIZES
+from ul_runtime.bundle import parse_weights
+from ul_runtime.errors import BadInputError, ULError
+from ul_runtime.manifest import BundleInfo, GraphName
+from ul_runtime.onnx_weights import with_weights
+
+PROOF_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # 68 images, guided and not
+
+
+def reduced_bundle(
+    info: BundleInfo,
+    files: Mapping[str, bytes],
+    kind: str,
+    x: np.ndarray,
+    threads: int | None,
+    say: Callable[[str], None],
+) -> tuple[BundleInfo, dict[str, bytes], dict[str, Any]]:
+    """(description, files, figures of the proof) of the same graphs in `kind`, each beside its float32 version.
+
+    `files`: a bundle's in float32. BadInputError: the tolerances do not hold, the worst node is named.
+    """
+    calibration = Calibration(info, with_their_weights(info, files), x, threads)
+    say(f"{kind}: recording the largest magnitude of every tensor along the sampling path")
+    largest = calibration.ranges()
+    reduced = reduce(calibration, kind, largest, say)
+    say(f"{kind}: {pins_in_words(reduced)}; comparing with float32 at batch sizes {', '.join(map(str, BATCH_SIZES))}")
+    if not reduced.proof.failures:
+        reduced.proof = prove(calibration, kind, reduced.models, batch_sizes=PROOF_BATCHES)
+    if reduced.proof.failures:
+        graph, nodes = worst_nodes(calibration, reduced)
+        raise BadInputError(
+            f"{info.name}: {kind} does not equal float32, no bundle was written: {reduced.proof.failures[0]}; "
+            f"worst node of {graph}: {nodes[0].node}, which adds {nodes[0].grown:.2g} to the relative error"
+        )
+    written: dict[str, bytes] = {}
+    graphs = {}
+    for name, model in reduced.models.items():
+        entry = info.graphs[name].model_copy(update={"precision": kind, "float32_file": f"{name}.float32.onnx"})
+        graphs[name] = entry
+        written |= _files(
+            name, entry.file, str(entry.float32_file), entry.weights, model, calibration.models[name], kind
+        )
+    figures = {"pinned": reduced.pinned, "shares": {name: half_share(reduced, name) for name in reduced.models}}
+    return info.model_copy(update={"graphs": graphs}), written, {**figures, **reduced.proof.figures}
+
+
+def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[GraphName, ModelProto]:
+    """The graphs of a bundle's files, weights inside."""
+    return {
+        name: onnx.load_model_from_string(
+            with_weights(files[graph.file], parse_weights(files[graph.weights], graph.weights))
+        )
+        for name, graph in info.graphs.items()
+    }
+
+
+def _files(
+    name: str, file: str, float32_file: str, weights: str, typed: ModelProto, exact: ModelProto, kind: str
+) -> dict[str, bytes]:
+    """Both graphs and the one file of weights that they share."""
+    stored = {tensor.name for tensor in typed.graph.initializer}
+    halved = {tensor.name for tensor in exact.graph.initializer if stored_name(tensor.name) in stored}
+    graph, data = split_weights(typed, weights)
+    twin, same = split_weights(store_half(exact, halved, HALF[kind]), weights)
+    if data != same:
+        raise ULError(f"{name}: the graphs in {kind} and float32 have other weights")
+    return {file: graph, float32_file: twin, weights: data}
+
+
+def half_share(reduced: Reduced, graph: GraphName) -> float:
+    """Share of the nodes with weights or products, those that take the time, that compute in half precision."""
+    heavy = [node.name for node in reduced.models[graph].graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    return sum(name in reduced.half[graph] for name in heavy) / len(heavy)
+
+
+def pins_in_words(reduced: Reduced) -> str:
+    """How many nodes stay in float32, and why."""
+    pinned = sum(map(len, reduced.pinned.values()))
+    design = sum(len(by_design(model)) for model in reduced.models.values())
+    return f"{pinned} nodes pinned to float32, beside {design} by design"

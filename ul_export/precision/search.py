@@ -1,0 +1,180 @@
+"""Which nodes must stay in float32: as few as the tolerances allow, found on the real sampling path."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from ul_export.compare import HALF
+from ul_export.precision.layers import node_errors
+from ul_export.precision.lower import MOVEMENT, emulated, half_nodes, lower
+from ul_export.precision.memory import in_memory
+from ul_export.precision.ranges import RangeRecorder, headroom_bits, weight_ranges, with_ranges
+from ul_export.verify import Proof, verify
+from ul_runtime.manifest import BundleInfo, GraphName
+from ul_runtime.pipeline import Pipeline
+
+LEAST_HEADROOM_BITS = 1.0  # a magnitude seen in calibration may double before float16 overflows
+MOST_ROUNDS = 4
+AIM = 0.85  # part of the tolerance that is left to the nodes of half precision when others are pinned
+CALIBRATION_IMAGES = 64
+CALIBRATION_BATCH = 16
+
+Models = Mapping[GraphName, ModelProto]
+Pins = dict[GraphName, dict[str, str]]  # node -> why it stays in float32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Graphs in float32, what they are part of, images `b c h w` in [-1, 1] for the encoder, and threads."""
+
+    info: BundleInfo
+    models: Models
+    x: np.ndarray
+    threads: int | None = None
+
+    def pipeline(self, models: Models) -> Pipeline:
+        """The runtime's own, over these graphs."""
+        backend = in_memory(self.info, models, self.threads)
+        return Pipeline(SimpleNamespace(manifest=self.info), backend)  # type: ignore[arg-type]
+
+    def ranges(self) -> dict[GraphName, dict[str, float]]:
+        """The largest magnitude of every float32 tensor: all steps of both loops, guided and not, and the encoder."""
+        measured = {name: with_ranges(model) for name, model in self.models.items()}
+        backend = in_memory(self.info, {name: model for name, (model, _) in measured.items()}, self.threads)
+        recorder = RangeRecorder(backend, {name: names for name, (_, names) in measured.items()})
+        recorder.largest = {name: weight_ranges(model) for name, model in self.models.items()}
+        pipeline = Pipeline(SimpleNamespace(manifest=self.info), recorder)  # type: ignore[arg-type]
+        for guidance in dict.fromkeys((1.0, pipeline.settings().guidance)):
+            for _ in pipeline.generate(CALIBRATION_IMAGES, guidance=guidance, batch_size=CALIBRATION_BATCH):
+                pass
+        for first in range(0, len(self.x), CALIBRATION_BATCH):
+            z_0 = pipeline.encode(self.x[first : first + CALIBRATION_BATCH]).z_0
+            for _ in pipeline.decode(z_0):
+                pass
+        return recorder.largest
+
+
+@dataclass
+class Reduced:
+    """Typed graphs, the nodes that were pinned to float32 and why, and the proof of the rest against float32."""
+
+    kind: str
+    models: dict[GraphName, ModelProto]
+    half: dict[GraphName, set[str]]
+    pinned: Pins
+    proof: Proof
+
+
+def overflow_pins(model: ModelProto, largest: Mapping[str, float]) -> dict[str, str]:
+    """Nodes that take or make a magnitude with fewer than LEAST_HEADROOM_BITS below the largest float16.
+
+    Of those that would compute in half precision, and do not only move values: these stay with what they are given.
+    """
+    pins, half = {}, half_nodes(model, {})
+    for node in model.graph.node:
+        if node.op_type in MOVEMENT or node.name not in half:
+            continue
+        seen = max((largest[name] for name in (*node.input, *node.output) if name in largest), default=0.0)
+        if headroom_bits(seen) < LEAST_HEADROOM_BITS:
+            pins[node.name] = f"magnitude {seen:.4g}, headroom {headroom_bits(seen):.1f} bits"
+    return pins
+
+
+def reduce(
+    calibration: Calibration, kind: str, largest: Mapping[GraphName, Mapping[str, float]], say: Callable[[str], None]
+) -> Reduced:
+    """The graphs in `kind` with the fewest nodes in float32 that hold the tolerances; the proof says if none does.
+
+    Pins what would overflow. While the proof fails, pins in the graph that is furthest out the nodes whose rounding
+    matters most to it, as many as should do; then as few of them as really do.
+    """
+    pins: Pins = {graph: {} for graph in calibration.models}
+    if kind == "fp16":
+        pins = {graph: overflow_pins(model, largest[graph]) for graph, model in calibration.models.items()}
+    reduced = _attempt(calibration, kind, pins)
+    ranked: dict[GraphName, list[tuple[str, str]]] = {}
+    for _ in range(MOST_ROUNDS):
+        if not reduced.proof.failures:
+            break
+        graph = reduced.proof.worst_graph
+        new = too_much(calibration, reduced)
+        say(f"{kind}: {reduced.proof.failures[0]}; {len(new)} nodes of {graph} to float32, {new[0][0]} first")
+        ranked[graph] = [*ranked.get(graph, []), *new]
+        reduced = _attempt(calibration, kind, _with(pins, ranked))
+    return reduced if reduced.proof.failures else _fewest(calibration, pins, ranked, reduced)
+
+
+def _with(pins: Pins, ranked: Mapping[GraphName, Sequence[tuple[str, str]]]) -> Pins:
+    return {graph: of | dict(ranked.get(graph, ())) for graph, of in pins.items()}
+
+
+def _fewest(
+    calibration: Calibration, pins: Pins, ranked: dict[GraphName, list[tuple[str, str]]], reduced: Reduced
+) -> Reduced:
+    """With the shortest beginning of each graph's `ranked` nodes that the proof holds with, by bisection."""
+    for graph, nodes in ranked.items():
+        fails, holds = -1, len(nodes)
+        while holds - fails > 1:
+            middle = (fails + holds) // 2
+            attempt = _attempt(calibration, reduced.kind, _with(pins, {**ranked, graph: nodes[:middle]}))
+            if attempt.proof.failures:
+                fails = middle
+            else:
+                holds, reduced = middle, attempt
+        ranked[graph] = nodes[:holds]
+    return reduced
+
+
+def too_much(calibration: Calibration, reduced: Reduced) -> list[tuple[str, str]]:
+    """(node, why) of the fewest nodes without whose rounding the worst call should hold, the worst node first.
+
+    Roundings are independent: the squares of what each node alone does to the results add up.
+    """
+    graph = reduced.proof.worst_graph
+    share, inputs = reduced.proof.worst_calls[graph]
+    if not np.isfinite(share):
+        return [(each.node, "its result is not finite") for each in worst_nodes(calibration, reduced)[1][:1]]
+    model = calibration.models[graph]
+    expected = calibration.pipeline({graph: model}).backend.run(graph, inputs)
+    squares = {}
+    for node in [each.name for each in model.graph.node if each.name in reduced.half[graph]]:
+        alone = {graph: emulated(lower(model, reduced.kind, {node}))}
+        given = in_memory(calibration.info, alone, calibration.threads).run(graph, inputs)
+        gap = sum(float(np.square(given[name].astype(np.float64) - expected[name]).mean()) for name in expected)
+        squares[node] = gap
+    allowed = sum(squares.values()) * min(0.5, (AIM / share) ** 2)
+    left, chosen = sum(squares.values()), []
+    for node, square in sorted(squares.items(), key=lambda item: -item[1]):
+        if left <= allowed:
+            break
+        left -= square
+        chosen.append((node, f"its rounding alone changes the results by {square**0.5:.2g} (root mean square)"))
+    return chosen
+
+
+def _attempt(calibration: Calibration, kind: str, pins: Pins) -> Reduced:
+    half = {name: half_nodes(model, pins[name]) for name, model in calibration.models.items()}
+    lowered = {name: lower(model, kind, half[name]) for name, model in calibration.models.items()}
+    proof = prove(calibration, kind, lowered)
+    return Reduced(kind, lowered, half, {name: dict(of) for name, of in pins.items()}, proof)
+
+
+def prove(calibration: Calibration, kind: str, lowered: Models, **options: Any) -> Proof:
+    """Typed graphs, rounded as their precision rounds, against float32."""
+    actual = in_memory(
+        calibration.info, {name: emulated(model) for name, model in lowered.items()}, calibration.threads
+    )
+    reference = calibration.pipeline(calibration.models)
+    return verify(reference, actual, tolerances=HALF[kind], what="float32", x=calibration.x, **options)
+
+
+def worst_nodes(calibration: Calibration, reduced: Reduced) -> tuple[GraphName, list[Any]]:
+    """(the graph that is furthest out, its nodes by what they add to the error of its worst call)."""
+    graph = reduced.proof.worst_graph
+    inputs = reduced.proof.worst_calls[graph][1]
+    model = emulated(reduced.models[graph])
+    return graph, node_errors(calibration.models[graph], model, calibration.info, graph, inputs)

@@ -1,0 +1,31 @@
+"""Tensors of a graph: which are float32, and weights in half precision."""
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from ul_runtime.errors import ULError
+
+
+def float_tensors(model: ModelProto) -> set[str]:
+    """Names of the float32 inputs, weights and results of nodes. ULError: the graph does not say what a node makes."""
+    graph = model.graph
+    kinds = {each.name: each.data_type for each in graph.initializer}
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        kinds[info.name] = info.type.tensor_type.elem_type
+    for node in graph.node:
+        for name in node.output:
+            if name and name not in kinds:
+                raise ULError(f"{node.name}: the type of its result {name} is not known; update torch")
+    return {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
+
+
+def stored_name(weight: str) -> str:
+    """What a weight that is stored in half precision is called, in every graph that takes it."""
+    return f"{weight}.half"
+
+
+def half_tensor(tensor: TensorProto, kind: int) -> TensorProto:
+    """A float32 weight as the nearest value of half precision (what is too large becomes infinite)."""
+    with np.errstate(over="ignore"):
+        values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))
+    return numpy_helper.from_array(values, tensor.name)
