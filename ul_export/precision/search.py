@@ -72,7 +72,7 @@ class Reduced:
 def overflow_pins(model: ModelProto, largest: Mapping[str, float]) -> dict[str, str]:
     """Nodes that take or make a magnitude with fewer than LEAST_HEADROOM_BITS below the largest float16.
 
-    Of those that would compute in half precision, and do not only move values: these stay with what they are given.
+    Only as many as it takes: what stays in float32 between two of them, or only moves values, needs no pin.
     """
     pins, half = {}, half_nodes(model, {})
     for node in model.graph.node:
@@ -81,6 +81,10 @@ def overflow_pins(model: ModelProto, largest: Mapping[str, float]) -> dict[str, 
         seen = max((largest[name] for name in (*node.input, *node.output) if name in largest), default=0.0)
         if headroom_bits(seen) < LEAST_HEADROOM_BITS:
             pins[node.name] = f"magnitude {seen:.4g}, headroom {headroom_bits(seen):.1f} bits"
+    for name in list(pins):
+        others = {node: why for node, why in pins.items() if node != name}
+        if name not in half_nodes(model, others):
+            pins = others
     return pins
 
 
