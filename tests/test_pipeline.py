@@ -217,6 +217,42 @@ def test_a_latent_that_is_not_finite_is_not_decoded_to_an_image(pipeline):
         next(batches)
 
 
+class Overflowing(Recorder):
+    """Gives infinity for every image of the third class, as half precision may."""
+
+    def run(self, graph_name, inputs):
+        out = self.backend.run(graph_name, {k: np.nan_to_num(v) for k, v in inputs.items()})
+        if graph_name == "prior_step":
+            out["z_next"] = np.where(inputs["label"][:, :1, None, None] == 2, np.float32(np.inf), out["z_next"])
+        return out
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_images_that_are_not_finite_are_made_again_in_float32_and_these_alone(pipeline, batch_size):
+    opened = []
+
+    def exact():
+        opened.append(Recorder(pipeline.backend))
+        return opened[-1]
+
+    half = Pipeline(pipeline.bundle, Overflowing(pipeline.backend), exact=exact)
+    given, expected = made(half, 6, batch_size=batch_size), made(pipeline, 6, batch_size=batch_size)
+    for one, other in zip(given, expected, strict=True):
+        assert np.array_equal(one, other)
+    assert half.remade == [2, 5]
+    (recorder,) = opened
+    assert {branches[0] for _, label, _ in recorder.calls for branches in label} == {2}
+
+
+def test_without_float32_or_not_finite_there_either_they_are_named(pipeline):
+    def overflowing():
+        return Overflowing(pipeline.backend)
+
+    for half in (Pipeline(pipeline.bundle, overflowing()), Pipeline(pipeline.bundle, overflowing(), exact=overflowing)):
+        with pytest.raises(NonFiniteError, match=r"2 of 6 images .* 2, 5"):
+            list(half.generate(6))
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp2m", "heun"])
 def test_stop_is_prompt_and_progress_adds_up_to_the_images(pipeline, sampler):
     total, settings = [], {"sampler": sampler, "decoder_sampler": sampler, "steps": 3, "decoder_steps": 2}

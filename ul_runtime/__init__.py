@@ -26,14 +26,19 @@ def load(
     UsageError: a backend that is unknown, not installed or not able to compute in that precision.
     BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
     """
-    from ul_runtime.backends import open_backend
+    from ul_runtime.backends import Backend, open_backend
     from ul_runtime.bundle import Bundle
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.shipped import open_bundle
 
     def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
-        opened = open_backend(backend, bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)
-        return Pipeline(bundle, opened, guide)
+        def open_in(precision: str | None, backend: str) -> Backend:
+            return open_backend(backend, bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)
+
+        opened = open_in(precision, backend)
+        return Pipeline(
+            bundle, opened, guide, None if opened.precision == "fp32" else lambda: open_in("fp32", opened.name)
+        )
 
     lesser = None if guide is None else pipeline(open_bundle(guide, graphs=["prior_step"]))
     return pipeline(open_bundle(path), lesser)

@@ -7,7 +7,7 @@ Image indices are 0 to 2^63 - 1 (int64), seeds 0 to 2^64 - 1.
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Unpack
 
 import numpy as np
@@ -69,10 +69,22 @@ class Encoded:
 
 
 class Pipeline:
-    """A bundle and a backend that runs its graphs; `guide` is another of which the prior guides (autoguidance)."""
+    """A bundle and a backend that runs its graphs; `guide` is another of which the prior guides (autoguidance).
 
-    def __init__(self, bundle: Bundle, backend: Backend, guide: "Pipeline | None" = None) -> None:
+    `exact` opens a backend in float32, where `backend` computes in less: images that are not finite are made again on
+    it, and their indices noted in `remade`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        guide: "Pipeline | None" = None,
+        exact: Callable[[], Backend] | None = None,
+    ) -> None:
         """BadInputError: the guide does not fit."""
+        self._exact = exact
+        self.remade: list[int] = []
         self.bundle = bundle
         self.backend = backend
         self.guide = guide
@@ -93,6 +105,13 @@ class Pipeline:
     def computed_by(self) -> dict[str, Any]:
         """What computes: backend, precision, and the number of threads where bytes depend on it (else None)."""
         return {"backend": self.backend.name, "precision": self.backend.precision, "threads": self.backend.threads}
+
+    @cached_property
+    def in_float32(self) -> "Pipeline | None":
+        """The same on the backend of `exact`; None without one."""
+        if self._exact is None:
+            return None
+        return Pipeline(self.bundle, self._exact(), self.guide and (self.guide.in_float32 or self.guide))
 
     def settings(self, **overrides: Unpack[Overrides]) -> Settings:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""
@@ -124,7 +143,8 @@ class Pipeline:
         `guidance` w: pred = w pred(label) + (1 - w) u where logsnr is in `guidance_interval`; u is the prediction of
         the pipeline's guide or, without one, of this bundle for no label. `guidance_rescale` in [0, 1], 0 = off, draws
         the guided prediction's standard deviation, of each image, back to that of pred(label).
-        Non-finite images are left out; after the last batch they raise NonFiniteError. Else UsageError, StoppedError.
+        Images that are not finite, in float32 either, are left out; after the last batch they raise NonFiniteError.
+        Else UsageError, StoppedError.
         """
         check_seed(seed)
         indices = _indices(images)
@@ -136,10 +156,10 @@ class Pipeline:
         calls = len(self.prior_table(settings.prior)) + len(self.decoder_table(settings.decoder))
         per_step = _per_step(control, calls)
 
-        def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        def draw(by: Pipeline, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             label = cycle[indices[part] % len(cycle)]
-            z_0 = self.sample_z_0(indices[part], label, seed, settings, per_step)
-            x = self.sample_x(z_0, indices[part], seed, settings.decoder, per_step)
+            z_0 = by.sample_z_0(indices[part], label, seed, settings, per_step)
+            x = by.sample_x(z_0, indices[part], seed, settings.decoder, per_step)
             return label, np.where(_finite(z_0)[:, None, None, None], x, np.float32(np.nan))
 
         return self._batches(indices, batch_size, draw)
@@ -172,10 +192,10 @@ class Pipeline:
         label = np.full(len(at), self.num_classes) if labels is None else np.asarray(labels)
         per_step = _per_step(control, len(self.decoder_table(sampler)) * mean_of)
 
-        def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
-            total = self.sample_x(z_0[part], at[part], seed, sampler, per_step)
+        def draw(by: Pipeline, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            total = by.sample_x(z_0[part], at[part], seed, sampler, per_step)
             for k in range(1, mean_of):
-                total = total + self.sample_x(z_0[part], at[part], (seed + k) % _SEEDS, sampler, per_step)
+                total = total + by.sample_x(z_0[part], at[part], (seed + k) % _SEEDS, sampler, per_step)
             return label[part], total / np.float32(mean_of)
 
         return self._batches(at, batch_size, draw)
@@ -286,9 +306,12 @@ class Pipeline:
         self,
         indices: np.ndarray,
         batch_size: int | None,
-        draw: Callable[[slice], tuple[np.ndarray, np.ndarray]],
+        draw: Callable[["Pipeline", np.ndarray], tuple[np.ndarray, np.ndarray]],
     ) -> Iterator[Images]:
-        """Checks now, yields later: the finite images of `draw`, batch by batch, then the error for the others."""
+        """Checks now, yields later: the finite images of `draw`, batch by batch, then the error for the others.
+
+        `draw(pipeline, positions in indices)`: labels and images; again in float32 for those that are not finite.
+        """
         size = self.default_batch_size if batch_size is None else batch_size
         if size < 1:
             raise UsageError(f"the batch size is {size}; expected 1 or more")
@@ -296,9 +319,14 @@ class Pipeline:
         def run() -> Iterator[Images]:
             failed: list[int] = []
             for first in range(0, len(indices), size):
-                part = slice(first, first + size)
-                label, x = draw(part)
+                part = np.arange(first, min(first + size, len(indices)))
+                label, x = draw(self, part)
                 finite = _finite(x)
+                if not finite.all() and (exact := self.in_float32) is not None:
+                    self.remade += indices[part[~finite]].tolist()
+                    x = x.copy()
+                    x[~finite] = draw(exact, part[~finite])[1]
+                    finite = _finite(x)
                 failed += indices[part][~finite].tolist()
                 if finite.any():
                     x = x[finite]

@@ -1,5 +1,6 @@
 """What ul-generate and ul-decode share: fill a folder with one job's images, then draw its contact sheet."""
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,12 @@ def fill(
     if failed:
         raise NonFiniteError("; ".join(map(str, failed)))
     rate = round(made / seconds, 3) if made else None
+    if again := pipeline.remade:
+        shown = ", ".join(map(str, again[:10])) + (" ..." if len(again) > 10 else "")
+        what = f"not finite in {pipeline.backend.precision} and made again in float32: images {shown}"
+        print(f"{len(again)} of {made} {what}", file=sys.stderr, flush=True)
     counts = {"num_images": num_images, "made": made, "seconds": round(seconds, 3), "images_per_s": rate}
+    counts["made_again_in_float32"] = len(again)
     where = {"out": str(out), "sheet": str(sheet)}
     return where | counts | {"fingerprint": folder.fingerprint} | job.model_dump(mode="json")
 
