@@ -193,7 +193,7 @@ def test_bundles_of_one_encoder_say_so_at_any_opset(tmp_path_factory):
 def test_weights_in_float16_halve_the_bundle_and_are_those_that_torch_rounds_to(tmp_path_factory):
     plain, half = (exported_run(name, tmp_path_factory) for name in (PLAIN, HALF))
     exact, stored = (load_file(each.bundle / "prior.safetensors") for each in (plain, half))
-    rounded = {name.removesuffix(".float16"): array for name, array in stored.items() if name.endswith(".float16")}
+    rounded = {name.removesuffix(".half"): array for name, array in stored.items() if name.endswith(".half")}
     assert len(rounded) > 0.7 * len(exact)  # torch folds a few with constants, which float16 no longer holds
     for name, array in rounded.items():
         assert array.dtype == np.float16

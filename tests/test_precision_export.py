@@ -1,5 +1,7 @@
 """ul-export --fp16 and --bf16 of runs with random weights: pins where they are needed, proof, bundle and runtime."""
 
+import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,18 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
     weights = sum((out / name).stat().st_size for name in bundle.manifest.files if name.endswith(".safetensors"))
     exact = sum((plain.bundle / name).stat().st_size for name in bundle.manifest.files if name.endswith(".safetensors"))
     assert weights < 0.7 * exact
+    report = json.loads((out / "precision.json").read_bytes())
+    for name, each in report["graphs"].items():
+        nodes = each["nodes"]
+        assert sum(node["flops_share"] for node in nodes) == pytest.approx(1.0)
+        assert 0.9 < each["flops_share"] == sum(node["flops_share"] for node in nodes if node["precision"] == kind)
+        assert all((node["precision"] == kind) == (node["why"] == "") for node in nodes)
+        assert sum(each["weight_bytes"].values()) < 0.75 * each["weight_bytes_float32"]
+        assert bundle.manifest.parity[kind]["flops_share"][name] == pytest.approx(each["flops_share"])
+    page = (out / "precision.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:)', page), "needs no other file"
+    assert str(tmp_path) not in page + json.dumps(report)
     parity = bundle.manifest.parity[kind]
     assert set(parity["pinned"]) == set(GRAPH_NAMES)
     assert (
@@ -252,6 +266,15 @@ def test_what_cannot_be_asked_for_is_refused_before_any_work(words, code, messag
     result = command(main, plain.run, "--out", tmp_path / "bundle", *words)
     assert (result.code, result.err.count("\n")) == (code, 1), result.err
     assert message in result.err
+
+
+def test_a_precision_that_would_be_float32_for_the_most_part_is_refused(plain, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("ul_export.precision.command.LEAST_SHARE", 0.98)
+    words = ("--fp16", "--threads", 1, "--calibrate", plain.run.parent / "images.npz", "--out", tmp_path / "bundle")
+    result = command(main, plain.run, *words)
+    assert result.code == 65
+    assert re.search(r"prior_step would compute 9\d% of its FLOPs in fp16, .* at least 98% are expected", result.err)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_pins_are_found_in_the_weights_too(plain):

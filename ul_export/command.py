@@ -151,7 +151,7 @@ def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
     paths = [each for each in reduced.values() if isinstance(each, dict) and "z_0" in each]
     return {
         "pinned_nodes": sum(map(len, reduced["pinned"].values())),
-        "least_share_in_half": min(reduced["shares"].values()),
+        "least_flops_share": min(reduced["flops_share"].values()),
         "half_worst_z_0_difference": max(each["z_0"] for each in paths),
         "half_worst_image_psnr_db": min(each["image_psnr_db"] for each in paths),
     }

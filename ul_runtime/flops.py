@@ -16,11 +16,12 @@ _UNCOUNTED = {"DeformConv", "Einsum", "GRU", "LSTM", "QLinearConv", "QLinearMatM
 
 @dataclass(frozen=True)
 class Node:
-    """An operator that ran, with the shapes of its inputs (without those that are left out) and outputs."""
+    """An operator that ran, the shapes of its inputs (without those that are left out) and outputs, and its name."""
 
     op: str
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
+    name: str = ""
 
 
 def node_flops(node: Node) -> int:

@@ -119,7 +119,8 @@ def drawn_latent(mean: Tensor, log_variance: Tensor, eps: Tensor, schedule: Sche
     Nats sum 1/2 (-logsnr_z(0) - log s^2), which add to L_prior: z_clean given z_0 costs the entropy of N(., e^-logsnr)
     more than z_0 does, and the entropy of the encoder's own noise less.
     """
-    nats = 0.5 * (-schedule.ends[1] - log_variance).flatten(1).sum(1)
+    _, logsnr_0 = schedule.ends
+    nats = 0.5 * (-logsnr_0 - log_variance).flatten(1).sum(1)
     return mean + (0.5 * log_variance).exp() * eps, nats
 
 

@@ -1,6 +1,5 @@
 """The figures of ul-eval for people: a table, and one HTML file with its pictures inside."""
 
-import base64
 import sys
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -8,6 +7,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from ul_export.page import page, paragraph, picture, table
 
 _WIDTH = 110  # of tables that no terminal limits
 # figure -> (name, better, what it says)
@@ -36,12 +37,6 @@ _PICTURES = {
     "neighbours.png": "Nearest training images of the first samples",
     "closest.png": "Samples nearest to a training image",
 }
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #202020; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
-th { text-align: left } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.about { color: #606060 } img { max-width: 100%; border: 1px solid #ddd } code { overflow-wrap: anywhere }
-"""
 
 
 class Row(NamedTuple):
@@ -104,38 +99,27 @@ def print_report(result: Mapping[str, Any]) -> None:
     """The table on stdout."""
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     title = f"{result['bundle']['name']}, {result['data']['source']}"
-    table = Table("of", "figure", "better", title=title, title_justify="left")
+    shown = Table("of", "figure", "better", title=title, title_justify="left")
     for name in ("count", "bundle", "real"):
-        table.add_column(name, justify="right")
+        shown.add_column(name, justify="right")
     before = ""
     for row in rows(result):
-        table.add_row("" if row.section == before else row.section, *row[1:-1])
+        shown.add_row("" if row.section == before else row.section, *row[1:-1])
         before = row.section
-    console.print(table)
+    console.print(shown)
     for line in said(result):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def html_report(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """One page that needs no other file."""
-    head = "".join(f"<th>{name}</th>" for name in ("of", "figure", "better"))
-    head += "".join(f'<th class="number">{name}</th>' for name in ("count", "bundle", "real")) + "<th></th>"
-    lines = []
-    for row in rows(result):
-        texts = "".join(f"<td>{escape(text)}</td>" for text in row[:3])
-        numbers = "".join(f'<td class="number">{escape(text)}</td>' for text in row[3:6])
-        lines.append(f'<tr>{texts}{numbers}<td class="about">{escape(row.about)}</td></tr>')
-    figures = "".join(
-        f'<h2>{_PICTURES[name]}</h2><img alt="{_PICTURES[name]}" src="data:image/png;base64,'
-        f'{base64.b64encode(data).decode()}">'
-        for name, data in pictures.items()
-    )
-    sentences = "".join(f"<p>{escape(line)}</p>" for line in said(result))
-    title = escape(f"{result['bundle']['name']}: evaluation")
+    columns = ["of", "figure", "better", "count", "bundle", "real", ""]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    facts = escape(f"Bundle {result['bundle']['hash'][:12]}; data {result['data']['fingerprint'][:12]}; {versions}")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"<h1>{title}</h1>{sentences}<table><tr>{head}</tr>{''.join(lines)}</table>{figures}"
-        f"<p>{facts}</p><p><code>{escape(result['command'])}</code></p></html>\n"
-    )
+    body = [
+        *map(paragraph, said(result)),
+        table(columns, rows(result), (3, 4, 5)),
+        *(picture(_PICTURES[name], data) for name, data in pictures.items()),
+        paragraph(f"Bundle {result['bundle']['hash'][:12]}; data {result['data']['fingerprint'][:12]}; {versions}"),
+        f"<p><code>{escape(result['command'])}</code></p>",
+    ]
+    return page(f"{result['bundle']['name']}: evaluation", body)

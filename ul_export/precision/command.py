@@ -1,5 +1,6 @@
 """What ul-export --fp16 and --bf16 do: ranges, search, proof, and the files of the bundle."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from onnx import ModelProto
 from ul_export.half_weights import store_half
 from ul_export.onnx_graphs import split_weights
 from ul_export.precision.lower import HALF, by_design
+from ul_export.precision.report import html_report, precision_report
 from ul_export.precision.search import Calibration, Reduced, prove, reduce, worst_nodes
 from ul_export.precision.tensors import stored_name
 from ul_export.verify import BATCH_SIZES
@@ -18,6 +20,8 @@ from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.onnx_weights import with_weights
 
+LEAST_SHARE = 0.5  # of a graph's FLOPs in the precision that was asked for
+REPORT = "precision"  # .json and .html, in the bundle
 PROOF_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # 68 images, guided and not
 
 
@@ -46,6 +50,14 @@ def reduced_bundle(
             f"{info.name}: {kind} does not equal float32, no bundle was written: {reduced.proof.failures[0]}; "
             f"worst node of {graph}: {nodes[0].node}, which adds {nodes[0].grown:.2g} to the relative error"
         )
+    report = precision_report(calibration, reduced, largest)
+    shares = {name: report["graphs"][name]["flops_share"] for name in reduced.models}
+    for name, share in shares.items():
+        if share < LEAST_SHARE:
+            raise BadInputError(
+                f"{info.name}: {name} would compute {share:.0%} of its FLOPs in {kind}, to equal float32 within the "
+                f"tolerance; at least {LEAST_SHARE:.0%} are expected, no bundle was written: export in float32"
+            )
     written: dict[str, bytes] = {}
     graphs = {}
     for name, model in reduced.models.items():
@@ -54,7 +66,9 @@ def reduced_bundle(
         written |= _files(
             name, entry.file, str(entry.float32_file), entry.weights, model, calibration.models[name], kind
         )
-    figures = {"pinned": reduced.pinned, "shares": {name: half_share(reduced, name) for name in reduced.models}}
+    written[f"{REPORT}.json"] = (json.dumps(report, indent=1) + "\n").encode()
+    written[f"{REPORT}.html"] = html_report(report, info.name).encode()
+    figures = {"pinned": reduced.pinned, "flops_share": shares}
     return info.model_copy(update={"graphs": graphs}), written, {**figures, **reduced.proof.figures}
 
 
@@ -79,12 +93,6 @@ def _files(
     if data != same:
         raise ULError(f"{name}: the graphs in {kind} and float32 have other weights")
     return {file: graph, float32_file: twin, weights: data}
-
-
-def half_share(reduced: Reduced, graph: GraphName) -> float:
-    """Share of the nodes with weights or products, those that take the time, that compute in half precision."""
-    heavy = [node.name for node in reduced.models[graph].graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    return sum(name in reduced.half[graph] for name in heavy) / len(heavy)
 
 
 def pins_in_words(reduced: Reduced) -> str:

@@ -99,7 +99,7 @@ class OrtCpuBackend:
             session = self._build(graph_name, options)
             session.run(None, inputs)
             events = json.loads(Path(session.end_profiling()).read_bytes())
-        return [_node(event["args"]) for event in events if "input_type_shape" in event.get("args", {})]
+        return [_node(event) for event in events if "input_type_shape" in event.get("args", {})]
 
     def _build(self, graph_name: "GraphName", options: ort.SessionOptions) -> ort.InferenceSession:
         weights = self._bundle.initializers(graph_name)
@@ -136,11 +136,12 @@ def _session_options(threads: int | None) -> ort.SessionOptions:
 
 def _node(event: dict[str, Any]) -> Node:
     """An event of the profile; shapes come as [{"float": [1, 64]}, ...]."""
+    about = event["args"]
     inputs, outputs = (
-        tuple(tuple(shape) for typed in event[key] for shape in typed.values())
+        tuple(tuple(shape) for typed in about[key] for shape in typed.values())
         for key in ("input_type_shape", "output_type_shape")
     )
-    return Node(event["op_name"], inputs, outputs)
+    return Node(about["op_name"], inputs, outputs, event["name"].removesuffix("_kernel_time"))
 
 
 def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

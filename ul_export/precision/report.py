@@ -1,0 +1,205 @@
+"""What a lower precision did: node by node and step by step, as JSON and as one page."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from onnx import ModelProto, TensorProto
+
+from ul_export.compare import HALF as TOLERANCES
+from ul_export.module_paths import module_of
+from ul_export.page import page, paragraph, picture, table
+from ul_export.precision.lower import by_design
+from ul_export.precision.memory import in_memory
+from ul_export.precision.ranges import LARGEST_FLOAT16, headroom_bits
+from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
+from ul_runtime.flops import node_flops
+from ul_runtime.manifest import GraphName
+
+_SHOWN = 8  # nodes with the least headroom, of each graph
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """A node: what it computes in and why, the largest magnitude that it takes or makes, and its share of the FLOPs."""
+
+    node: str
+    module: str
+    operator: str
+    precision: str
+    why: str
+    largest: float
+    headroom_bits: float | None  # None: zeros alone
+    flops_share: float
+
+
+def precision_report(
+    calibration: Calibration, reduced: Reduced, largest: Mapping[GraphName, Mapping[str, float]]
+) -> dict[str, Any]:
+    """All that is known, as JSON."""
+    graphs = {}
+    for graph, model in calibration.models.items():
+        nodes = _nodes(calibration, reduced, graph, largest[graph])
+        graphs[graph] = {
+            "flops_share": sum(each.flops_share for each in nodes if each.precision == reduced.kind),
+            "weight_bytes": _weight_bytes(reduced.models[graph]),
+            "weight_bytes_float32": sum(_weight_bytes(model).values()),
+            "nodes": [asdict(each) for each in nodes],
+        }
+    tolerances = asdict(TOLERANCES[reduced.kind])
+    proof = {"figures": reduced.proof.figures, "failures": reduced.proof.failures}
+    return {"precision": reduced.kind, "tolerances": tolerances, "graphs": graphs, "proof": proof}
+
+
+def _nodes(
+    calibration: Calibration, reduced: Reduced, graph: GraphName, largest: Mapping[str, float]
+) -> list[NodeReport]:
+    model = calibration.models[graph]
+    design, pinned, half = by_design(model), reduced.pinned[graph], reduced.half[graph]
+    flops = _flops(calibration, reduced, graph)
+    total = sum(flops.values())
+    found = []
+    for node in model.graph.node:
+        seen = [largest[name] for name in (*node.input, *node.output) if name in largest]
+        if not any(name in largest for name in node.output):
+            continue  # makes no float32
+        why = pinned.get(node.name) or design.get(node.name) or "moves float32, or stands between float32 nodes"
+        room = headroom_bits(max(seen))
+        found.append(
+            NodeReport(
+                node=node.name,
+                module=module_of(node.name),
+                operator=node.op_type,
+                precision=reduced.kind if node.name in half else "fp32",
+                why="" if node.name in half else why,
+                largest=max(seen),
+                headroom_bits=round(room, 2) if math.isfinite(room) else None,
+                flops_share=flops.get(node.name, 0) / total,
+            )
+        )
+    return found
+
+
+def _flops(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict[str, int]:
+    """FLOPs of every node on the inputs of a real call."""
+    backend = in_memory(calibration.info, {graph: calibration.models[graph]}, calibration.threads)
+    ran = backend.nodes(graph, reduced.proof.worst_calls[graph][1])
+    return {node.name: node_flops(node) for node in ran}
+
+
+def _weight_bytes(model: ModelProto) -> dict[str, int]:
+    """By type."""
+    found: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        name = TensorProto.DataType.Name(tensor.data_type).lower()
+        found[name] = found.get(name, 0) + len(tensor.raw_data)
+    return found
+
+
+def html_report(record: Mapping[str, Any], name: str) -> str:
+    """The record as a page that needs no other file, with drift by step and headroom by node."""
+    figures = [(key, each) for key, each in record["proof"]["figures"].items() if "z_0" in each]
+    worst = min(each["image_psnr_db"] for _, each in figures)
+    kind, bound = record["precision"], record["tolerances"]
+    pins = [
+        (graph, node["node"], node["why"])
+        for graph, each in record["graphs"].items()
+        for node in each["nodes"]
+        if node["precision"] == "fp32" and node["why"].startswith(("magnitude", "its "))
+    ]
+    body = [
+        paragraph(
+            f"Every graph call of the sampling path is within {bound['graph']['absolute']:g} + "
+            f"{bound['graph']['relative']:g} |value| of float32; final images are at {worst:.1f} dB or better "
+            f"(at least {bound['least_psnr_db']:g} dB is asked for). Rounding is that of {kind} after every operation, "
+            "sums in float32."
+        ),
+        table(
+            ["graph", f"FLOPs in {kind}", "weights, bytes", "of float32", "nodes", "pinned"],
+            [_graph_row(graph, each, pins) for graph, each in record["graphs"].items()],
+            range(1, 6),
+        ),
+        "<h2>Pinned to float32</h2>",
+        table(["graph", "node", "why"], pins) if pins else paragraph("None."),
+        picture("Drift of the state along both loops", drift_plot(figures)),
+        picture("Largest magnitude of every node", headroom_plot(record)),
+        f"<h2>Least headroom below float16's largest number, of the nodes in {kind}</h2>",
+        table(["graph", "node", "largest", "headroom, bits"], _tightest(record), (2, 3)),
+        "<h2>Whole images</h2>",
+        table(
+            ["path", "z_0, largest difference", "images, PSNR in dB", "within one level of 255"],
+            [
+                (key, f"{each['z_0']:.2g}", f"{each['image_psnr_db']:.1f}", f"{each['within_one_level']:.2%}")
+                for key, each in figures
+            ],
+            (1, 2, 3),
+        ),
+    ]
+    return page(f"{name}: {kind} against float32", body)
+
+
+def _graph_row(graph: str, each: Mapping[str, Any], pins: list[tuple[str, str, str]]) -> list[str]:
+    stored = sum(each["weight_bytes"].values())
+    return [
+        graph,
+        f"{each['flops_share']:.1%}",
+        f"{stored:,}",
+        f"{stored / each['weight_bytes_float32']:.0%}",
+        str(len(each["nodes"])),
+        str(sum(pin[0] == graph for pin in pins)),
+    ]
+
+
+def _tightest(record: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for graph, each in record["graphs"].items():
+        nodes = [
+            node
+            for node in each["nodes"]
+            if node["precision"] == record["precision"] and node["headroom_bits"] is not None
+        ]
+        for node in sorted(nodes, key=lambda node: float(node["headroom_bits"]))[:_SHOWN]:
+            rows.append([graph, node["node"], f"{node['largest']:.4g}", f"{node['headroom_bits']:.1f}"])
+    return rows
+
+
+def drift_plot(figures: list[tuple[str, Mapping[str, Any]]]) -> bytes:
+    """PNG: root-mean-square difference of z and x after each step, a line a path, a colour for each guidance."""
+    from matplotlib.figure import Figure
+
+    from ul_train.plots import figure_png
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, graph, state in zip(figure.subplots(1, 2), ("prior_step", "decoder_step"), ("z", "x"), strict=True):
+        colours: dict[str, str] = {}
+        for key, each in figures:
+            guidance, drift = key.split(", ")[1], each["drift"][graph]
+            label = None if guidance in colours else guidance
+            colour = colours.setdefault(guidance, f"C{len(colours)}")
+            axes.semilogy(range(1, len(drift) + 1), drift, ".-", color=colour, linewidth=0.8, label=label)
+        axes.set(xlabel="step", ylabel=f"difference of {state}", title=graph)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure_png(figure, 110)
+
+
+def headroom_plot(record: Mapping[str, Any]) -> bytes:
+    """PNG: largest magnitude of every node in the graph's order; those that stay in float32 apart."""
+    from matplotlib.figure import Figure
+
+    from ul_train.plots import figure_png
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, (graph, each) in zip(figure.subplots(1, 3, sharey=True), record["graphs"].items(), strict=True):
+        for kind, marker in (("fp32", "x"), (record["precision"], ".")):
+            points = [(at, node["largest"]) for at, node in enumerate(each["nodes"]) if node["precision"] == kind]
+            axes.semilogy(*zip(*points, strict=True), marker, label=kind, markersize=4)
+        axes.axhline(LARGEST_FLOAT16, color="red", label="largest float16")
+        axes.axhline(LARGEST_FLOAT16 / 2**LEAST_HEADROOM_BITS, color="red", linestyle=":", label="pinned above")
+        axes.set(xlabel="node", title=graph)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("largest magnitude")
+    figure.axes[-1].legend(fontsize=8)
+    return figure_png(figure, 110)
