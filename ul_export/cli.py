@@ -18,9 +18,12 @@ def export(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16 wherever that is proved to hold.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 wherever that is proved to hold.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Products and convolutions in int8 wherever that is proved to hold.")
+    ] = False,
     calibrate: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Images for --fp16 and --bf16.", show_default="the run's held-out images"),
+        typer.Option(metavar="SOURCE", help="Images for lower precisions.", show_default="the run's held-out images"),
     ] = None,
     opset: Annotated[
         int | None, typer.Option(metavar="18|20|22", help="ONNX opset of the graphs.", show_default="20; --bf16: 22")
@@ -38,16 +41,19 @@ def export(
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
     require_packages("torch", "onnx", "onnxscript", extras="train,export")
     from ul_export.command import ExportOptions, export_bundle
+    from ul_export.precision.kinds import KINDS
     from ul_train.cli import cache_dir
 
-    if fp16 and bf16:
-        raise UsageError("--fp16 and --bf16: give one of them")
+    asked = [kind for kind, given in zip(KINDS, (fp16, bf16, int8), strict=True) if given]
+    if len(asked) > 1:
+        raise UsageError(f"--{asked[0]} and --{asked[1]}: give one of them")
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
-    options = ExportOptions(opset, precision, weights, calibrate, cache_dir(cache), threads, overwrite)
+    options = ExportOptions(
+        opset, asked[0] if asked else "fp32", weights, calibrate, cache_dir(cache), threads, overwrite
+    )
     figures = export_bundle(run, out, options, say)
     if json_:
         print(json.dumps(figures))

@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from ul_export.compare import FP32, HALF, Tolerances
+from ul_export.compare import FP32, REDUCED, Tolerances
 from ul_export.first_difference import first_difference
 from ul_export.half_weights import effect_of_rounding, rounded
 from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs, step_graphs
 from ul_export.precision.command import reduced_bundle, with_their_weights
+from ul_export.precision.kinds import Kind
 from ul_export.precision.search import CALIBRATION_IMAGES
 from ul_export.verify import BATCH_SIZES, Proof, require, verify
 from ul_runtime import durable
@@ -33,7 +34,7 @@ from ul_train.heldout import from_uint8, torch_pipeline
 from ul_train.session import RunInfo, load_networks
 
 WEIGHTS = ("fp32", "fp16")
-_DEFAULT_OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}  # convolutions take bfloat16 from opset 22 on
+_DEFAULT_OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # convolutions take bfloat16 from opset 22 on
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ExportOptions:
     """
 
     opset: int | None = None
-    precision: str = "fp32"
+    precision: Kind | Literal["fp32"] = "fp32"
     weights: str = "fp32"
     calibrate: str | None = None
     cache: Path = Path("cache")
@@ -63,7 +64,7 @@ class ExportOptions:
         if self.precision != "fp32" and self.weights != "fp32":
             raise UsageError(f"--weights {self.weights}: --{self.precision} says itself how weights are stored")
         if self.precision == "fp32" and self.calibrate is not None:
-            raise UsageError("--calibrate is for --fp16 and --bf16")
+            raise UsageError("--calibrate is for --fp16, --bf16 and --int8")
         return opset
 
 
@@ -100,9 +101,9 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     paths = [figures for figures in proof.figures.values() if "z_0" in figures]
     by_rounding = parity.get("rounded_weights")
     reduced: dict[str, Any] = {}
-    if x is not None:
+    if x is not None and options.precision != "fp32":
         described, files, reduced = reduced_bundle(described, files, options.precision, x, threads, say)
-        on_this_machine, _ = prove(out, described, files, networks, threads, HALF[options.precision])
+        on_this_machine, _ = prove(out, described, files, networks, threads, REDUCED[options.precision])
         require(on_this_machine, str(run))
         parity[options.precision] = reduced | {"on_this_machine": on_this_machine.figures}
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=options.overwrite)
@@ -152,8 +153,8 @@ def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
     return {
         "pinned_nodes": sum(map(len, reduced["pinned"].values())),
         "least_flops_share": min(reduced["flops_share"].values()),
-        "half_worst_z_0_difference": max(each["z_0"] for each in paths),
-        "half_worst_image_psnr_db": min(each["image_psnr_db"] for each in paths),
+        "reduced_worst_z_0_difference": max(each["z_0"] for each in paths),
+        "reduced_worst_image_psnr_db": min(each["image_psnr_db"] for each in paths),
     }
 
 

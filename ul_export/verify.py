@@ -87,7 +87,8 @@ def verify(
     """Compare `actual` with the reference pipeline (`what`): same noise and labels, guided and not, batch by batch.
 
     Each graph is compared on the inputs that the reference path really gives it, then, while these agree, z_0 and the
-    images of both whole paths, then each graph where no input is zero. Differences are collected, not raised.
+    images of both whole paths, then each graph where no input is zero (unless the tolerances leave that out).
+    Differences are collected, not raised.
     A size of `batch_sizes` that comes again is of other images; the encoder is also given images x `b c h w`.
     NonFiniteError: the reference gives NaN or Inf.
     """
@@ -101,9 +102,10 @@ def verify(
             _verify_path(proof, path, key, tolerances, what)
             advance(batch_size)
     recorder = Recorder(reference.backend)
-    for graph, inputs in _full_inputs(reference, seed):
+    for graph, inputs in _full_inputs(reference, seed) if tolerances.off_path else ():
         recorder.run(graph, inputs)
-    proof.compare_calls("any coefficients", recorder.calls, actual, tolerances.graph)
+    if recorder.calls:
+        proof.compare_calls("any coefficients", recorder.calls, actual, tolerances.graph)
     if x is not None:
         recorder = Recorder(reference.backend)
         recorder.run("encoder", {"x": x})

@@ -8,16 +8,15 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from ul_export.half_weights import store_half
 from ul_export.onnx_graphs import split_weights
-from ul_export.precision.lower import HALF, by_design
+from ul_export.precision.kinds import Kind, in_float32
+from ul_export.precision.lower import by_design
 from ul_export.precision.report import html_report, precision_report
 from ul_export.precision.search import Calibration, Reduced, prove, reduce, worst_nodes
-from ul_export.precision.tensors import stored_name
 from ul_export.verify import BATCH_SIZES
 from ul_runtime.bundle import parse_weights
 from ul_runtime.errors import BadInputError, ULError
-from ul_runtime.manifest import BundleInfo, GraphName
+from ul_runtime.manifest import BundleInfo, Graph, GraphName
 from ul_runtime.onnx_weights import with_weights
 
 LEAST_SHARE = 0.5  # of a graph's FLOPs in the precision that was asked for
@@ -28,7 +27,7 @@ PROOF_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # 68 images, guided and not
 def reduced_bundle(
     info: BundleInfo,
     files: Mapping[str, bytes],
-    kind: str,
+    kind: Kind,
     x: np.ndarray,
     threads: int | None,
     say: Callable[[str], None],
@@ -39,8 +38,7 @@ def reduced_bundle(
     """
     calibration = Calibration(info, with_their_weights(info, files), x, threads)
     say(f"{kind}: recording the largest magnitude of every tensor along the sampling path")
-    largest = calibration.ranges()
-    reduced = reduce(calibration, kind, largest, say)
+    reduced = reduce(calibration, kind, say)
     say(f"{kind}: {pins_in_words(reduced)}; comparing with float32 at batch sizes {', '.join(map(str, BATCH_SIZES))}")
     if not reduced.proof.failures:
         reduced.proof = prove(calibration, kind, reduced.models, batch_sizes=PROOF_BATCHES)
@@ -50,7 +48,7 @@ def reduced_bundle(
             f"{info.name}: {kind} does not equal float32, no bundle was written: {reduced.proof.failures[0]}; "
             f"worst node of {graph}: {nodes[0].node}, which adds {nodes[0].grown:.2g} to the relative error"
         )
-    report = precision_report(calibration, reduced, largest)
+    report = precision_report(calibration, reduced)
     shares = {name: report["graphs"][name]["flops_share"] for name in reduced.models}
     for name, share in shares.items():
         if share < LEAST_SHARE:
@@ -60,12 +58,10 @@ def reduced_bundle(
             )
     written: dict[str, bytes] = {}
     graphs = {}
-    for name, model in reduced.models.items():
+    for name in reduced.models:
         entry = info.graphs[name].model_copy(update={"precision": kind, "float32_file": f"{name}.float32.onnx"})
         graphs[name] = entry
-        written |= _files(
-            name, entry.file, str(entry.float32_file), entry.weights, model, calibration.models[name], kind
-        )
+        written |= _files(name, entry, calibration, reduced)
     written[f"{REPORT}.json"] = (json.dumps(report, indent=1) + "\n").encode()
     written[f"{REPORT}.html"] = html_report(report, info.name).encode()
     figures = {"pinned": reduced.pinned, "flops_share": shares}
@@ -82,17 +78,15 @@ def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[Gra
     }
 
 
-def _files(
-    name: str, file: str, float32_file: str, weights: str, typed: ModelProto, exact: ModelProto, kind: str
-) -> dict[str, bytes]:
+def _files(name: GraphName, entry: Graph, calibration: Calibration, reduced: Reduced) -> dict[str, bytes]:
     """Both graphs and the one file of weights that they share."""
-    stored = {tensor.name for tensor in typed.graph.initializer}
-    halved = {tensor.name for tensor in exact.graph.initializer if stored_name(tensor.name) in stored}
-    graph, data = split_weights(typed, weights)
-    twin, same = split_weights(store_half(exact, halved, HALF[kind]), weights)
+    typed = reduced.models[name]
+    twin = in_float32(calibration.models[name], reduced.kind, reduced.nodes[name], typed)
+    graph, data = split_weights(typed, entry.weights)
+    other, same = split_weights(twin, entry.weights)
     if data != same:
-        raise ULError(f"{name}: the graphs in {kind} and float32 have other weights")
-    return {file: graph, float32_file: twin, weights: data}
+        raise ULError(f"{name}: the graphs in {reduced.kind} and float32 have other weights")
+    return {entry.file: graph, str(entry.float32_file): other, entry.weights: data}
 
 
 def pins_in_words(reduced: Reduced) -> str:

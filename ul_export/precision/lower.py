@@ -5,7 +5,7 @@ float32, so that bundles of any precision are interchangeable.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -75,12 +75,12 @@ def by_design(model: ModelProto) -> dict[str, str]:
     return reasons
 
 
-def half_nodes(model: ModelProto, pinned: Mapping[str, str]) -> set[str]:
+def half_nodes(model: ModelProto, pinned: Collection[str]) -> set[str]:
     """Names of the nodes that compute in half precision: all that make float32 but `by_design`, `pinned`, and
 
     movements of float32 values, and sums and products that take float32 from a node and give it to float32 alone.
     """
-    floats, fixed = float_tensors(model), {**by_design(model), **pinned}
+    floats, fixed = float_tensors(model), {*by_design(model), *pinned}
     weights = {each.name for each in model.graph.initializer}
     outputs = {each.name for each in model.graph.output}
     half: set[str] = set()

@@ -7,7 +7,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto
 
-from ul_export.compare import HALF as TOLERANCES
+from ul_export.compare import REDUCED
 from ul_export.module_paths import module_of
 from ul_export.page import page, paragraph, picture, table
 from ul_export.precision.lower import by_design
@@ -17,6 +17,7 @@ from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
 from ul_runtime.flops import node_flops
 from ul_runtime.manifest import GraphName
 
+OTHERS = ("moves float32, or stands between float32 nodes", "no product with weights")
 _SHOWN = 8  # nodes with the least headroom, of each graph
 
 
@@ -34,29 +35,25 @@ class NodeReport:
     flops_share: float
 
 
-def precision_report(
-    calibration: Calibration, reduced: Reduced, largest: Mapping[GraphName, Mapping[str, float]]
-) -> dict[str, Any]:
+def precision_report(calibration: Calibration, reduced: Reduced) -> dict[str, Any]:
     """All that is known, as JSON."""
     graphs = {}
     for graph, model in calibration.models.items():
-        nodes = _nodes(calibration, reduced, graph, largest[graph])
+        nodes = _nodes(calibration, reduced, graph)
         graphs[graph] = {
             "flops_share": sum(each.flops_share for each in nodes if each.precision == reduced.kind),
             "weight_bytes": _weight_bytes(reduced.models[graph]),
             "weight_bytes_float32": sum(_weight_bytes(model).values()),
             "nodes": [asdict(each) for each in nodes],
         }
-    tolerances = asdict(TOLERANCES[reduced.kind])
+    tolerances = asdict(REDUCED[reduced.kind])
     proof = {"figures": reduced.proof.figures, "failures": reduced.proof.failures}
     return {"precision": reduced.kind, "tolerances": tolerances, "graphs": graphs, "proof": proof}
 
 
-def _nodes(
-    calibration: Calibration, reduced: Reduced, graph: GraphName, largest: Mapping[str, float]
-) -> list[NodeReport]:
-    model = calibration.models[graph]
-    design, pinned, half = by_design(model), reduced.pinned[graph], reduced.half[graph]
+def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list[NodeReport]:
+    model, largest = calibration.models[graph], calibration.largest[graph]
+    design, pinned, nodes = by_design(model), reduced.pinned[graph], reduced.nodes[graph]
     flops = _flops(calibration, reduced, graph)
     total = sum(flops.values())
     found = []
@@ -64,15 +61,15 @@ def _nodes(
         seen = [largest[name] for name in (*node.input, *node.output) if name in largest]
         if not any(name in largest for name in node.output):
             continue  # makes no float32
-        why = pinned.get(node.name) or design.get(node.name) or "moves float32, or stands between float32 nodes"
+        why = pinned.get(node.name) or design.get(node.name) or OTHERS[reduced.kind == "int8"]
         room = headroom_bits(max(seen))
         found.append(
             NodeReport(
                 node=node.name,
                 module=module_of(node.name),
                 operator=node.op_type,
-                precision=reduced.kind if node.name in half else "fp32",
-                why="" if node.name in half else why,
+                precision=reduced.kind if node.name in nodes else "fp32",
+                why="" if node.name in nodes else why,
                 largest=max(seen),
                 headroom_bits=round(room, 2) if math.isfinite(room) else None,
                 flops_share=flops.get(node.name, 0) / total,

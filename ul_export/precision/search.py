@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto
 
-from ul_export.compare import HALF
+from ul_export.compare import REDUCED
+from ul_export.precision.kinds import Kind, as_computed, candidates, typed
 from ul_export.precision.layers import node_errors
-from ul_export.precision.lower import MOVEMENT, emulated, half_nodes, lower
+from ul_export.precision.lower import MOVEMENT, half_nodes
 from ul_export.precision.memory import in_memory
 from ul_export.precision.ranges import RangeRecorder, headroom_bits, weight_ranges, with_ranges
 from ul_export.verify import Proof, verify
@@ -41,7 +43,8 @@ class Calibration:
         backend = in_memory(self.info, models, self.threads)
         return Pipeline(SimpleNamespace(manifest=self.info), backend)  # type: ignore[arg-type]
 
-    def ranges(self) -> dict[GraphName, dict[str, float]]:
+    @cached_property
+    def largest(self) -> dict[GraphName, dict[str, float]]:
         """The largest magnitude of every float32 tensor: all steps of both loops, guided and not, and the encoder."""
         measured = {name: with_ranges(model) for name, model in self.models.items()}
         backend = in_memory(self.info, {name: model for name, (model, _) in measured.items()}, self.threads)
@@ -62,9 +65,9 @@ class Calibration:
 class Reduced:
     """Typed graphs, the nodes that were pinned to float32 and why, and the proof of the rest against float32."""
 
-    kind: str
+    kind: Kind
     models: dict[GraphName, ModelProto]
-    half: dict[GraphName, set[str]]
+    nodes: dict[GraphName, set[str]]  # that compute in `kind`
     pinned: Pins
     proof: Proof
 
@@ -88,9 +91,7 @@ def overflow_pins(model: ModelProto, largest: Mapping[str, float]) -> dict[str, 
     return pins
 
 
-def reduce(
-    calibration: Calibration, kind: str, largest: Mapping[GraphName, Mapping[str, float]], say: Callable[[str], None]
-) -> Reduced:
+def reduce(calibration: Calibration, kind: Kind, say: Callable[[str], None]) -> Reduced:
     """The graphs in `kind` with the fewest nodes in float32 that hold the tolerances; the proof says if none does.
 
     Pins what would overflow. While the proof fails, pins in the graph that is furthest out the nodes whose rounding
@@ -98,7 +99,7 @@ def reduce(
     """
     pins: Pins = {graph: {} for graph in calibration.models}
     if kind == "fp16":
-        pins = {graph: overflow_pins(model, largest[graph]) for graph, model in calibration.models.items()}
+        pins = {graph: overflow_pins(model, calibration.largest[graph]) for graph, model in calibration.models.items()}
     reduced = _attempt(calibration, kind, pins)
     ranked: dict[GraphName, list[tuple[str, str]]] = {}
     for _ in range(MOST_ROUNDS):
@@ -145,8 +146,8 @@ def too_much(calibration: Calibration, reduced: Reduced) -> list[tuple[str, str]
     model = calibration.models[graph]
     expected = calibration.pipeline({graph: model}).backend.run(graph, inputs)
     squares = {}
-    for node in [each.name for each in model.graph.node if each.name in reduced.half[graph]]:
-        alone = {graph: emulated(lower(model, reduced.kind, {node}))}
+    for node in [each.name for each in model.graph.node if each.name in reduced.nodes[graph]]:
+        alone = {graph: as_computed(typed(model, reduced.kind, {node}, calibration.largest[graph]), reduced.kind)}
         given = in_memory(calibration.info, alone, calibration.threads).run(graph, inputs)
         gap = sum(float(np.square(given[name].astype(np.float64) - expected[name]).mean()) for name in expected)
         squares[node] = gap
@@ -160,25 +161,26 @@ def too_much(calibration: Calibration, reduced: Reduced) -> list[tuple[str, str]
     return chosen
 
 
-def _attempt(calibration: Calibration, kind: str, pins: Pins) -> Reduced:
-    half = {name: half_nodes(model, pins[name]) for name, model in calibration.models.items()}
-    lowered = {name: lower(model, kind, half[name]) for name, model in calibration.models.items()}
-    proof = prove(calibration, kind, lowered)
-    return Reduced(kind, lowered, half, {name: dict(of) for name, of in pins.items()}, proof)
+def _attempt(calibration: Calibration, kind: Kind, pins: Pins) -> Reduced:
+    nodes = {name: candidates(model, kind, pins[name]) for name, model in calibration.models.items()}
+    models = {
+        name: typed(model, kind, nodes[name], calibration.largest[name]) for name, model in calibration.models.items()
+    }
+    proof = prove(calibration, kind, models)
+    return Reduced(kind, models, nodes, {name: dict(of) for name, of in pins.items()}, proof)
 
 
-def prove(calibration: Calibration, kind: str, lowered: Models, **options: Any) -> Proof:
+def prove(calibration: Calibration, kind: Kind, models: Models, **options: Any) -> Proof:
     """Typed graphs, rounded as their precision rounds, against float32."""
-    actual = in_memory(
-        calibration.info, {name: emulated(model) for name, model in lowered.items()}, calibration.threads
-    )
+    computed = {name: as_computed(model, kind) for name, model in models.items()}
+    actual = in_memory(calibration.info, computed, calibration.threads)
     reference = calibration.pipeline(calibration.models)
-    return verify(reference, actual, tolerances=HALF[kind], what="float32", x=calibration.x, **options)
+    return verify(reference, actual, tolerances=REDUCED[kind], what="float32", x=calibration.x, **options)
 
 
 def worst_nodes(calibration: Calibration, reduced: Reduced) -> tuple[GraphName, list[Any]]:
     """(the graph that is furthest out, its nodes by what they add to the error of its worst call)."""
     graph = reduced.proof.worst_graph
     inputs = reduced.proof.worst_calls[graph][1]
-    model = emulated(reduced.models[graph])
+    model = as_computed(reduced.models[graph], reduced.kind)
     return graph, node_errors(calibration.models[graph], model, calibration.info, graph, inputs)

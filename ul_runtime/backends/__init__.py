@@ -92,10 +92,16 @@ def bundle_precision(bundle: "Bundle") -> str:
     return "+".join(dict.fromkeys(graphs[name].precision for name in ("prior_step", "decoder_step")))
 
 
+def has_float32(bundle: "Bundle") -> bool:
+    """Whether the bundle's images can be computed in float32."""
+    graphs = bundle.manifest.graphs
+    return all(graph.precision == "fp32" or graph.float32_file is not None for graph in graphs.values())
+
+
 def cpu_precision(bundle: "Bundle") -> str:
     """What the bundle computes in on a CPU: its own precision, or float32 if it has graphs for that beside others."""
-    twins = any(graph.float32_file for graph in bundle.manifest.graphs.values())
-    return "fp32" if twins else bundle_precision(bundle)
+    precisions = {graph.precision for graph in bundle.manifest.graphs.values() if graph.float32_file is not None}
+    return "fp32" if precisions - {"int8"} else bundle_precision(bundle)
 
 
 def choose_backend(bundle: "Bundle", precision: str | None) -> tuple[str, str]:
@@ -105,6 +111,8 @@ def choose_backend(bundle: "Bundle", precision: str | None) -> tuple[str, str]:
         if own != (typed := bundle_precision(bundle)):
             return "ort-cpu", f"computes in {own} with the bundle's {typed} weights: processors are slower in {typed}"
         return "ort-cpu", f"computes in {own} as ul-export proved the bundle"
+    if precision == "fp32" and has_float32(bundle):
+        return "ort-cpu", f"computes in fp32 with the bundle's {own} weights"
     return "openvino", f"the one backend that computes a bundle of {own} in {precision} on a CPU"
 
 
@@ -133,8 +141,8 @@ def open_backend(
         from ul_runtime.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(bundle, precision or own, threads=threads)
-    if precision not in (None, own):
+    if precision not in (None, own, *(["fp32"] if has_float32(bundle) else [])):
         raise UsageError(f"ort-cpu computes in the bundle's precision, {own}; for {precision} give --backend openvino")
     from ul_runtime.backends.ort_cpu import OrtCpuBackend
 
-    return OrtCpuBackend(bundle, threads=threads, allow_spinning=allow_spinning)
+    return OrtCpuBackend(bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)

@@ -51,19 +51,25 @@ class OrtCpuBackend:
     name = "ort-cpu"
     threads = None  # of no effect on the bytes
 
-    def __init__(self, bundle: "Bundle", *, threads: int | None = None, allow_spinning: bool = True) -> None:
-        """`threads` None = one per core; `allow_spinning` False is kinder to a shared machine, 1-25 % slower."""
+    def __init__(
+        self,
+        bundle: "Bundle",
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        allow_spinning: bool = True,
+    ) -> None:
+        """`precision` None = that of the bundle, float32 if it is half: processors know no such arithmetic.
+
+        `threads` None = one per core; `allow_spinning` False is kinder to a shared machine, 1-25 % slower.
+        """
         check_threads(threads)
+        self.precision = precision or cpu_precision(bundle)
         self._bundle = bundle
         self._threads = threads
         self._allow_spinning = allow_spinning
         self._sessions: dict[GraphName, ort.InferenceSession] = {}
         self._values: list[ort.OrtValue] = []  # sessions read the weights from here: same lifetime
-
-    @property
-    def precision(self) -> str:
-        """The bundle's own, or float32 where it has graphs for that beside others."""
-        return cpu_precision(self._bundle)
 
     def run(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See Backend.run. Raises BadInputError if the graph cannot be loaded, ULError if it fails."""
@@ -106,7 +112,7 @@ class OrtCpuBackend:
         values = [_ort_value(array) for array in weights.values()]
         options.add_external_initializers(list(weights), values)
         try:
-            model = self._bundle.graph(graph_name, float32=True)
+            model = self._bundle.graph(graph_name, float32=self.precision == "fp32")
             session = ort.InferenceSession(
                 model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOW_FUSIONS
             )
