@@ -28,6 +28,9 @@ def test_a_recorded_command_has_no_folder_of_this_machine():
     words = ["tiny", "--data", "/home/some one/images", "--out", "tools/results/a"]
     assert anonymous("ul-train sweep", words) == "ul-train sweep tiny --data images --out tools/results/a"
     assert anonymous("x", ["/a/b c"]) == "x 'b c'"
+    assert anonymous("x", ["--eval-option=--classifier=/a/b", "--set", "a=1/2"]) == (
+        "x --eval-option=--classifier=b --set a=1/2"
+    )
 
 
 def test_versions_are_of_what_is_installed():

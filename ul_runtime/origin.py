@@ -34,6 +34,10 @@ def commit() -> str | None:
 
 
 def anonymous(program: str, arguments: Sequence[str]) -> str:
-    """The command line, of each absolute path only its last part: results name no folder of a machine."""
-    short = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
-    return f"{program} {shlex.join(short)}"
+    """The command line, of each absolute path only its last part, also behind `=`: no folder of a machine."""
+    return f"{program} {shlex.join(map(_anonymous_word, arguments))}"
+
+
+def _anonymous_word(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
