@@ -6,9 +6,10 @@ RUN/  config.toml  run.json  set_aside.txt  checkpoints/  log.jsonl  tensorboard
 import difflib
 import hashlib
 import json
+import math
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ul_runtime import __version__, durable
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
 from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
 from ul_train import checkpoint as ckpt
+from ul_train.activations import warnings, watched
 from ul_train.config import Config, config_toml, load_config
 from ul_train.data import Splits
 from ul_train.describe import describe
@@ -170,6 +172,8 @@ class Session:
     compile: bool
     stop: Callable[[], bool]
     log: RunLog
+    # stage -> the largest magnitudes of its blocks at its last evaluation, and that step
+    _largest: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
 
     def pipeline(self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, precision: str) -> Pipeline:
         """The runtime's pipeline over torch networks."""
@@ -202,7 +206,17 @@ class Session:
         return True
 
     def evaluate(self, stage: Stage, step: int) -> None:
-        """Held-out figures and preview pictures of the averaged weights."""
+        """Held-out figures, preview pictures and largest magnitudes of the averaged weights."""
+        with watched(stage.ema) as largest:
+            self._evaluate(stage, step)
+        before, step_before = self._largest.get(stage.name, ({}, 0))
+        for text in warnings(largest, step, before, step_before, stage.settings.steps):
+            self.log.warn(f"stage {stage.name}, step {step}: {text}")
+        self._largest[stage.name] = largest, step
+        finite = {f"largest.{block}": value for block, value in largest.items() if math.isfinite(value)}
+        self.log.write(stage.name, step, finite)
+
+    def _evaluate(self, stage: Stage, step: int) -> None:
         joint = stage.name == "joint"
         nets = stage.ema if joint else {**stage.frozen, **stage.ema}
         encoder, decoder, prior = nets["encoder"], nets["decoder"], nets["prior" if joint else "base"]

@@ -1,0 +1,67 @@
+"""The largest magnitudes inside the networks while they learn: whether float16 will hold them after the export."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ul_train.networks.layers import ResidualBlock, TransformerBlock
+
+LARGEST_FLOAT16 = 65504.0
+LEAST_HEADROOM_BITS = 2.0  # less than this is warned of; ul-export pins at one bit
+GROWING_BELOW_BITS = 6.0  # growth is warned of only where it has come this near
+_LAYERS = (nn.Linear, nn.Conv2d)
+_BLOCKS = (TransformerBlock, ResidualBlock)
+
+
+@contextmanager
+def watched(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
+    """Within: the largest magnitude that each block's layers, or a layer outside of blocks, have given so far."""
+    largest: dict[str, float] = {}
+    handles = []
+    for name, network in networks.items():
+        blocks = [path for path, module in network.named_modules() if isinstance(module, _BLOCKS)]
+        for path, module in network.named_modules():
+            if isinstance(module, (*_LAYERS, *_BLOCKS)):
+                block = next((each for each in blocks if path == each or path.startswith(f"{each}.")), path)
+                handles.append(module.register_forward_hook(_keeper(largest, f"{name}.{block}")))
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keeper(largest: dict[str, float], key: str) -> Any:
+    def keep(_: nn.Module, __: Any, result: Tensor) -> None:
+        with torch.no_grad():
+            largest[key] = max(largest.get(key, 0.0), float(result.abs().max()))
+
+    return keep
+
+
+def warnings(
+    now: Mapping[str, float], step: int, before: Mapping[str, float], step_before: int, last_step: int
+) -> Iterator[str]:
+    """What to say of blocks that are near the end of float16, or will be before `last_step` if they grow as they did.
+
+    `before`: the magnitudes at `step_before`; growth is taken as exponential.
+    """
+    for block, largest in now.items():
+        if not math.isfinite(largest) or largest <= 0.0:
+            continue  # the step's own check says so
+        headroom = math.log2(LARGEST_FLOAT16 / largest)
+        where = f"{block} gives magnitudes up to {largest:.3g}"
+        if headroom < LEAST_HEADROOM_BITS:
+            yield f"{where}, float16 ends at 65504: ul-export --fp16 will keep it in float32; --bf16 has the range"
+        elif block in before and before[block] < largest and headroom < GROWING_BELOW_BITS:
+            rate = math.log2(largest / before[block]) / (step - step_before)
+            reached = step + headroom / rate
+            if reached <= last_step:
+                yield (
+                    f"{where} and grew {largest / before[block]:.2g} times since step {step_before}: at that rate it "
+                    f"passes float16's 65504 at step {reached:.0f}; a lower learning rate or more weight_decay slows it"
+                )
