@@ -1,6 +1,6 @@
 """Proof that the tests bite: each fault put into a copy of the source makes tests fail that pass without it.
 
-The copy holds both packages and the tests that ought to notice. One process imports torch, then runs pytest in a fork
+The copy holds the packages and the tests that ought to notice. One process imports torch, then runs pytest in a fork
 of itself for each copy.
 """
 
@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 RATES, TERMS = "tests/test_exact_rates.py", "tests/test_objective.py"
 PROCESS, CONFIG, SAMPLERS = "tests/test_noise_process.py", "tests/test_config.py", "tests/test_samplers.py"
-FILES = (RATES, TERMS, PROCESS, CONFIG, SAMPLERS, "tests/exact_denoisers.py")
+PRECISION, INT8 = "tests/test_precision.py", "tests/test_quantize.py"
+FILES = (RATES, TERMS, PROCESS, CONFIG, SAMPLERS, PRECISION, INT8, "tests/exact_denoisers.py")
 UNCHANGED = "the unchanged source"
 
 pytestmark = pytest.mark.slow
@@ -111,12 +112,43 @@ FAULTS = {
     "UniPC without its corrector": Fault(
         "ul_runtime/samplers.py", "b = a * correction", "b = 0.0 * correction", SAMPLERS, "unipc2_predicts_and_corrects"
     ),
+    "an emulation that does not round": Fault(
+        "ul_export/precision/lower.py",
+        "elif node.op_type not in MOVEMENT:",
+        "elif False:",
+        PRECISION,
+        "an_emulated_graph",
+    ),
+    "a softmax in half precision": Fault(
+        "ul_export/precision/lower.py", '    "Softmax",\n', "", PRECISION, "statistics_the_update"
+    ),
+    "overflow that is let pass": Fault(
+        "ul_export/precision/search.py",
+        "if headroom_bits(seen) < LEAST_HEADROOM_BITS:",
+        "if headroom_bits(seen) < -LEAST_HEADROOM_BITS:",
+        PRECISION,
+        "nodes_that_touch_a_magnitude",
+    ),
+    "ranges of positive values alone": Fault(
+        "ul_export/precision/ranges.py",
+        'make_node("Abs",',
+        'make_node("Identity",',
+        PRECISION,
+        "ranges_are_the_largest",
+    ),
+    "one scale for all channels": Fault(
+        "ul_export/precision/quantize.py",
+        "np.abs(weight).max(axis=others)",
+        "np.full(weight.shape[axis], np.abs(weight).max())",
+        INT8,
+        "a_weight_is_within",
+    ),
 }
 
 
 def copy_of_the_source(folder: Path) -> Path:
     """The packages and the tests that have to notice, without caches."""
-    for package in ("ul_runtime", "ul_train"):
+    for package in ("ul_runtime", "ul_train", "ul_export"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests").mkdir()
     for file in FILES:
