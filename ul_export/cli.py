@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command(epilog="Example: ul-export runs/fashion --out fashion.bundle")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of ul-train, both stages trained.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The bundle to write.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The bundle to write.", show_default="--update: that one")
+    ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16 wherever that is proved to hold.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 wherever that is proved to hold.")] = False,
     int8: Annotated[
@@ -24,6 +26,12 @@ def export(
     calibrate: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="Images for lower precisions.", show_default="the run's held-out images"),
+    ] = None,
+    update: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE", help="Put RUN's weights into this bundle's graphs, in its precision, and prove."
+        ),
     ] = None,
     opset: Annotated[
         int | None, typer.Option(metavar="18|20|22", help="ONNX opset of the graphs.", show_default="20; --bf16: 22")
@@ -51,11 +59,23 @@ def export(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    if update is not None:
+        if asked or opset is not None or weights != "fp32" or calibrate is not None:
+            raise UsageError("--update keeps the bundle's precision and opset; leave out all but --out and --threads")
+        from ul_export.update import update_bundle
+
+        _say(update_bundle(run, update, update if out is None else out, threads, say), json_)
+        return
+    if out is None:
+        raise UsageError("--out is missing; see ul-export --help")
     options = ExportOptions(
         opset, asked[0] if asked else "fp32", weights, calibrate, cache_dir(cache), threads, overwrite
     )
-    figures = export_bundle(run, out, options, say)
-    if json_:
+    _say(export_bundle(run, out, options, say), json_)
+
+
+def _say(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(figures))
         return
     for name, value in figures.items():

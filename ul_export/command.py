@@ -78,18 +78,18 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     _check_free(out, options.overwrite)
     started = time.monotonic()
     config, info, networks, step = load_networks(run)
-    _check_finite(run, networks)
+    check_finite(run, networks)
     x = None if options.precision == "fp32" else _calibration_images(run, config, info, options)
     if threads:
         torch.set_num_threads(threads)
-    encoder = _weights_sha256(networks["encoder"])
+    encoder = weights_sha256(networks["encoder"])
     described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset, encoder)
     steps = config.base_stage.steps
     say(f"exporting {config.name} (base step {step} of {steps}, averaged weights) at opset {opset}")
     parity: dict[str, Any] = {"reference": f"torch {torch.__version__}"}
     if weights == "fp16":
         exact, networks = networks, rounded(networks)
-        described = described.model_copy(update={"provenance": _rounded_provenance(described)})
+        described = described.model_copy(update={"provenance": rounded_provenance(described)})
         say("measuring what rounding the weights to float16 does to pictures")
         parity["rounded_weights"] = effect_of_rounding(_torch(described, exact), _torch(described, networks))
     files = export_graphs(networks, described, opset, weights == "fp16")
@@ -163,7 +163,8 @@ def _torch(described: BundleInfo, networks: dict[str, nn.Module]) -> Pipeline:
     return torch_pipeline(described, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
 
 
-def _rounded_provenance(described: BundleInfo) -> Provenance:
+def rounded_provenance(described: BundleInfo) -> Provenance:
+    """Its own, and that weights are rounded."""
     return described.provenance.model_copy(update={"weights": f"{described.provenance.weights}, rounded to float16"})
 
 
@@ -176,7 +177,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
     durable.check_output_directory(Path(os.path.abspath(out)).parent, ["*"])
 
 
-def _check_finite(run: Path, networks: dict[str, nn.Module]) -> None:
+def check_finite(run: Path, networks: dict[str, nn.Module]) -> None:
+    """NonFiniteError with the name of a weight that is NaN or Inf."""
     for name, network in networks.items():
         for key, value in network.state_dict().items():
             if not torch.isfinite(value).all():
@@ -186,7 +188,7 @@ def _check_finite(run: Path, networks: dict[str, nn.Module]) -> None:
                 )
 
 
-def _weights_sha256(network: nn.Module) -> str:
+def weights_sha256(network: nn.Module) -> str:
     """SHA-256 of a network's tensors and their names, whatever graph they are written into."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):

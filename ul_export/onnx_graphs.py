@@ -19,6 +19,7 @@ from torch import nn
 
 from ul_export.half_weights import exact_in_half, store_half
 from ul_export.module_paths import name_nodes
+from ul_export.weight_names import name_weights
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
 from ul_train.step import DecoderStep, PriorStep
@@ -88,6 +89,7 @@ def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
     assert program is not None
     model = program.model_proto
     name_nodes(model)
+    name_weights(model, graph.module)
     return strip_metadata(model)
 
 

@@ -1,0 +1,133 @@
+"""ul-export --update: newer weights in the graphs of a bundle are those of an export, and are proved."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from random_run import write_run
+from test_precision_export import calm
+from tiny_run import contents, write_npz
+from torch import nn
+
+from ul_export import update as updating
+from ul_export.cli import main
+from ul_export.weight_names import name_weights, replace_weights
+from ul_runtime.bundle import Bundle
+from ul_runtime.manifest import GRAPH_NAMES
+
+KINDS = {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8",), "weights in fp16": ("--weights", "fp16")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs of the same networks with other weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_npz(folder / "images.npz")
+    for seed in (0, 1):
+        write_run(folder / str(seed), seed=seed, change=calm)
+    return folder / "0", folder / "1"
+
+
+def words(kind: str, run: Path) -> tuple[object, ...]:
+    calibrate = ("--calibrate", run.parent / "images.npz") if kind in ("fp16", "int8") else ()
+    return (*KINDS[kind], *calibrate, "--threads", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_updated_bundle_has_the_weights_of_an_export_of_the_newer_run(kind, runs, command, tmp_path):
+    old, new = runs
+    for run, name in ((old, "updated"), (new, "exported")):
+        assert command(main, run, "--out", tmp_path / name, *words(kind, run)).code == 0
+    before = Bundle.open(tmp_path / "updated").hash
+    result = command(main, new, "--update", tmp_path / "updated", "--threads", 1)
+    assert result.code == 0, result.err
+    updated, exported = (Bundle.open(tmp_path / name) for name in ("updated", "exported"))
+    assert updated.manifest.provenance == exported.manifest.provenance
+    assert updated.manifest.parity["updated_from"] == before
+    assert "precision.html" not in updated.manifest.files
+    for graph in GRAPH_NAMES:
+        given, expected = updated.initializers(graph), exported.initializers(graph)
+        assert given.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(given[name], array, err_msg=name)
+    if kind != "int8":  # whose activations keep the scales of the older run
+        for file in updated.manifest.files:
+            if file.endswith(".onnx"):
+                assert updated.read(file) == exported.read(file), file
+
+
+@pytest.mark.slow
+def test_a_weight_that_stays_old_fails_the_proof_and_leaves_the_bundle_alone(runs, command, monkeypatch, tmp_path):
+    old, new = runs
+    bundle = tmp_path / "bundle"
+    assert command(main, old, "--out", bundle, "--threads", 1).code == 0
+    before = contents(bundle)
+    replace = updating.replace_weights
+
+    def forget_one(model, given, constants):
+        replace(model, {name: value for name, value in given.items() if not name.endswith("mlp.0.weight")}, constants)
+
+    monkeypatch.setattr(updating, "replace_weights", forget_one)
+    result = command(main, new, "--update", bundle, "--threads", 1)
+    assert result.code == 65
+    assert "do not equal torch" in result.err
+    assert contents(bundle) == before
+    monkeypatch.undo()
+    assert command(main, new, "--update", bundle, "--out", tmp_path / "other", "--threads", 1).code == 0
+    assert contents(bundle) == before
+
+
+@pytest.mark.slow
+def test_a_run_of_other_networks_is_refused(runs, command, tmp_path):
+    old, _ = runs
+    assert command(main, old, "--out", tmp_path / "bundle", "--threads", 1).code == 0
+    write_run(tmp_path / "wide", "latent_channels=3")
+    result = command(main, tmp_path / "wide", "--update", tmp_path / "bundle")
+    assert result.code == 65
+    assert "its latent is channels=3" in result.err
+    assert "export without --update" in result.err
+    write_run(tmp_path / "deep", "base.blocks=[1,2]")
+    result = command(main, tmp_path / "deep", "--update", tmp_path / "bundle", "--threads", 1)
+    assert result.code == 65
+
+
+@pytest.mark.parametrize("given", [("--fp16",), ("--opset", 20), ("--weights", "fp16"), ("--calibrate", "x")])
+def test_an_update_keeps_precision_and_opset(given, command, tmp_path):
+    command.fails(main, 2, "--update keeps the bundle's precision", tmp_path, "--update", tmp_path, *given)
+
+
+def test_an_export_needs_a_place(command, tmp_path):
+    command.fails(main, 2, "--out is missing; see ul-export --help", tmp_path)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+
+def test_weights_are_named_by_the_parameter_of_the_module_that_takes_them_and_replaced_by_these_names():
+    module = Layers()
+    module.second.weight.data = module.first.weight.data.clone()  # equal values: the module decides
+    folded = module.first.weight.detach().numpy().T
+    nodes = [
+        helper.make_node("MatMul", ["x", "val_1"], ["h"], "first/MatMul"),
+        helper.make_node("MatMul", ["h", "val_2"], ["y"], "second/MatMul"),
+        helper.make_node("Add", ["y", "one"], ["z"], "/Add"),
+    ]
+    arrays = {"val_1": folded, "val_2": folded, "one": np.ones(1, np.float32)}
+    x, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 2]) for name in "xz")
+    stored = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [z], stored))
+    name_weights(model, module)
+    assert [tensor.name for tensor in model.graph.initializer] == ["first.weight.T", "second.weight.T", "one"]
+    assert [node.input[1] for node in model.graph.node] == ["first.weight.T", "second.weight.T", "one"]
+    new = {"first.weight": np.arange(4, dtype=np.float32).reshape(2, 2), "second.weight": np.eye(2, dtype=np.float32)}
+    replace_weights(model, new, {})
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    np.testing.assert_array_equal(values["first.weight.T"], new["first.weight"].T)
+    np.testing.assert_array_equal(values["one"], [1.0])
+    onnx.checker.check_model(model)

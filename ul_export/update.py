@@ -1,0 +1,113 @@
+"""ul-export --update: newer weights of the same networks into the graphs of a bundle, and the proof again."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from ul_export.command import check_finite, prove, rounded_provenance, weights_sha256
+from ul_export.compare import FP32, REDUCED
+from ul_export.half_weights import rounded
+from ul_export.onnx_graphs import split_weights, step_graphs
+from ul_export.precision.command import REPORT, with_their_weights
+from ul_export.precision.kinds import Kind, as_computed
+from ul_export.precision.memory import in_memory
+from ul_export.verify import require, verify
+from ul_export.weight_names import parameters, replace_weights
+from ul_runtime.bundle import Bundle, write_bundle
+from ul_runtime.errors import BadInputError
+from ul_runtime.manifest import GRAPH_NAMES, BundleInfo
+from ul_train.describe import describe
+from ul_train.heldout import torch_pipeline
+from ul_train.session import load_networks
+
+_SAME = ("image", "latent", "classes", "logsnr_z", "logsnr_x")  # of bundles whose graphs are the same
+_KINDS: dict[str, Kind] = {"fp16": "fp16", "bf16": "bf16", "int8": "int8"}
+
+
+def _kind(bundle: Bundle) -> Kind | None:
+    """What its networks compute in, None for float32."""
+    return _KINDS.get(bundle.manifest.graphs["prior_step"].precision)
+
+
+def _rounded_weights(bundle: Bundle) -> bool:
+    """Whether weights are stored in half precision and computed with in float32."""
+    names = (name for graph in GRAPH_NAMES for name in bundle.initializers(graph))
+    return _kind(bundle) is None and any(name.endswith(".half") for name in names)
+
+
+def update_bundle(run: Path, old: Path, out: Path, threads: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write the run's weights with the graphs of the bundle `old` to `out`, which may be `old`; what to print.
+
+    The proof is that of an export; pins and scales stay as they were found for the old weights. BadInputError: other
+    networks, or the proof fails. NonFiniteError: a weight is NaN or Inf.
+    """
+    started = time.monotonic()
+    bundle = Bundle.open(old)
+    manifest, kind = bundle.manifest, _kind(bundle)
+    config, info, networks, step = load_networks(run)
+    check_finite(run, networks)
+    opset = manifest.graphs["encoder"].opset
+    encoder = weights_sha256(networks["encoder"])
+    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset, encoder)
+    for part in _SAME:
+        if getattr(described, part) != getattr(manifest, part):
+            raise BadInputError(
+                f"{run}: its {part} is {getattr(described, part)}, that of {old} {getattr(manifest, part)}; "
+                "export without --update"
+            )
+    described = described.model_copy(update={"graphs": manifest.graphs})
+    if _rounded_weights(bundle):
+        described = described.model_copy(update={"provenance": rounded_provenance(described)})
+        networks = rounded(networks)
+    say(f"base step {step} of {run} into the graphs of {old} ({kind or 'fp32'})")
+    files = _files(bundle, described, networks)
+    if kind is not None:
+        _prove_typed(described, files, networks, kind, threads, str(run))
+    say("comparing with torch along the whole sampling path")
+    tolerances = FP32 if kind is None else REDUCED[kind]
+    proof, backend = prove(out, described, files, networks, threads, tolerances)
+    require(proof, str(run))
+    parity = {"reference": f"torch {torch.__version__}", "backend": backend, "updated_from": bundle.hash}
+    final = write_bundle(
+        out, described.model_copy(update={"parity": parity | proof.figures}), files, overwrite=out == old
+    )
+    paths = [figures for figures in proof.figures.values() if "z_0" in figures]
+    return {
+        "bundle": str(out),
+        "hash": final.hash,
+        "precision": kind or "fp32",
+        "worst_z_0_difference": max(figures["z_0"] for figures in paths),
+        "worst_image_psnr_db": min(figures["image_psnr_db"] for figures in paths),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _files(old: Bundle, info: BundleInfo, networks: dict[str, nn.Module]) -> dict[str, bytes]:
+    """The bundle's graphs over new weights; its report is of the old ones, and stays behind."""
+    files = {}
+    modules = {graph.name: graph.module for graph in step_graphs(networks, info.image, info.latent)}
+    for name, entry in info.graphs.items():
+        given, constants = parameters(modules[name]), old.initializers(name)
+        for file in (entry.file, entry.float32_file):
+            if file is not None:
+                model = onnx.load_model_from_string(old.read(file))
+                replace_weights(model, given, constants)
+                files[file], files[entry.weights] = split_weights(model, entry.weights)
+    left = {*old.manifest.files} - {*files, f"{REPORT}.json", f"{REPORT}.html"}
+    return files | {name: old.read(name) for name in left}
+
+
+def _prove_typed(
+    info: BundleInfo, files: dict[str, bytes], networks: dict[str, nn.Module], kind: Kind, threads: int | None, run: str
+) -> None:
+    """The typed graphs with all their rounding against torch in float32."""
+    models = {name: as_computed(model, kind) for name, model in with_their_weights(info, files).items()}
+    cpu = torch.device("cpu")
+    reference = torch_pipeline(info, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
+    proof = verify(reference, in_memory(info, models, threads), tolerances=REDUCED[kind])
+    require(proof, f"{run}, in {kind} with the pins of the old weights")
