@@ -47,7 +47,7 @@ def export(
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
-    require_packages("torch", "onnx", "onnxscript", extras="train,export")
+    require_packages("torch", "onnx", "onnxscript", "matplotlib", extras="train,export")
     from ul_export.command import ExportOptions, export_bundle
     from ul_export.precision.kinds import KINDS
     from ul_train.cli import cache_dir
