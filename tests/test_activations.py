@@ -37,14 +37,15 @@ def test_the_largest_magnitude_of_a_block_is_that_of_any_of_its_layers_over_all_
 
 
 def test_little_headroom_is_warned_of_and_much_is_not():
-    (text,) = warnings({"a": 65504 / 3.9, "b": 65504 / 4.1}, 100, {}, 0, 200)
-    assert text.startswith("a gives magnitudes up to 1.68e+04, float16 ends at 65504: ul-export --fp16")
+    ((block, text),) = warnings({"a": 65504 / 3.9, "b": 65504 / 4.1}, 100, {}, 0, 200)
+    assert block == "a"
+    assert text.startswith("a gives magnitudes up to 1.68e+04; float16 ends at 65504: ul-export --fp16")
 
 
 def test_growth_that_ends_float16_before_the_run_does_is_warned_of():
     # 2^11 to 2^12 in 100 steps: four bits are left, which take 400 steps
     now, before = {"a": 4096.0}, {"a": 2048.0}
-    (text,) = warnings(now, 200, before, 100, 1000)
+    ((_, text),) = warnings(now, 200, before, 100, 1000)
     assert "grew 2 times since step 100: at that rate it passes float16's 65504 at step 600" in text
     assert not list(warnings(now, 200, before, 100, 500)), "the run ends before"
     assert not list(warnings({"a": 512.0}, 200, {"a": 256.0}, 100, 10**6)), "far from the end"
@@ -64,4 +65,7 @@ def test_a_run_logs_the_magnitudes_of_both_stages_and_warns(tmp_path, monkeypatc
         steps = [line["step"] for line in lines if line.get("stage") == stage and block in line]
         assert steps == [3, 6]
     assert any("float16 ends at 65504" in line.get("warning", "") for line in lines)
-    assert "warning: stage joint, step 3: " in capsys.readouterr().err
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning: stage joint" in line]
+    assert "step 3: " in said[0]
+    blocks = [line.split()[5] for line in said]
+    assert len(blocks) == len(set(blocks)), "each once"

@@ -196,7 +196,7 @@ def test_without_openvino_auto_works_and_bfloat16_says_what_to_install(
     ("options", "message"),
     [
         (("--backend", "ort-cpu", "--precision", "bf16"), "ort-cpu computes in the bundle's precision, fp32; for bf16"),
-        (("--precision", "int4"), "precision 'int4' is not known; expected one of fp32, bf16"),
+        (("--precision", "int4"), "no backend for processors computes in 'int4'; expected one of fp32, bf16"),
         (("--backend", "openvino", "--threads", 0), "number of threads is 0"),
     ],
 )

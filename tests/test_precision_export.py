@@ -236,6 +236,11 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
     pipeline = load(out, threads=1)
     assert pipeline.backend.precision == ("int8" if kind == "int8" else "fp32")
     assert load(out, precision="fp32").backend.precision == "fp32"
+    assert bundle.manifest.parity[kind]["calibration"]["images"] == 40, "all that --calibrate has"
+    made = command(generate, out, "--out", tmp_path / "samples", "--num-images", 2)
+    assert made.code == 0, made.err
+    again = command(generate, out, "--replay", tmp_path / "samples" / "000001.png")
+    assert (again.code, "byte for byte" in again.out) == (0, True), again
     (given,), (expected,) = (list(each.generate(4)) for each in (pipeline, load(plain.bundle, threads=1)))
     assert REDUCED[kind].least_psnr_db < image_psnr_db(expected.x, given.x) < FP32.least_psnr_db + 20
 
@@ -245,11 +250,14 @@ def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, comma
     assert command(main, plain.run, "--fp16", "--out", out, "--calibrate", plain.run.parent / "images.npz").code == 0
     assert choose_backend(Bundle.open(out), None) == (
         "ort-cpu",
-        "computes in fp32 with the bundle's fp16 weights: processors are slower in fp16",
+        "computes in fp32 with the fp16 bundle's weights",
     )
     made = command(generate, out, "--out", tmp_path / "samples", "--num-images", 2)
     assert made.code == 0
-    assert "computes in fp32 with the bundle's fp16 weights" in made.err
+    assert "backend auto: ort-cpu, computes in fp32 with the fp16 bundle's weights" in made.err
+    made = command(generate, out, "--out", tmp_path / "named", "--num-images", 2, "--backend", "ort-cpu")
+    assert "backend ort-cpu: computes in fp32 with the fp16 bundle's weights" in made.err
+    command.fails(generate, 2, "no backend for processors computes in 'fp16'", out, "--precision", "fp16", "--out", "x")
 
 
 @pytest.mark.parametrize(

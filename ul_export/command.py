@@ -16,7 +16,7 @@ from ul_export.compare import FP32, REDUCED, Tolerances
 from ul_export.first_difference import first_difference
 from ul_export.half_weights import effect_of_rounding, rounded
 from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs, step_graphs
-from ul_export.precision.command import reduced_bundle, with_their_weights
+from ul_export.precision.command import REPORT, reduced_bundle, with_their_weights
 from ul_export.precision.kinds import Kind
 from ul_export.precision.search import CALIBRATION_IMAGES
 from ul_export.verify import BATCH_SIZES, Proof, require, verify
@@ -79,7 +79,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     started = time.monotonic()
     config, info, networks, step = load_networks(run)
     check_finite(run, networks)
-    x = None if options.precision == "fp32" else _calibration_images(run, config, info, options)
+    x, which = (None, {}) if options.precision == "fp32" else _calibration_images(run, config, info, options)
     if threads:
         torch.set_num_threads(threads)
     encoder = weights_sha256(networks["encoder"])
@@ -105,7 +105,8 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
         described, files, reduced = reduced_bundle(described, files, options.precision, x, threads, say)
         on_this_machine, _ = prove(out, described, files, networks, threads, REDUCED[options.precision])
         require(on_this_machine, str(run))
-        parity[options.precision] = reduced | {"on_this_machine": on_this_machine.figures}
+        parity[options.precision] = reduced | {"on_this_machine": on_this_machine.figures, "calibration": which}
+        say(f"report: {REPORT}.html in the bundle")
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=options.overwrite)
     return {
         "bundle": str(out),
@@ -121,8 +122,13 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     }
 
 
-def _calibration_images(run: Path, config: Config, info: RunInfo, options: ExportOptions) -> np.ndarray:
-    """Held-out images `b c h w` in [-1, 1], for the encoder's ranges and proof. BadInputError, UsageError."""
+def _calibration_images(
+    run: Path, config: Config, info: RunInfo, options: ExportOptions
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(images `b c h w` in [-1, 1] for the encoder's ranges and proof, which they are). BadInputError, UsageError.
+
+    The first held-out ones of the run, or the first of --calibrate: all of these may be used.
+    """
     source, heldout = (info.data, info.heldout) if options.calibrate is None else (options.calibrate, None)
     try:
         splits = open_splits(config.image, source, heldout, options.cache, never)
@@ -132,8 +138,11 @@ def _calibration_images(run: Path, config: Config, info: RunInfo, options: Expor
         raise BadInputError(
             f"{run}: {error}; the ranges of the encoder need images, give others by --calibrate"
         ) from None
-    images = splits.heldout
-    return from_uint8(images.batch(np.arange(min(CALIBRATION_IMAGES, len(images))))[0])
+    parts = [splits.heldout] if options.calibrate is None else [splits.heldout, splits.train]
+    pixels = np.concatenate([part.batch(np.arange(min(CALIBRATION_IMAGES, len(part))))[0] for part in parts])
+    x = from_uint8(pixels[:CALIBRATION_IMAGES])
+    which = "the run's held-out images" if options.calibrate is None else "--calibrate"
+    return x, {"images": len(x), "source": which, "data_fingerprint": parts[0].fingerprint}
 
 
 def _first_difference(
@@ -152,9 +161,9 @@ def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
     paths = [each for each in reduced.values() if isinstance(each, dict) and "z_0" in each]
     return {
         "pinned_nodes": sum(map(len, reduced["pinned"].values())),
-        "least_flops_share": min(reduced["flops_share"].values()),
-        "reduced_worst_z_0_difference": max(each["z_0"] for each in paths),
-        "reduced_worst_image_psnr_db": min(each["image_psnr_db"] for each in paths),
+        "least_share_of_flops": min(reduced["flops_share"].values()),
+        "lowered_z_0_difference": max(each["z_0"] for each in paths),
+        "lowered_image_psnr_db": min(each["image_psnr_db"] for each in paths),
     }
 
 

@@ -15,6 +15,7 @@ LEAST_HEADROOM_BITS = 2.0  # less than this is warned of; ul-export pins at one 
 GROWING_BELOW_BITS = 6.0  # growth is warned of only where it has come this near
 _LAYERS = (nn.Linear, nn.Conv2d)
 _BLOCKS = (TransformerBlock, ResidualBlock)
+_IN_FLOAT32 = {"logsnr_embedding", "modulation", "carry", "out"}  # layers that ul-export keeps there in any case
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def watched(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
     for name, network in networks.items():
         blocks = [path for path, module in network.named_modules() if isinstance(module, _BLOCKS)]
         for path, module in network.named_modules():
-            if isinstance(module, (*_LAYERS, *_BLOCKS)):
+            inside = any(path.startswith(f"{each}.") for each in blocks)
+            if isinstance(module, (*_LAYERS, *_BLOCKS)) and (inside or not _IN_FLOAT32.intersection(path.split("."))):
                 block = next((each for each in blocks if path == each or path.startswith(f"{each}.")), path)
                 handles.append(module.register_forward_hook(_keeper(largest, f"{name}.{block}")))
     try:
@@ -45,8 +47,8 @@ def _keeper(largest: dict[str, float], key: str) -> Any:
 
 def warnings(
     now: Mapping[str, float], step: int, before: Mapping[str, float], step_before: int, last_step: int
-) -> Iterator[str]:
-    """What to say of blocks that are near the end of float16, or will be before `last_step` if they grow as they did.
+) -> Iterator[tuple[str, str]]:
+    """(block, what to say of it) of those near the end of float16, or so before `last_step` if they grow on.
 
     `before`: the magnitudes at `step_before`; growth is taken as exponential.
     """
@@ -56,12 +58,16 @@ def warnings(
         headroom = math.log2(LARGEST_FLOAT16 / largest)
         where = f"{block} gives magnitudes up to {largest:.3g}"
         if headroom < LEAST_HEADROOM_BITS:
-            yield f"{where}, float16 ends at 65504: ul-export --fp16 will keep it in float32; --bf16 has the range"
+            yield (
+                block,
+                f"{where}; float16 ends at 65504: ul-export --fp16 will keep it in float32, --bf16 has the range",
+            )
         elif block in before and before[block] < largest and headroom < GROWING_BELOW_BITS:
             rate = math.log2(largest / before[block]) / (step - step_before)
             reached = step + headroom / rate
             if reached <= last_step:
                 yield (
+                    block,
                     f"{where} and grew {largest / before[block]:.2g} times since step {step_before}: at that rate it "
-                    f"passes float16's 65504 at step {reached:.0f}; a lower learning rate or more weight_decay slows it"
+                    f"passes float16's 65504 at step {reached:.0f}; a lower learning rate or weight_decay slows it",
                 )

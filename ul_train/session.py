@@ -174,6 +174,7 @@ class Session:
     log: RunLog
     # stage -> the largest magnitudes of its blocks at its last evaluation, and that step
     _largest: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set)  # blocks that the run has been warned of
 
     def pipeline(self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, precision: str) -> Pipeline:
         """The runtime's pipeline over torch networks."""
@@ -210,8 +211,10 @@ class Session:
         with watched(stage.ema) as largest:
             self._evaluate(stage, step)
         before, step_before = self._largest.get(stage.name, ({}, 0))
-        for text in warnings(largest, step, before, step_before, stage.settings.steps):
-            self.log.warn(f"stage {stage.name}, step {step}: {text}")
+        for block, text in warnings(largest, step, before, step_before, stage.settings.steps):
+            if block not in self._warned:
+                self._warned.add(block)
+                self.log.warn(f"stage {stage.name}, step {step}: {text}")
         self._largest[stage.name] = largest, step
         finite = {f"largest.{block}": value for block, value in largest.items() if math.isfinite(value)}
         self.log.write(stage.name, step, finite)

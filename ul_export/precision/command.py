@@ -37,9 +37,9 @@ def reduced_bundle(
     `files`: a bundle's in float32. BadInputError: the tolerances do not hold, the worst node is named.
     """
     calibration = Calibration(info, with_their_weights(info, files), x, threads)
-    say(f"{kind}: recording the largest magnitude of every tensor along the sampling path")
+    say(f"{kind}: recording the largest magnitude of every tensor along the sampling path, encoder on {len(x)} images")
     reduced = reduce(calibration, kind, say)
-    say(f"{kind}: {pins_in_words(reduced)}; comparing with float32 at batch sizes {', '.join(map(str, BATCH_SIZES))}")
+    say(f"{kind}: {pins_in_words(reduced)}; comparing {sum(PROOF_BATCHES)} images with float32, guided and not")
     if not reduced.proof.failures:
         reduced.proof = prove(calibration, kind, reduced.models, batch_sizes=PROOF_BATCHES)
     if reduced.proof.failures:

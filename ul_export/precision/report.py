@@ -16,8 +16,16 @@ from ul_export.precision.ranges import LARGEST_FLOAT16, headroom_bits
 from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
 from ul_runtime.flops import node_flops
 from ul_runtime.manifest import GraphName
+from ul_runtime.origin import versions
 
 OTHERS = ("moves float32, or stands between float32 nodes", "no product with weights")
+_PACKAGES = ("unified-latents", "onnx", "onnxruntime", "torch")
+_HOW = {
+    "fp16": "Rounded to float16 after every operation, sums in float32.",
+    "bf16": "Rounded to bfloat16 after every operation, sums in float32.",
+    "int8": "Products and convolutions with weights take int8: activations by one scale, from the largest magnitude "
+    "that the sampling path showed, weights by output channel. All else is float32.",
+}
 _SHOWN = 8  # nodes with the least headroom, of each graph
 
 
@@ -48,7 +56,16 @@ def precision_report(calibration: Calibration, reduced: Reduced) -> dict[str, An
         }
     tolerances = asdict(REDUCED[reduced.kind])
     proof = {"figures": reduced.proof.figures, "failures": reduced.proof.failures}
-    return {"precision": reduced.kind, "tolerances": tolerances, "graphs": graphs, "proof": proof}
+    info = calibration.info
+    about = {
+        "name": info.name,
+        "run_id": info.provenance.run_id,
+        "step": info.provenance.step,
+        "opset": info.graphs["prior_step"].opset,
+        "calibration_images": len(calibration.x),
+        "versions": versions(_PACKAGES),
+    }
+    return {"precision": reduced.kind, "model": about, "tolerances": tolerances, "graphs": graphs, "proof": proof}
 
 
 def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list[NodeReport]:
@@ -109,9 +126,9 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
         paragraph(
             f"Every graph call of the sampling path is within {bound['graph']['absolute']:g} + "
             f"{bound['graph']['relative']:g} |value| of float32; final images are at {worst:.1f} dB or better "
-            f"(at least {bound['least_psnr_db']:g} dB is asked for). Rounding is that of {kind} after every operation, "
-            "sums in float32."
+            f"(at least {bound['least_psnr_db']:g} dB is asked for). {_HOW[kind]}"
         ),
+        paragraph(", ".join(f"{key} {value}" for key, value in _facts(record["model"]).items())),
         table(
             ["graph", f"FLOPs in {kind}", "weights, bytes", "of float32", "nodes", "pinned"],
             [_graph_row(graph, each, pins) for graph, each in record["graphs"].items()],
@@ -119,10 +136,19 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
         ),
         "<h2>Pinned to float32</h2>",
         table(["graph", "node", "why"], pins) if pins else paragraph("None."),
-        picture("Drift of the state along both loops", drift_plot(figures)),
+        picture("Drift of the state along both loops, root mean square", drift_plot(figures)),
         picture("Largest magnitude of every node", headroom_plot(record)),
-        f"<h2>Least headroom below float16's largest number, of the nodes in {kind}</h2>",
-        table(["graph", "node", "largest", "headroom, bits"], _tightest(record), (2, 3)),
+        *_headroom(record),
+        "<h2>Graph calls</h2>",
+        table(
+            ["inputs", "graph", "largest difference"],
+            [
+                (key, graph, f"{value:.2g}")
+                for key, each in record["proof"]["figures"].items()
+                for graph, value in each["largest_difference"].items()
+            ],
+            (2,),
+        ),
         "<h2>Whole images</h2>",
         table(
             ["path", "z_0, largest difference", "images, PSNR in dB", "within one level of 255"],
@@ -146,6 +172,20 @@ def _graph_row(graph: str, each: Mapping[str, Any], pins: list[tuple[str, str, s
         str(len(each["nodes"])),
         str(sum(pin[0] == graph for pin in pins)),
     ]
+
+
+def _facts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the model, in words."""
+    return {key.replace("_", " "): value for key, value in model.items() if key != "versions"} | model["versions"]
+
+
+def _headroom(record: Mapping[str, Any]) -> list[str]:
+    """The nodes that are nearest to the end of float16; nothing for other precisions, which end elsewhere."""
+    if record["precision"] != "fp16":
+        return []
+    columns = ["graph", "node", "largest", "headroom, bits"]
+    heading = "<h2>Least headroom below 65504, of the nodes in fp16</h2>"
+    return [heading, table(columns, _tightest(record), (2, 3))]
 
 
 def _tightest(record: Mapping[str, Any]) -> list[list[str]]:
@@ -193,8 +233,9 @@ def headroom_plot(record: Mapping[str, Any]) -> bytes:
         for kind, marker in (("fp32", "x"), (record["precision"], ".")):
             points = [(at, node["largest"]) for at, node in enumerate(each["nodes"]) if node["precision"] == kind]
             axes.semilogy(*zip(*points, strict=True), marker, label=kind, markersize=4)
-        axes.axhline(LARGEST_FLOAT16, color="red", label="largest float16")
-        axes.axhline(LARGEST_FLOAT16 / 2**LEAST_HEADROOM_BITS, color="red", linestyle=":", label="pinned above")
+        if record["precision"] == "fp16":
+            axes.axhline(LARGEST_FLOAT16, color="red", label="largest float16")
+            axes.axhline(LARGEST_FLOAT16 / 2**LEAST_HEADROOM_BITS, color="red", linestyle=":", label="pinned above")
         axes.set(xlabel="node", title=graph)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("largest magnitude")

@@ -106,14 +106,17 @@ def cpu_precision(bundle: "Bundle") -> str:
 
 def choose_backend(bundle: "Bundle", precision: str | None) -> tuple[str, str]:
     """(the backend that `auto` stands for, why). It never depends on what is installed."""
-    own = cpu_precision(bundle)
-    if precision in (None, own):
-        if own != (typed := bundle_precision(bundle)):
-            return "ort-cpu", f"computes in {own} with the bundle's {typed} weights: processors are slower in {typed}"
-        return "ort-cpu", f"computes in {own} as ul-export proved the bundle"
-    if precision == "fp32" and has_float32(bundle):
-        return "ort-cpu", f"computes in fp32 with the bundle's {own} weights"
-    return "openvino", f"the one backend that computes a bundle of {own} in {precision} on a CPU"
+    typed = bundle_precision(bundle)
+    if precision == typed == cpu_precision(bundle) or (precision is None and typed == cpu_precision(bundle)):
+        return "ort-cpu", f"computes in {typed} as ul-export proved the bundle"
+    if precision is None or (precision == "fp32" and has_float32(bundle)):
+        return "ort-cpu", in_another(bundle, "fp32")
+    return "openvino", f"the one backend that computes in {precision} on a CPU; {in_another(bundle, precision)}"
+
+
+def in_another(bundle: "Bundle", precision: str) -> str:
+    """What to say where a backend computes in `precision` and the bundle is of another."""
+    return f"computes in {precision} with the {bundle_precision(bundle)} bundle's weights"
 
 
 def open_backend(
@@ -124,16 +127,17 @@ def open_backend(
     threads: int | None = None,
     allow_spinning: bool = True,
 ) -> Backend:
-    """The backend `name` over a verified bundle, in `precision` (None = the bundle's own).
+    """The backend `name` over a verified bundle, in `precision` (None = the bundle's own, float32 if that is half).
 
     UsageError: unknown, not installed, or not able to compute in that precision; no other backend takes its place.
     """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; expected one of {', '.join(BACKENDS)}")
-    if precision not in (None, *PRECISIONS):
-        raise UsageError(f"precision {precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
-    check_threads(threads)
     own = cpu_precision(bundle)
+    known = list(dict.fromkeys([*PRECISIONS, own]))
+    if precision not in (None, *known):
+        raise UsageError(f"no backend for processors computes in {precision!r}; expected one of {', '.join(known)}")
+    check_threads(threads)
     if name == "auto":
         name, _ = choose_backend(bundle, precision)
     if name == "openvino":

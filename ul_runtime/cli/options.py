@@ -143,9 +143,12 @@ def check_count(option: str, count: int, most: int | None = None) -> None:
 
 
 def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> None:
-    """What `--backend auto` chose and why, in one line on stderr; nothing for any other choice."""
-    if backend == "auto":
-        from ul_runtime.backends import choose_backend
+    """One line on stderr: what `--backend auto` chose and why; of another, if it computes unlike the bundle."""
+    from ul_runtime.backends import bundle_precision, choose_backend, in_another
 
+    computed = pipeline.backend.precision
+    if backend == "auto":
         _, why = choose_backend(pipeline.bundle, precision)
         print(f"backend auto: {pipeline.backend.name}, {why}", file=sys.stderr, flush=True)
+    elif computed != bundle_precision(pipeline.bundle):
+        print(f"backend {pipeline.backend.name}: {in_another(pipeline.bundle, computed)}", file=sys.stderr, flush=True)
