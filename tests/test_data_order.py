@@ -12,7 +12,7 @@ GOLDEN_MAX_3 = [3, 2, 8, 0, 1, 6, 9, 5, 4, 7]
 _SEEDS = st.integers(0, 2**64 - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 50), batch=st.integers(1, 120), seed=_SEEDS, epochs=st.integers(1, 4))
 def test_batches_laid_end_to_end_hold_every_image_once_an_epoch(n: int, batch: int, seed: int, epochs: int) -> None:
     num_steps = -(-n * epochs // batch)
@@ -22,7 +22,7 @@ def test_batches_laid_end_to_end_hold_every_image_once_an_epoch(n: int, batch: i
         assert sorted(ids[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=_SEEDS, step=st.integers(0, 10**6))
 def test_ids_depend_on_seed_and_step_only(seed: int, step: int) -> None:
     ids = sample_ids(97, seed, step, 8)

@@ -59,7 +59,7 @@ def test_held_out_images_stay_held_out_when_images_are_added(tmp_path: Path) -> 
     assert sorted(values(after.train.images) + values(after.heldout.images)) == list(range(400))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(names=st.lists(st.text(max_size=8), min_size=2, max_size=60))
 def test_every_image_is_on_one_side_and_both_sides_have_one(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]

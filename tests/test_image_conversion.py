@@ -238,7 +238,7 @@ def test_an_image_over_the_pixel_bound_is_never_decoded(monkeypatch: pytest.Monk
     assert rejection(GOOD_PNG) == "too many pixels"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), good=st.sampled_from([GOOD_PNG, GOOD_JPEG, encoded(palette(), "GIF")]))
 def test_damaged_bytes_give_an_image_or_a_reason_and_nothing_else(data: st.DataObject, good: bytes) -> None:
     damaged = bytearray(good[: data.draw(st.integers(0, len(good)))])

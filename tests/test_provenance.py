@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -52,7 +52,6 @@ samplings = st.builds(Settings, loops, loops, numbers, intervals, st.floats(0, 1
 seeds, indices = st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)
 
 
-@settings(deadline=None)
 @given(
     samplings,
     st.none() | st.just(OTHER),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ul_train.rate_distortion import gaussian_psnr_db, image_covariance_eigenvalues, psnr_db, reverse_water_filling
@@ -40,7 +40,6 @@ def test_without_bits_the_error_is_the_whole_variance(variances: np.ndarray) -> 
 
 
 @given(variances=spectra, bits=rates)
-@settings(deadline=None)
 def test_it_equals_a_bisection_of_the_water_level(variances: np.ndarray, bits: float) -> None:
     assert reverse_water_filling(variances, bits) == pytest.approx(bisected(variances, bits), rel=1e-9)
 
