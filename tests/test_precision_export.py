@@ -23,7 +23,7 @@ from ul_export.precision.kinds import KINDS
 from ul_export.precision.layers import node_errors
 from ul_export.precision.lower import half_nodes, lower
 from ul_export.precision.ranges import headroom_bits
-from ul_export.precision.search import Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
+from ul_export.precision.search import PROOF_BATCHES, Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
 from ul_runtime import load
 from ul_runtime.backends import choose_backend
 from ul_runtime.bundle import Bundle
@@ -108,7 +108,7 @@ def test_an_overflow_on_the_real_path_alone_is_pinned_with_exactly_the_nodes_it_
         lowered = {
             graph: lower(model, "fp16", half_nodes(model, fewer[graph])) for graph, model in calibration.models.items()
         }
-        assert prove(calibration, "fp16", lowered, batch_sizes=(1,)).failures, f"{node} was not needed"
+        assert prove(calibration, "fp16", lowered, (1,)).failures, f"{node} was not needed"
 
 
 def test_without_calibration_on_the_real_path_the_proof_fails_and_names_the_node(planted, command, monkeypatch):
@@ -145,7 +145,7 @@ def test_where_the_tolerance_asks_for_it_the_nodes_that_add_most_are_pinned_and_
             lowered = {
                 name: lower(model, "fp16", half_nodes(model, fewer[name])) for name, model in calibration.models.items()
             }
-            assert prove(calibration, "fp16", lowered).failures, "one fewer does not do"
+            assert prove(calibration, "fp16", lowered, PROOF_BATCHES).failures, "one fewer does not do"
 
 
 def with_error(model: ModelProto, node_name: str) -> ModelProto:

@@ -15,7 +15,7 @@ from ul_export.precision.layers import node_errors
 from ul_export.precision.lower import MOVEMENT, half_nodes
 from ul_export.precision.memory import in_memory
 from ul_export.precision.ranges import RangeRecorder, headroom_bits, weight_ranges, with_ranges
-from ul_export.verify import Proof, verify
+from ul_export.verify import BATCH_SIZES, Proof, verify
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
 
@@ -24,6 +24,7 @@ MOST_ROUNDS = 4
 AIM = 0.85  # part of the tolerance that is left to the nodes of half precision when others are pinned
 CALIBRATION_IMAGES = 64
 CALIBRATION_BATCH = 16
+PROOF_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # 68 images, guided and not
 
 Models = Mapping[GraphName, ModelProto]
 Pins = dict[GraphName, dict[str, str]]  # node -> why it stays in float32
@@ -91,16 +92,27 @@ def overflow_pins(model: ModelProto, largest: Mapping[str, float]) -> dict[str, 
     return pins
 
 
-def reduce(calibration: Calibration, kind: Kind, say: Callable[[str], None]) -> Reduced:
+def reduce(
+    calibration: Calibration, kind: Kind, say: Callable[[str], None], batches: Sequence[int] = PROOF_BATCHES
+) -> Reduced:
     """The graphs in `kind` with the fewest nodes in float32 that hold the tolerances; the proof says if none does.
 
     Pins what would overflow. While the proof fails, pins in the graph that is furthest out the nodes whose rounding
-    matters most to it, as many as should do; then as few of them as really do.
+    matters most to it, as many as should do; then as few of them as really do. First on few images, then on all of
+    `batches`, which the proof of the result is of.
     """
     pins: Pins = {graph: {} for graph in calibration.models}
     if kind == "fp16":
         pins = {graph: overflow_pins(model, calibration.largest[graph]) for graph, model in calibration.models.items()}
-    reduced = _attempt(calibration, kind, pins)
+    reduced = _hold(calibration, kind, pins, BATCH_SIZES, say)
+    return reduced if reduced.proof.failures else _hold(calibration, kind, reduced.pinned, batches, say)
+
+
+def _hold(
+    calibration: Calibration, kind: Kind, pins: Pins, batches: Sequence[int], say: Callable[[str], None]
+) -> Reduced:
+    """With so many more pins that the proof on these batches holds, if MOST_ROUNDS find them."""
+    reduced = _attempt(calibration, kind, pins, batches)
     ranked: dict[GraphName, list[tuple[str, str]]] = {}
     for _ in range(MOST_ROUNDS):
         if not reduced.proof.failures:
@@ -109,29 +121,24 @@ def reduce(calibration: Calibration, kind: Kind, say: Callable[[str], None]) -> 
         new = too_much(calibration, reduced)
         say(f"{kind}: {reduced.proof.failures[0]}; {len(new)} nodes of {graph} to float32, {new[0][0]} first")
         ranked[graph] = [*ranked.get(graph, []), *new]
-        reduced = _attempt(calibration, kind, _with(pins, ranked))
-    return reduced if reduced.proof.failures else _fewest(calibration, pins, ranked, reduced)
-
-
-def _with(pins: Pins, ranked: Mapping[GraphName, Sequence[tuple[str, str]]]) -> Pins:
-    return {graph: of | dict(ranked.get(graph, ())) for graph, of in pins.items()}
-
-
-def _fewest(
-    calibration: Calibration, pins: Pins, ranked: dict[GraphName, list[tuple[str, str]]], reduced: Reduced
-) -> Reduced:
-    """With the shortest beginning of each graph's `ranked` nodes that the proof holds with, by bisection."""
-    for graph, nodes in ranked.items():
+        reduced = _attempt(calibration, kind, _with(pins, ranked), batches)
+    if reduced.proof.failures:
+        return reduced
+    for graph, nodes in ranked.items():  # the shortest beginning that holds, by bisection
         fails, holds = -1, len(nodes)
         while holds - fails > 1:
             middle = (fails + holds) // 2
-            attempt = _attempt(calibration, reduced.kind, _with(pins, {**ranked, graph: nodes[:middle]}))
+            attempt = _attempt(calibration, kind, _with(pins, {**ranked, graph: nodes[:middle]}), batches)
             if attempt.proof.failures:
                 fails = middle
             else:
                 holds, reduced = middle, attempt
         ranked[graph] = nodes[:holds]
     return reduced
+
+
+def _with(pins: Pins, ranked: Mapping[GraphName, Sequence[tuple[str, str]]]) -> Pins:
+    return {graph: of | dict(ranked.get(graph, ())) for graph, of in pins.items()}
 
 
 def too_much(calibration: Calibration, reduced: Reduced) -> list[tuple[str, str]]:
@@ -161,21 +168,21 @@ def too_much(calibration: Calibration, reduced: Reduced) -> list[tuple[str, str]
     return chosen
 
 
-def _attempt(calibration: Calibration, kind: Kind, pins: Pins) -> Reduced:
+def _attempt(calibration: Calibration, kind: Kind, pins: Pins, batches: Sequence[int]) -> Reduced:
     nodes = {name: candidates(model, kind, pins[name]) for name, model in calibration.models.items()}
     models = {
         name: typed(model, kind, nodes[name], calibration.largest[name]) for name, model in calibration.models.items()
     }
-    proof = prove(calibration, kind, models)
+    proof = prove(calibration, kind, models, batches)
     return Reduced(kind, models, nodes, {name: dict(of) for name, of in pins.items()}, proof)
 
 
-def prove(calibration: Calibration, kind: Kind, models: Models, **options: Any) -> Proof:
+def prove(calibration: Calibration, kind: Kind, models: Models, batches: Sequence[int] = BATCH_SIZES) -> Proof:
     """Typed graphs, rounded as their precision rounds, against float32."""
     computed = {name: as_computed(model, kind) for name, model in models.items()}
     actual = in_memory(calibration.info, computed, calibration.threads)
     reference = calibration.pipeline(calibration.models)
-    return verify(reference, actual, tolerances=REDUCED[kind], what="float32", x=calibration.x, **options)
+    return verify(reference, actual, tolerances=REDUCED[kind], batch_sizes=batches, what="float32", x=calibration.x)
 
 
 def worst_nodes(calibration: Calibration, reduced: Reduced) -> tuple[GraphName, list[Any]]:
