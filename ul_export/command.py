@@ -91,7 +91,9 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
         exact, networks = networks, rounded(networks)
         described = described.model_copy(update={"provenance": rounded_provenance(described)})
         say("measuring what rounding the weights to float16 does to pictures")
-        parity["rounded_weights"] = effect_of_rounding(_torch(described, exact), _torch(described, networks))
+        parity["rounded_weights"] = effect_of_rounding(
+            torch_reference(described, exact), torch_reference(described, networks)
+        )
     files = export_graphs(networks, described, opset, weights == "fp16")
     batches = ", ".join(map(str, BATCH_SIZES))
     say(f"comparing with torch along the whole sampling path, at batch sizes {batches}")
@@ -167,7 +169,8 @@ def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _torch(described: BundleInfo, networks: dict[str, nn.Module]) -> Pipeline:
+def torch_reference(described: BundleInfo, networks: dict[str, nn.Module]) -> Pipeline:
+    """The sampling path by torch in float32 on the processor, which every proof is against."""
     cpu = torch.device("cpu")
     return torch_pipeline(described, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
 
@@ -215,7 +218,7 @@ def prove(
     tolerances: Tolerances = FP32,
 ) -> tuple[Proof, str]:
     """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is."""
-    reference = _torch(described, networks)
+    reference = torch_reference(described, networks)
     with durable.temporary_directory_beside(out) as temporary:
         bundle = write_bundle(temporary / "trial", described, files)
         for graph in described.graphs.values():

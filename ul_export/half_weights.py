@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from ul_export.compare import image_psnr_db
-from ul_export.precision.tensors import half_tensor, stored_name
+from ul_export.precision.tensors import half_tensor, set_nodes, stored_name
 from ul_runtime.errors import BadInputError
 from ul_runtime.pipeline import Pipeline
 
@@ -42,11 +42,10 @@ def rounded(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 def exact_in_half(model: ModelProto) -> set[str]:
     """Names of the float32 initializers that float16 holds exactly."""
-    arrays = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer if each.data_type == _FLOAT}
     return {
-        name
-        for name, values in arrays.items()
-        if values.ndim > 0 and np.array_equal(_half(values).astype(np.float32), values)
+        each.name
+        for each in model.graph.initializer
+        if each.data_type == _FLOAT and each.dims and _exact(each)  # infinity is not equal to what overflowed
     }
 
 
@@ -60,15 +59,13 @@ def store_half(model: ModelProto, names: Collection[str], kind: int = TensorProt
         tensor.CopyFrom(half_tensor(tensor, kind))
         tensor.name = stored
         casts.append(helper.make_node("Cast", [stored], [name], name=f"{stored}/Cast", to=_FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    set_nodes(model, [*casts, *model.graph.node])
     return model
 
 
-def _half(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # infinity is not equal to what overflowed
-        return values.astype(np.float16)
+def _exact(tensor: TensorProto) -> bool:
+    half = numpy_helper.to_array(half_tensor(tensor, TensorProto.FLOAT16)).astype(np.float32)
+    return np.array_equal(half, numpy_helper.to_array(tensor))
 
 
 def effect_of_rounding(exact: Pipeline, by_rounded: Pipeline) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import onnx
 import torch
 from torch import nn
 
-from ul_export.command import check_finite, prove, rounded_provenance, weights_sha256
+from ul_export.command import check_finite, prove, rounded_provenance, torch_reference, weights_sha256
 from ul_export.compare import FP32, REDUCED
 from ul_export.half_weights import rounded
 from ul_export.onnx_graphs import split_weights, step_graphs
 from ul_export.precision.command import REPORT, with_their_weights
-from ul_export.precision.kinds import Kind, as_computed
+from ul_export.precision.kinds import KINDS, Kind, as_computed
 from ul_export.precision.memory import in_memory
 from ul_export.verify import require, verify
 from ul_export.weight_names import parameters, replace_weights
@@ -22,16 +22,15 @@ from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError
 from ul_runtime.manifest import GRAPH_NAMES, BundleInfo
 from ul_train.describe import describe
-from ul_train.heldout import torch_pipeline
 from ul_train.session import load_networks
 
 _SAME = ("image", "latent", "classes", "logsnr_z", "logsnr_x")  # of bundles whose graphs are the same
-_KINDS: dict[str, Kind] = {"fp16": "fp16", "bf16": "bf16", "int8": "int8"}
 
 
 def _kind(bundle: Bundle) -> Kind | None:
     """What its networks compute in, None for float32."""
-    return _KINDS.get(bundle.manifest.graphs["prior_step"].precision)
+    precision = bundle.manifest.graphs["prior_step"].precision
+    return next((kind for kind in KINDS if kind == precision), None)
 
 
 def _rounded_weights(bundle: Bundle) -> bool:
@@ -107,7 +106,6 @@ def _prove_typed(
 ) -> None:
     """The typed graphs with all their rounding against torch in float32."""
     models = {name: as_computed(model, kind) for name, model in with_their_weights(info, files).items()}
-    cpu = torch.device("cpu")
-    reference = torch_pipeline(info, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
+    reference = torch_reference(info, networks)
     proof = verify(reference, in_memory(info, models, threads), tolerances=REDUCED[kind])
     require(proof, f"{run}, in {kind} with the pins of the old weights")

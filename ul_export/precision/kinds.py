@@ -8,7 +8,7 @@ from onnx import ModelProto
 from ul_export.half_weights import store_half
 from ul_export.precision.lower import HALF, emulated, half_nodes, lower
 from ul_export.precision.quantize import quantisable, quantised, quantised_weights
-from ul_export.precision.tensors import stored_name
+from ul_export.precision.tensors import copied, stored_name
 
 Kind = Literal["fp16", "bf16", "int8"]
 KINDS: tuple[Kind, ...] = ("fp16", "bf16", "int8")
@@ -33,8 +33,7 @@ def in_float32(model: ModelProto, kind: Kind, nodes: set[str], graph: ModelProto
     """The same weights as the typed `graph` of `model`, all computed in float32."""
     if kind == "int8":
         return quantised_weights(model, nodes)
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     stored = {tensor.name for tensor in graph.graph.initializer}
     halved = {tensor.name for tensor in copy.graph.initializer if stored_name(tensor.name) in stored}
     return store_half(copy, halved, HALF[kind])

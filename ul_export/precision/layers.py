@@ -7,7 +7,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from ul_export.precision.memory import in_memory
-from ul_export.precision.tensors import float_tensors
+from ul_export.precision.tensors import copied, float_tensors
 from ul_runtime.manifest import BundleInfo, GraphName
 
 
@@ -27,9 +27,9 @@ def node_errors(
 
     A result that is not finite on one side alone has an infinite error.
     """
-    names = [name for node in exact.graph.node for name in node.output if name in float_tensors(exact)]
+    floats = float_tensors(exact)
     shared = {name for node in other.graph.node for name in node.output}
-    names = [name for name in names if name in shared]
+    names = [name for node in exact.graph.node for name in node.output if name in floats & shared]
     expected, given = (
         in_memory(info, {graph: exposed(model, names)}).run(graph, dict(inputs)) for model in (exact, other)
     )
@@ -54,8 +54,7 @@ def _relative(expected: np.ndarray, given: np.ndarray) -> float:
 
 def exposed(model: ModelProto, names: Collection[str]) -> ModelProto:
     """A copy that gives these results too."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     known = {each.name for each in copy.graph.output}
     copy.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ul_export.module_paths import module_of
-from ul_export.precision.tensors import float_tensors, half_tensor, stored_name
+from ul_export.precision.tensors import copied, float_tensors, half_tensor, set_nodes, stored_name
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # Sums and quotients over many values, and waves of large angles: short of digits or of range in half precision.
@@ -76,9 +76,10 @@ def by_design(model: ModelProto) -> dict[str, str]:
 
 
 def half_nodes(model: ModelProto, pinned: Collection[str]) -> set[str]:
-    """Names of the nodes that compute in half precision: all that make float32 but `by_design`, `pinned`, and
+    """Names of the nodes that compute in half precision: all that make float32, with these exceptions.
 
-    movements of float32 values, and sums and products that take float32 from a node and give it to float32 alone.
+    Nodes `by_design` and `pinned`; movements of float32 values; sums and products that take float32 from a node and
+    give it to float32 alone.
     """
     floats, fixed = float_tensors(model), {*by_design(model), *pinned}
     weights = {each.name for each in model.graph.initializer}
@@ -121,8 +122,7 @@ def lower(model: ModelProto, kind: str, half: set[str]) -> ModelProto:
 
 class _Lowering:
     def __init__(self, model: ModelProto, kind: str, half: set[str]) -> None:
-        self.model, self.type, self.half = ModelProto(), HALF[kind], half
-        self.model.CopyFrom(model)
+        self.model, self.type, self.half = copied(model), HALF[kind], half
         self.floats = float_tensors(model)
         self.made_half: set[str] = set()
         self.stored: dict[str, str] = {}  # weights of half nodes alone, by their new names
@@ -133,8 +133,7 @@ class _Lowering:
         """The lowered graph."""
         graph = self.model.graph
         self._weights()
-        source = list(graph.node)
-        for node in source:
+        for node in graph.node:
             self._inputs(node)
             self.nodes.append(node)
             if node.name in self.half:
@@ -142,8 +141,7 @@ class _Lowering:
         for output in graph.output:
             if output.name in self.made_half:
                 self._output(output.name)
-        del graph.node[:]
-        graph.node.extend(self.nodes)
+        set_nodes(self.model, self.nodes)
         for info in graph.value_info:
             if info.name in self.made_half:
                 info.type.tensor_type.elem_type = self.type
@@ -195,8 +193,7 @@ def emulated(lowered: ModelProto) -> ModelProto:
     What a processor with such arithmetic does that accumulates in float32. ONNX Runtime's own CPU kernels do not show
     it: they run a typed graph in float32 and leave the rounding out, so that what overflows on a GPU passes there.
     """
-    model = ModelProto()
-    model.CopyFrom(lowered)
+    model = copied(lowered)
     graph, halves = model.graph, set(HALF.values())
     kinds = {info.name: info.type.tensor_type.elem_type for info in graph.value_info}
     for tensor in graph.initializer:
@@ -221,6 +218,5 @@ def emulated(lowered: ModelProto) -> ModelProto:
                     node.output[at] = exact
                     nodes.append(helper.make_node("Cast", [exact], [rounded], to=kinds[name]))
                     nodes.append(helper.make_node("Cast", [rounded], [name], to=TensorProto.FLOAT))
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(model, nodes)
     return model

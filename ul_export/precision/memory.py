@@ -6,6 +6,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from ul_export.onnx_graphs import split_weights
+from ul_export.precision.tensors import copied
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.manifest import BundleInfo, FileEntry, GraphName, Manifest
@@ -15,9 +16,7 @@ def in_memory(info: BundleInfo, models: Mapping[GraphName, ModelProto], threads:
     """ONNX Runtime over these graphs, weights inside them, which take the place of those that `info` describes."""
     files: dict[str, bytes] = {}
     for name, model in models.items():
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        files[_file(name)], files[_weights(name)] = split_weights(copy, _weights(name))
+        files[_file(name)], files[_weights(name)] = split_weights(copied(model), _weights(name))
     graphs = {
         name: graph.model_copy(update={"file": _file(name), "weights": _weights(name), "float32_file": None})
         for name, graph in info.graphs.items()

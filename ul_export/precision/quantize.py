@@ -10,6 +10,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ul_export.precision.lower import by_design
+from ul_export.precision.tensors import copied, set_nodes
 
 LARGEST_INT8 = 127
 _TINY = float(np.finfo(np.float32).tiny)  # scale of what is zero throughout
@@ -54,18 +55,16 @@ def quantised(model: ModelProto, nodes: set[str], largest: Mapping[str, float]) 
                 made += [quantise, back]
             node.input[0] = f"{name}/back"
         made.append(node)
-    del copy.graph.node[:]
-    copy.graph.node.extend(made)
+    set_nodes(copy, made)
     return copy
 
 
 def quantised_weights(model: ModelProto, nodes: set[str]) -> ModelProto:
     """A copy in which the weights of `nodes` alone are int8; it computes in float32."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     arrays = {each.name: each for each in copy.graph.initializer}
     made: list[NodeProto] = []
-    taken: dict[str, str] = {}
+    taken: set[str] = set()
     for node in copy.graph.node:
         if node.name in nodes:
             name, axis = node.input[1], _output_axis(node)
@@ -77,11 +76,10 @@ def quantised_weights(model: ModelProto, nodes: set[str]) -> ModelProto:
                 )
                 given = [f"{back}.int8", f"{back}.scale"]
                 made.append(helper.make_node("DequantizeLinear", given, [back], f"{back}/Dequantize", axis=axis))
-                taken[back] = name
+                taken.add(back)
             node.input[1] = back
         made.append(node)
-    del copy.graph.node[:]
-    copy.graph.node.extend(made)
+    set_nodes(copy, made)
     used = {name for node in copy.graph.node for name in node.input}
     kept = [each for each in copy.graph.initializer if each.name in used]
     del copy.graph.initializer[:]

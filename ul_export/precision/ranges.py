@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ul_export.precision.tensors import float_tensors
+from ul_export.precision.tensors import copied, float_tensors
 from ul_runtime.backends import InFront
 from ul_runtime.manifest import GraphName
+from ul_train.activations import LARGEST_FLOAT16
 
 OUTPUT = "ranges"
-LARGEST_FLOAT16 = 65504.0
 
 
 def with_ranges(model: ModelProto) -> tuple[ModelProto, list[str]]:
     """(a copy with one more output OUTPUT `n`, the n float32 tensors whose largest magnitude it holds)."""
-    measured = ModelProto()
-    measured.CopyFrom(model)
+    measured, floats = copied(model), float_tensors(model)
     graph = measured.graph
     made = [*(each.name for each in graph.input), *(name for node in graph.node for name in node.output)]
-    names = [name for name in made if name in float_tensors(model)]
+    names = [name for name in made if name in floats]
     one = numpy_helper.from_array(np.array([1], np.int64), "ranges/one")
     graph.initializer.append(one)
     for name in names:

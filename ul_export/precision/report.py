@@ -12,14 +12,19 @@ from ul_export.module_paths import module_of
 from ul_export.page import page, paragraph, picture, table
 from ul_export.precision.lower import by_design
 from ul_export.precision.memory import in_memory
-from ul_export.precision.ranges import LARGEST_FLOAT16, headroom_bits
+from ul_export.precision.ranges import headroom_bits
 from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
 from ul_runtime.flops import node_flops
 from ul_runtime.manifest import GraphName
 from ul_runtime.origin import versions
+from ul_train.activations import LARGEST_FLOAT16
 
-OTHERS = ("moves float32, or stands between float32 nodes", "no product with weights")
 _PACKAGES = ("unified-latents", "onnx", "onnxruntime", "torch")
+_LEFT = {  # why a node that nobody pinned stays in float32
+    "fp16": "moves float32, or stands between float32 nodes",
+    "bf16": "moves float32, or stands between float32 nodes",
+    "int8": "no product with weights",
+}
 _HOW = {
     "fp16": "Rounded to float16 after every operation, sums in float32.",
     "bf16": "Rounded to bfloat16 after every operation, sums in float32.",
@@ -31,12 +36,16 @@ _SHOWN = 8  # nodes with the least headroom, of each graph
 
 @dataclass(frozen=True)
 class NodeReport:
-    """A node: what it computes in and why, the largest magnitude that it takes or makes, and its share of the FLOPs."""
+    """A node: what it computes in and why, the largest magnitude that it takes or makes, and its share of the FLOPs.
+
+    `pinned`: it could compute in the lower precision, and was found to need float32.
+    """
 
     node: str
     module: str
     operator: str
     precision: str
+    pinned: bool
     why: str
     largest: float
     headroom_bits: float | None  # None: zeros alone
@@ -78,7 +87,7 @@ def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list
         seen = [largest[name] for name in (*node.input, *node.output) if name in largest]
         if not any(name in largest for name in node.output):
             continue  # makes no float32
-        why = pinned.get(node.name) or design.get(node.name) or OTHERS[reduced.kind == "int8"]
+        why = pinned.get(node.name) or design.get(node.name) or _LEFT[reduced.kind]
         room = headroom_bits(max(seen))
         found.append(
             NodeReport(
@@ -86,6 +95,7 @@ def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list
                 module=module_of(node.name),
                 operator=node.op_type,
                 precision=reduced.kind if node.name in nodes else "fp32",
+                pinned=node.name in pinned,
                 why="" if node.name in nodes else why,
                 largest=max(seen),
                 headroom_bits=round(room, 2) if math.isfinite(room) else None,
@@ -120,7 +130,7 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
         (graph, node["node"], node["why"])
         for graph, each in record["graphs"].items()
         for node in each["nodes"]
-        if node["precision"] == "fp32" and node["why"].startswith(("magnitude", "its "))
+        if node["pinned"]
     ]
     body = [
         paragraph(

@@ -16,6 +16,7 @@ from ul_export.precision.lower import MOVEMENT, half_nodes
 from ul_export.precision.memory import in_memory
 from ul_export.precision.ranges import RangeRecorder, headroom_bits, weight_ranges, with_ranges
 from ul_export.verify import BATCH_SIZES, Proof, verify
+from ul_runtime.backends import Backend
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
 
@@ -41,7 +42,9 @@ class Calibration:
 
     def pipeline(self, models: Models) -> Pipeline:
         """The runtime's own, over these graphs."""
-        backend = in_memory(self.info, models, self.threads)
+        return self._over(in_memory(self.info, models, self.threads))
+
+    def _over(self, backend: Backend) -> Pipeline:
         return Pipeline(SimpleNamespace(manifest=self.info), backend)  # type: ignore[arg-type]
 
     @cached_property
@@ -51,7 +54,7 @@ class Calibration:
         backend = in_memory(self.info, {name: model for name, (model, _) in measured.items()}, self.threads)
         recorder = RangeRecorder(backend, {name: names for name, (_, names) in measured.items()})
         recorder.largest = {name: weight_ranges(model) for name, model in self.models.items()}
-        pipeline = Pipeline(SimpleNamespace(manifest=self.info), recorder)  # type: ignore[arg-type]
+        pipeline = self._over(recorder)
         for guidance in dict.fromkeys((1.0, pipeline.settings().guidance)):
             for _ in pipeline.generate(CALIBRATION_IMAGES, guidance=guidance, batch_size=CALIBRATION_BATCH):
                 pass

@@ -1,9 +1,25 @@
-"""Tensors of a graph: which are float32, and weights in half precision."""
+"""Graphs and their tensors: a copy, other nodes, which tensors are float32, and weights in half precision."""
+
+from collections.abc import Sequence
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ul_runtime.errors import ULError
+
+
+def copied(model: ModelProto) -> ModelProto:
+    """A copy, to be changed."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def set_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
+    """Its nodes become these."""
+    kept = list(nodes)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def float_tensors(model: ModelProto) -> set[str]:

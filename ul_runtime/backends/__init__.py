@@ -107,7 +107,7 @@ def cpu_precision(bundle: "Bundle") -> str:
 def choose_backend(bundle: "Bundle", precision: str | None) -> tuple[str, str]:
     """(the backend that `auto` stands for, why). It never depends on what is installed."""
     typed = bundle_precision(bundle)
-    if precision == typed == cpu_precision(bundle) or (precision is None and typed == cpu_precision(bundle)):
+    if precision in (None, typed) and typed == cpu_precision(bundle):
         return "ort-cpu", f"computes in {typed} as ul-export proved the bundle"
     if precision is None or (precision == "fp32" and has_float32(bundle)):
         return "ort-cpu", in_another(bundle, "fp32")
