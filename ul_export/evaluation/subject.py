@@ -61,15 +61,18 @@ class Subject:
         return self.features("features of held-out images", self.splits.heldout, self.heldout_ids, self.spaces)
 
     def halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the pool: two halves without a common image, divided anew for each seed."""
+        """Rows of the pool in random order: two halves without a common image, divided anew for each seed.
+
+        Each class is divided evenly: halves with other class counts would differ by more than the images do.
+        """
         order = epoch_order(2 * self.count, seed, _HALVES)
-        return order[: self.count], order[self.count :]
+        class_by_class = np.argsort(self.reference.labels[self.pool[order]], kind="stable")
+        in_first = np.zeros(2 * self.count, bool)
+        in_first[class_by_class[::2]] = True
+        return order[in_first], order[~in_first]
 
     def labels(self, seed: int) -> list[int] | None:
-        """The bundle's classes of the second half, in whose place the samples stand; None = all in turn.
-
-        Classes of the first half would be unfair to the second, whose class counts differ from it by chance.
-        """
+        """The bundle's classes of the second half, in whose place the samples stand; None = all in turn."""
         names, classes = self.reference.class_names, self.pipeline.manifest.classes
         if not names or not set(names) <= set(classes):
             return None
