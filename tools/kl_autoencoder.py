@@ -178,8 +178,8 @@ def compare(
     from ul_train.accounting import account
     from ul_train.cli import cache_dir
     from ul_train.command import open_splits
+    from ul_train.processes import option_words
     from ul_train.session import read_run
-    from ul_train.variants import option_words
 
     if threads:
         torch.set_num_threads(threads)
@@ -242,7 +242,7 @@ def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) ->
     from ul_export.evaluation.headline import headline
     from ul_runtime.benchmark import work_of_an_image
     from ul_runtime.bundle import Bundle
-    from ul_train.variants import run_main
+    from ul_train.processes import run_main
 
     said = run_main("ul_export.eval_cli", str(bundle), "--data", data, *ask, "--json")
     return {

@@ -121,7 +121,8 @@ def table(
     """Train, export and evaluate every row of a table, and write it."""
     from ul_runtime import durable
     from ul_runtime.origin import anonymous, commit, versions
-    from ul_train.variants import Variants, option_words
+    from ul_train.processes import option_words
+    from ul_train.variants import Variants
 
     rows = chosen_rows(name, values)
     shared = option_words({"--heldout": heldout, "--threads": threads, "--cache": cache})
@@ -189,7 +190,7 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
     """What ul-train report and ul-eval say of a run; kept in the run's folder."""
     from ul_export.evaluation.headline import headline
     from ul_runtime import durable
-    from ul_train.variants import run_main
+    from ul_train.processes import run_main
 
     report = variants.measured(run, images, mean_of)
     file, bundle = run / "evaluated.json", run / "bundle"

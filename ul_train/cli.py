@@ -161,7 +161,8 @@ def sweep(
     from ul_runtime.origin import anonymous
     from ul_train import sweep as sweeping
     from ul_train.config import load_config
-    from ul_train.variants import Variants, option_words
+    from ul_train.processes import option_words
+    from ul_train.variants import Variants
 
     if data is None or out is None:
         raise UsageError(f"{'--out' if data else '--data'} is missing; see ul-train sweep --help")
