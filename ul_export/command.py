@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from ul_train.command import open_splits
 from ul_train.config import Config
 from ul_train.describe import describe
 from ul_train.heldout import from_uint8, torch_pipeline
-from ul_train.session import RunInfo, load_networks
+from ul_train.session import RunInfo, load_networks, load_newest
 
 WEIGHTS = ("fp32", "fp16")
 _DEFAULT_OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # convolutions take bfloat16 from opset 22 on
@@ -100,7 +101,6 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     proof, backend = prove(out, described, files, networks, threads)
     require(proof, str(run), lambda: _first_difference(described, files, networks, proof))
     parity |= {"backend": backend, **proof.figures}
-    paths = [figures for figures in proof.figures.values() if "z_0" in figures]
     by_rounding = parity.get("rounded_weights")
     reduced: dict[str, Any] = {}
     if x is not None and options.precision != "fp32":
@@ -116,11 +116,39 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
         "megabytes": sum(entry.size for entry in final.manifest.files.values()) / 1e6,
         "opset": opset,
         **_reduced_in_short(reduced),
+        **proof_in_short(proof),
+        **({"rounded_weights_psnr_db": by_rounding["image_psnr_db"]} if by_rounding else {}),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def check_export(run: Path, threads: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Prove the float32 export of a run as it stands, before its stages are finished; writes nothing that lasts.
+
+    Returns what to print. Errors are those of `export_bundle`.
+    """
+    started = time.monotonic()
+    config, info, networks, stage, step = load_newest(run)
+    check_finite(run, networks)
+    if threads:
+        torch.set_num_threads(threads)
+    opset = _DEFAULT_OPSET["fp32"]
+    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset)
+    say(f"checking the export of {config.name} ({stage} step {step}, averaged weights) at opset {opset}")
+    files = export_graphs(networks, described, opset)
+    with tempfile.TemporaryDirectory() as folder:
+        proof, _ = prove(Path(folder) / "bundle", described, files, networks, threads)
+    require(proof, str(run), lambda: _first_difference(described, files, networks, proof))
+    return {**proof_in_short(proof), "seconds": time.monotonic() - started}
+
+
+def proof_in_short(proof: Proof) -> dict[str, Any]:
+    """Of the proof in float32, what ul-export prints."""
+    paths = [figures for figures in proof.figures.values() if "z_0" in figures]
+    return {
         "worst_graph_difference": proof.worst_graph_difference,
         "worst_z_0_difference": max(figures["z_0"] for figures in paths),
         "worst_image_psnr_db": min(figures["image_psnr_db"] for figures in paths),
-        **({"rounded_weights_psnr_db": by_rounding["image_psnr_db"]} if by_rounding else {}),
-        "seconds": time.monotonic() - started,
     }
 
 

@@ -9,7 +9,14 @@ import onnx
 import torch
 from torch import nn
 
-from ul_export.command import check_finite, prove, rounded_provenance, torch_reference, weights_sha256
+from ul_export.command import (
+    check_finite,
+    proof_in_short,
+    prove,
+    rounded_provenance,
+    torch_reference,
+    weights_sha256,
+)
 from ul_export.compare import FP32, REDUCED
 from ul_export.half_weights import rounded
 from ul_export.onnx_graphs import split_weights, step_graphs
@@ -75,13 +82,11 @@ def update_bundle(run: Path, old: Path, out: Path, threads: int | None, say: Cal
     final = write_bundle(
         out, described.model_copy(update={"parity": parity | proof.figures}), files, overwrite=out == old
     )
-    paths = [figures for figures in proof.figures.values() if "z_0" in figures]
     return {
         "bundle": str(out),
         "hash": final.hash,
         "precision": kind or "fp32",
-        "worst_z_0_difference": max(figures["z_0"] for figures in paths),
-        "worst_image_psnr_db": min(figures["image_psnr_db"] for figures in paths),
+        **proof_in_short(proof),
         "seconds": time.monotonic() - started,
     }
 

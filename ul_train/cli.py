@@ -76,6 +76,10 @@ def train(
     ] = False,
     cache: Cache = None,
     report_images: Annotated[int, typer.Option(metavar="N", min=1, help="Held-out images in the final report.")] = 512,
+    export_check: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Every N steps, prove that the networks export (ul-export --check)."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and the resolved recipe; write nothing.")
     ] = False,
@@ -92,6 +96,8 @@ def train(
     if dry_run:
         _dry_run(config, json_)
         return
+    if export_check is not None:
+        require_packages("onnx", "onnxscript", "onnxruntime", extras="export")
     from ul_train.command import TrainOptions, train_command
 
     options = TrainOptions(
@@ -106,6 +112,7 @@ def train(
         compile=compile_,
         cache=cache_dir(cache),
         report_images=report_images,
+        export_check=export_check,
     )
     _print(train_command(config, options), json_)
 

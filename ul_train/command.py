@@ -50,6 +50,7 @@ class TrainOptions:
     compile: bool
     cache: Path
     report_images: int
+    export_check: int | None = None  # every so many steps
 
 
 def open_splits(image: ImageConfig, data: str, heldout: str | None, cache: Path, stop: Callable[[], bool]) -> Splits:
@@ -172,7 +173,19 @@ def _train_stages(
     precision = choose_precision(config.run.precision, device)
     log = RunLog(out, config.run.log_every)
     log.say(f"training in {out} on {device}, {precision}, {torch.get_num_threads()} threads")
-    session = Session(out, config, info, splits, device, precision, options.compile, stop, log)
+    session = Session(
+        out,
+        config,
+        info,
+        splits,
+        device,
+        precision,
+        options.compile,
+        stop,
+        log,
+        export_check=options.export_check,
+        threads=options.threads,
+    )
     try:
         for stage in options.stages:
             trained = session.run_stage(stage)

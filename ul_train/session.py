@@ -26,6 +26,7 @@ from ul_train.data import Splits
 from ul_train.describe import describe
 from ul_train.heldout import HeldoutFigures, measure, reconstruction_sheet, sample_sheet, torch_pipeline, yardstick
 from ul_train.model import joint_networks, make_base, make_decoder, make_encoder
+from ul_train.processes import option_words, run_main
 from ul_train.runlog import RunLog, drop_lines_after
 from ul_train.stages import Stage, base_stage, joint_stage
 from ul_train.trainer import Trainer
@@ -172,6 +173,8 @@ class Session:
     compile: bool
     stop: Callable[[], bool]
     log: RunLog
+    export_check: int | None = None  # steps between two proofs that what is trained can be exported
+    threads: int | None = None  # of those proofs
     # stage -> the largest magnitudes of its blocks at its last evaluation, and that step
     _largest: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)  # blocks that the run has been warned of
@@ -192,7 +195,17 @@ class Session:
             encoder_checkpoint = load_ema(finished_joint(self.run, self.config), frozen, self.device).state_hash
             num_classes = len(self.info.class_names)
             stage = base_stage(self.config, num_classes, self.device, self.precision, frozen)
-        trainer = Trainer(stage, self.splits.train, self.run, self.log, self.stop, self.evaluate, encoder_checkpoint)
+        trainer = Trainer(
+            stage,
+            self.splits.train,
+            self.run,
+            self.log,
+            self.stop,
+            self.evaluate,
+            encoder_checkpoint,
+            self.export_check,
+            self.check_export,
+        )
         found = ckpt.list_checkpoints(self.run / "checkpoints", name)
         if found:
             trainer.restore(found[-1])
@@ -239,6 +252,28 @@ class Session:
             picture = sample_sheet(pipeline, f"samples at step {step}")
         durable.atomic_write(preview, picture)
 
+    def check_export(self, stage: Stage, step: int) -> None:
+        """Prove the export of the newest checkpoint by ul-export --check, in a process of its own.
+
+        Ends this process with the exit code of ul-export where that fails; StoppedError on a signal.
+        """
+        where = f"stage {stage.name}, step {step}"
+        try:
+            said = run_main(
+                "ul_export.cli",
+                *(str(self.run), "--check", "--json"),
+                *option_words({"--threads": self.threads}),
+                name="ul-export",
+            )
+        except StoppedError:
+            raise StoppedError(
+                f"{where}: stopped in the export check, saved; go on with ul-train {self.run} --resume"
+            ) from None
+        except SystemExit:
+            self.log.warn(f"{where}: the export check failed; the checkpoint is kept, training ends")
+            raise
+        self.log.write(stage.name, step, {f"export.{name}": value for name, value in json.loads(said).items()})
+
     def report(
         self, num_images: int, mean_of: int, control: Control = UNWATCHED, precision: str = "fp32"
     ) -> HeldoutFigures:
@@ -267,6 +302,23 @@ class Session:
         title = f"{figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
         durable.atomic_write(self.run / "report.png", reconstruction_sheet(pipeline, self.splits.heldout, title))
         return figures
+
+
+def load_newest(run: Path) -> tuple[Config, RunInfo, dict[str, nn.Module], str, int]:
+    """(recipe, run, averaged networks, stage, step) of a run as it stands, in the words of `load_networks`.
+
+    Before stage base has a checkpoint, the prior is that of stage joint, and the run has no classes. BadInputError.
+    """
+    if ckpt.list_checkpoints(run / "checkpoints", "base"):
+        config, info, networks, step = load_networks(run)
+        return config, info, networks, "base", step
+    config, info = read_run(run)
+    found = ckpt.list_checkpoints(run / "checkpoints", "joint")
+    if not found:
+        raise BadInputError(f"{run}: has no checkpoint yet; train it first: ul-train {run} --resume")
+    networks = joint_networks(config)
+    saved = load_ema(found[-1], networks, torch.device("cpu"))
+    return config, replace(info, class_names=()), networks, "joint", saved.state.step
 
 
 def load_networks(run: Path) -> tuple[Config, RunInfo, dict[str, nn.Module], int]:

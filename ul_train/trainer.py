@@ -33,6 +33,7 @@ class Trainer:
     """One stage on one data set, writing into one run directory.
 
     `evaluate(stage, step)` is called now and then, and may raise StoppedError when `stop()` is true.
+    `check(stage, step)` is called every `check_every` steps (None = never) once the checkpoint of that step is saved.
     """
 
     stage: Stage
@@ -42,6 +43,8 @@ class Trainer:
     stop: Callable[[], bool]
     evaluate: Callable[[Stage, int], None]
     encoder_checkpoint: str | None = None
+    check_every: int | None = None
+    check: Callable[[Stage, int], None] = lambda stage, step: None
     step: int = 0
     counters: dict[str, int] = field(default_factory=lambda: {"skipped": 0, "skipped_in_a_row": 0})
 
@@ -69,13 +72,16 @@ class Trainer:
                     with suppress(StoppedError):  # asked to stop in the middle of it: save, then stop
                         self.evaluate(self.stage, self.step)
                 stopping = self.stop()
-                if last or stopping or self.step % run.checkpoint_every == 0:
+                checking = self.check_every is not None and self.step % self.check_every == 0
+                if last or stopping or checking or self.step % run.checkpoint_every == 0:
                     self.save()
                 if stopping and not last:
                     raise StoppedError(
                         f"stopped at step {self.step} of {settings.steps} of stage {self.stage.name}, saved; "
                         f"go on with ul-train {self.run} --resume"
                     )
+                if checking:
+                    self.check(self.stage, self.step)
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step, or none when loss or gradient is not finite: the weights never take such an update."""
