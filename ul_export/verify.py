@@ -83,12 +83,13 @@ def verify(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     what: str = "torch",
     x: np.ndarray | None = None,
+    to_first_failure: bool = False,
 ) -> Proof:
     """Compare `actual` with the reference pipeline (`what`): same noise and labels, guided and not, batch by batch.
 
     Each graph is compared on the inputs that the reference path really gives it, then, while these agree, z_0 and the
     images of both whole paths, then each graph where no input is zero (unless the tolerances leave that out).
-    Differences are collected, not raised.
+    Differences are collected, not raised; `to_first_failure`: only to the first batch that shows one.
     A size of `batch_sizes` that comes again is of other images; the encoder is also given images x `b c h w`.
     NonFiniteError: the reference gives NaN or Inf.
     """
@@ -101,6 +102,8 @@ def verify(
             path = _Path(reference, actual, batch_size, guidance, seed + again)
             _verify_path(proof, path, key, tolerances, what)
             advance(batch_size)
+            if to_first_failure and proof.failures:
+                return proof
     recorder = Recorder(reference.backend)
     for graph, inputs in _full_inputs(reference, seed) if tolerances.off_path else ():
         recorder.run(graph, inputs)

@@ -131,7 +131,8 @@ def _hold(
         fails, holds = -1, len(nodes)
         while holds - fails > 1:
             middle = (fails + holds) // 2
-            attempt = _attempt(calibration, kind, _with(pins, {**ranked, graph: nodes[:middle]}), batches)
+            fewer = _with(pins, {**ranked, graph: nodes[:middle]})
+            attempt = _attempt(calibration, kind, fewer, batches, to_first_failure=True)
             if attempt.proof.failures:
                 fails = middle
             else:
@@ -171,21 +172,37 @@ def too_much(calibration: Calibration, reduced: Reduced) -> list[tuple[str, str]
     return chosen
 
 
-def _attempt(calibration: Calibration, kind: Kind, pins: Pins, batches: Sequence[int]) -> Reduced:
+def _attempt(
+    calibration: Calibration, kind: Kind, pins: Pins, batches: Sequence[int], to_first_failure: bool = False
+) -> Reduced:
     nodes = {name: candidates(model, kind, pins[name]) for name, model in calibration.models.items()}
     models = {
         name: typed(model, kind, nodes[name], calibration.largest[name]) for name, model in calibration.models.items()
     }
-    proof = prove(calibration, kind, models, batches)
+    proof = prove(calibration, kind, models, batches, to_first_failure)
     return Reduced(kind, models, nodes, {name: dict(of) for name, of in pins.items()}, proof)
 
 
-def prove(calibration: Calibration, kind: Kind, models: Models, batches: Sequence[int] = BATCH_SIZES) -> Proof:
+def prove(
+    calibration: Calibration,
+    kind: Kind,
+    models: Models,
+    batches: Sequence[int] = BATCH_SIZES,
+    to_first_failure: bool = False,
+) -> Proof:
     """Typed graphs, rounded as their precision rounds, against float32."""
     computed = {name: as_computed(model, kind) for name, model in models.items()}
     actual = in_memory(calibration.info, computed, calibration.threads)
     reference = calibration.pipeline(calibration.models)
-    return verify(reference, actual, tolerances=REDUCED[kind], batch_sizes=batches, what="float32", x=calibration.x)
+    return verify(
+        reference,
+        actual,
+        tolerances=REDUCED[kind],
+        batch_sizes=batches,
+        what="float32",
+        x=calibration.x,
+        to_first_failure=to_first_failure,
+    )
 
 
 def worst_nodes(calibration: Calibration, reduced: Reduced) -> tuple[GraphName, list[Any]]:
