@@ -16,8 +16,8 @@ from torch import nn
 from ul_export.compare import FP32, REDUCED, Tolerances
 from ul_export.first_difference import first_difference
 from ul_export.half_weights import effect_of_rounding, rounded
-from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs, step_graphs
-from ul_export.precision.command import REPORT, reduced_bundle, with_their_weights
+from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs, join_weights, step_graphs
+from ul_export.precision.command import REPORT, reduced_bundle
 from ul_export.precision.kinds import Kind
 from ul_export.precision.search import CALIBRATION_IMAGES
 from ul_export.verify import BATCH_SIZES, Proof, require, verify
@@ -180,7 +180,8 @@ def _first_difference(
 ) -> str:
     graph = proof.worst_graph
     modules = {each.name: each.module for each in step_graphs(networks, described.image, described.latent)}
-    model = with_their_weights(described, files)[graph]
+    entry = described.graphs[graph]
+    model = join_weights(files[entry.file], files[entry.weights], entry.weights)
     return first_difference(modules[graph], model, described, graph, proof.worst_calls[graph][1])
 
 

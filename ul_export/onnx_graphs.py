@@ -20,6 +20,7 @@ from torch import nn
 from ul_export.half_weights import exact_in_half, store_half
 from ul_export.module_paths import name_nodes
 from ul_export.weight_names import name_weights
+from ul_runtime.bundle import parse_weights
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
 from ul_train.step import DecoderStep, PriorStep
@@ -118,6 +119,17 @@ def split_weights(model: ModelProto, weights_file: str) -> tuple[bytes, bytes]:
             entry = tensor.external_data.add()
             entry.key, entry.value = key, str(value)
     return model.SerializeToString(deterministic=True), weights
+
+
+def join_weights(graph: bytes, weights: bytes, weights_file: str) -> ModelProto:
+    """What `split_weights` took apart; never serialised whole, so that it may be larger than protobuf's 2 GiB."""
+    model, arrays = onnx.load_model_from_string(graph), parse_weights(weights, weights_file)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+            tensor.raw_data = arrays[tensor.name].tobytes()
+    return model
 
 
 def check_graph(path: Path) -> None:

@@ -5,18 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import ModelProto
 
-from ul_export.onnx_graphs import split_weights
+from ul_export.onnx_graphs import join_weights, split_weights
 from ul_export.precision.kinds import Kind, in_float32
 from ul_export.precision.lower import by_design
 from ul_export.precision.report import html_report, precision_report
 from ul_export.precision.search import Calibration, Reduced, reduce, worst_nodes
-from ul_runtime.bundle import parse_weights
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, Graph, GraphName
-from ul_runtime.onnx_weights import with_weights
 
 LEAST_SHARE = 0.5  # of a graph's FLOPs in the precision that was asked for
 REPORT = "precision"  # .json and .html, in the bundle
@@ -67,9 +64,7 @@ def reduced_bundle(
 def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[GraphName, ModelProto]:
     """The graphs of a bundle's files, weights inside."""
     return {
-        name: onnx.load_model_from_string(
-            with_weights(files[graph.file], parse_weights(files[graph.weights], graph.weights))
-        )
+        name: join_weights(files[graph.file], files[graph.weights], graph.weights)
         for name, graph in info.graphs.items()
     }
 
