@@ -14,17 +14,12 @@ from PIL import Image
 from random_run import write_run
 
 from ul_export.bench_cli import main
+from ul_runtime.backends.openvino import has_bf16
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--quick", "--threads", 1, "--batch-sizes", "1,2", "--steps", 3, "--decoder-steps", 2)
 WITHOUT = ("--no-start-up",)
 STEPS = {"prior_step", "guided_prior_step", "decoder_step"}
-
-
-def has_bf16() -> bool:
-    from ul_runtime.backends import openvino
-
-    return "BF16" in openvino._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def test_json_has_every_figure_and_what_it_was_measured_with(command: Runner, analytic_bundle: Path) -> None:
@@ -115,6 +110,7 @@ import sys
 for name in ("torch", "onnx", "onnxscript", "openvino"):
     sys.modules[name] = None
 from ul_export.bench_cli import main
+from ul_runtime.backends.openvino import has_bf16
 main()
 """
     done = start(code, analytic_bundle, *QUICK, *WITHOUT, "--json")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def exported_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 @pytest.fixture
 def bf16() -> None:
     """Skips on a processor that has no bfloat16, where the backend refuses it."""
-    if "BF16" not in module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not module.has_bf16():
         pytest.skip("no bfloat16 on this processor")
 
 
@@ -162,6 +163,35 @@ def test_auto_takes_openvino_only_for_a_precision_that_the_bundle_does_not_have(
         "ort-cpu",
         "openvino",
     ]
+
+
+def in_bf16(bundle: Bundle, proof: dict[str, Any]) -> Bundle:
+    """The bundle as if ul-export had written it in bf16 with this proof; its graphs stay."""
+    graphs = {
+        name: graph.model_copy(update={"precision": "bf16", "float32_file": graph.file})
+        for name, graph in bundle.manifest.graphs.items()
+    }
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": graphs, "parity": {"bf16": proof}}))
+
+
+def test_auto_computes_a_bundle_in_bf16_natively_only_where_that_was_proved(
+    analytic_bundle: Path, bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(analytic_bundle)
+    proved, unproved = in_bf16(bundle, {"openvino": {"versions": {}}}), in_bf16(bundle, {"pinned": {}})
+    assert choose_backend(proved, None) == ("openvino", "bf16", "computes in bf16 as ul-export proved the bundle")
+    backend = open_backend("auto", proved, threads=1)
+    assert (backend.name, backend.precision) == ("openvino", "bf16")
+    assert backend.run("encoder", {"x": X})["z_clean"].shape == (len(X), 4, 4, 4)
+    backend = open_backend("auto", unproved, threads=1)
+    assert (backend.name, backend.precision) == ("ort-cpu", "fp32")
+    assert choose_backend(unproved, None).why.endswith("weights: ul-export did not prove it on OpenVINO")
+    assert choose_backend(proved, "fp32")[:2] == ("ort-cpu", "fp32")
+    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    assert choose_backend(proved, None)[:2] == ("ort-cpu", None)
+    assert "this processor has no bfloat16" in choose_backend(proved, None).why
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert "openvino is not installed; pip install" in choose_backend(proved, None).why
 
 
 def test_provenance_says_backend_threads_and_precision(command: Runner, analytic_bundle: Path, tmp_path: Path) -> None:

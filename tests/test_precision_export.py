@@ -25,7 +25,7 @@ from ul_export.precision.lower import half_nodes, lower
 from ul_export.precision.ranges import headroom_bits
 from ul_export.precision.search import PROOF_BATCHES, Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
 from ul_runtime import load
-from ul_runtime.backends import choose_backend
+from ul_runtime.backends import choose_backend, openvino
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.manifest import GRAPH_NAMES
@@ -234,7 +234,10 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
         len(parity["batch 16, guidance 1.5, seed 3"]["drift"]["prior_step"]) == bundle.manifest.defaults.prior.num_steps
     )
     pipeline = load(out, threads=1)
-    assert pipeline.backend.precision == ("int8" if kind == "int8" else "fp32")
+    native = kind == "bf16" and openvino.has_bf16()
+    assert pipeline.backend.precision == ("int8" if kind == "int8" else "bf16" if native else "fp32")
+    assert pipeline.backend.name == ("openvino" if native else "ort-cpu")
+    assert ("openvino" in bundle.manifest.parity[kind]) == native
     assert load(out, precision="fp32").backend.precision == "fp32"
     assert bundle.manifest.parity[kind]["calibration"]["images"] == 40, "all that --calibrate has"
     made = command(generate, out, "--out", tmp_path / "samples", "--num-images", 2)
@@ -249,8 +252,7 @@ def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, comma
     out = tmp_path / "bundle"
     assert command(main, plain.run, "--fp16", "--out", out, "--calibrate", plain.run.parent / "images.npz").code == 0
     assert choose_backend(Bundle.open(out), None) == (
-        "ort-cpu",
-        "computes in fp32 with the fp16 bundle's weights",
+        *("ort-cpu", None, "computes in fp32 with the fp16 bundle's weights"),
     )
     made = command(generate, out, "--out", tmp_path / "samples", "--num-images", 2)
     assert made.code == 0

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +23,12 @@ from ul_export.precision.kinds import Kind
 from ul_export.precision.search import CALIBRATION_IMAGES
 from ul_export.verify import BATCH_SIZES, Proof, require, verify
 from ul_runtime import durable
-from ul_runtime.backends.ort_cpu import OrtCpuBackend
+from ul_runtime.backends import NO_BF16, open_backend
 from ul_runtime.bundle import write_bundle
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
 from ul_runtime.loop import never
 from ul_runtime.manifest import MANIFEST_NAME, BundleInfo, Provenance
+from ul_runtime.origin import versions
 from ul_runtime.pipeline import Pipeline
 from ul_train.command import open_splits
 from ul_train.config import Config
@@ -108,6 +110,8 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
         on_this_machine, _ = prove(out, described, files, networks, threads, REDUCED[options.precision])
         require(on_this_machine, str(run))
         parity[options.precision] = reduced | {"on_this_machine": on_this_machine.figures, "calibration": which}
+        if options.precision == "bf16":
+            parity["bf16"] |= _by_openvino(out, described, files, networks, threads, say)
         say(f"report: {REPORT}.html in the bundle")
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=options.overwrite)
     return {
@@ -245,13 +249,44 @@ def prove(
     networks: dict[str, nn.Module],
     threads: int | None,
     tolerances: Tolerances = FP32,
+    backend: str = "ort-cpu",
 ) -> tuple[Proof, str]:
-    """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is."""
+    """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is.
+
+    ort-cpu computes in what it takes for the bundle, openvino in bfloat16.
+    """
     reference = torch_reference(described, networks)
     with durable.temporary_directory_beside(out) as temporary:
         bundle = write_bundle(temporary / "trial", described, files)
         for graph in described.graphs.values():
             for file in {graph.file, graph.float32_file or graph.file}:
                 check_graph(temporary / "trial" / file)
-        backend = OrtCpuBackend(bundle, threads=threads)
-        return verify(reference, backend, tolerances=tolerances), backend.name
+        opened = open_backend(backend, bundle, precision="bf16" if backend == "openvino" else None, threads=threads)
+        return verify(reference, opened, tolerances=tolerances), opened.name
+
+
+def _by_openvino(
+    out: Path,
+    described: BundleInfo,
+    files: dict[str, bytes],
+    networks: dict[str, nn.Module],
+    threads: int | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The proof of a bundle in bf16 on OpenVINO, which computes in it natively where the processor does.
+
+    {"openvino": its figures} where it holds; else nothing, said why: `auto` takes OpenVINO only where it was proved.
+    """
+    if find_spec("openvino") is None:
+        say("bf16: not proved on OpenVINO, which is not installed")
+        return {}
+    from ul_runtime.backends.openvino import has_bf16
+
+    if not has_bf16():
+        say(f"bf16: not proved on OpenVINO: {NO_BF16}")
+        return {}
+    proof, _ = prove(out, described, files, networks, threads, REDUCED["bf16"], "openvino")
+    if proof.failures:
+        say(f"bf16: does not hold on OpenVINO, which auto will not take: {proof.failures[0]}")
+        return {}
+    return {"openvino": {"versions": versions(["openvino"]), **proof.figures}}

@@ -2,7 +2,8 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "ort-cpu", "openvino")
 PRECISIONS = ("fp32", "bf16")
+NO_BF16 = "this processor has no bfloat16 (AVX512-BF16 or AMX)"
 _THREADS_ANYWHERE = 8  # allowed on any machine, for jobs that were begun on a larger one
 
 
@@ -104,14 +106,40 @@ def cpu_precision(bundle: "Bundle") -> str:
     return "fp32" if precisions - {"int8"} else bundle_precision(bundle)
 
 
-def choose_backend(bundle: "Bundle", precision: str | None) -> tuple[str, str]:
-    """(the backend that `auto` stands for, why). It never depends on what is installed."""
+class Choice(NamedTuple):
+    """What `auto` stands for: a backend, the precision that it computes in (None = its own choice), and why."""
+
+    name: str
+    precision: str | None
+    why: str
+
+
+def choose_backend(bundle: "Bundle", precision: str | None) -> Choice:
+    """The fastest that was proved. Only for a bundle in bf16 does it depend on the machine and what is installed."""
     typed = bundle_precision(bundle)
     if precision in (None, typed) and typed == cpu_precision(bundle):
-        return "ort-cpu", f"computes in {typed} as ul-export proved the bundle"
+        return Choice("ort-cpu", precision, f"computes in {typed} as ul-export proved the bundle")
+    if precision is None and typed == "bf16":
+        lacking = _lacks_bf16(bundle)
+        if lacking is None:
+            return Choice("openvino", "bf16", "computes in bf16 as ul-export proved the bundle")
+        return Choice("ort-cpu", None, f"{in_another(bundle, 'fp32')}: {lacking}")
     if precision is None or (precision == "fp32" and has_float32(bundle)):
-        return "ort-cpu", in_another(bundle, "fp32")
-    return "openvino", f"the one backend that computes in {precision} on a CPU; {in_another(bundle, precision)}"
+        return Choice("ort-cpu", precision, in_another(bundle, "fp32"))
+    why = f"the one backend that computes in {precision} on a CPU; {in_another(bundle, precision)}"
+    return Choice("openvino", precision, why)
+
+
+def _lacks_bf16(bundle: "Bundle") -> str | None:
+    """Why a bundle in bf16 is not computed in it on this machine; None if it can be."""
+    proof = bundle.manifest.parity.get("bf16")
+    if not (isinstance(proof, dict) and proof.get("openvino")):
+        return "ul-export did not prove it on OpenVINO"
+    if find_spec("openvino") is None:
+        return "openvino is not installed; pip install 'unified-latents[openvino]' makes it faster"
+    from ul_runtime.backends.openvino import has_bf16
+
+    return None if has_bf16() else NO_BF16
 
 
 def in_another(bundle: "Bundle", precision: str) -> str:
@@ -139,7 +167,7 @@ def open_backend(
         raise UsageError(f"no backend for processors computes in {precision!r}; expected one of {', '.join(known)}")
     check_threads(threads)
     if name == "auto":
-        name, _ = choose_backend(bundle, precision)
+        name, precision, _ = choose_backend(bundle, precision)
     if name == "openvino":
         require_packages("openvino", extras="openvino")
         from ul_runtime.backends.openvino import OpenVinoBackend

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ul_runtime.backends import cannot_load, check_threads, run_failed
+from ul_runtime.backends import NO_BF16, cannot_load, check_threads, run_failed
 from ul_runtime.errors import UsageError
 from ul_runtime.onnx_weights import with_weights
 
@@ -36,6 +36,11 @@ def _core() -> ov.Core:
     return ov.Core()
 
 
+def has_bf16() -> bool:
+    """Whether this processor computes in bfloat16 natively."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 class OpenVinoBackend:
     """Runs a bundle's graphs on the CPU. A graph is compiled when it is first run.
 
@@ -52,8 +57,8 @@ class OpenVinoBackend:
         check_threads(threads)
         self.precision = precision
         self._bundle = bundle
-        if precision == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise UsageError("this processor has no bfloat16 (AVX512-BF16 or AMX); give --precision fp32")
+        if precision == "bf16" and not has_bf16():
+            raise UsageError(f"{NO_BF16}; give --precision fp32")
         self.threads = threads or _default_threads()
         self._graphs: dict[tuple[GraphName, tuple[tuple[str, int], ...]], _Graph] = {}
 

@@ -148,7 +148,7 @@ def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> Non
 
     computed = pipeline.backend.precision
     if backend == "auto":
-        _, why = choose_backend(pipeline.bundle, precision)
+        why = choose_backend(pipeline.bundle, precision).why
         print(f"backend auto: {pipeline.backend.name}, {why}", file=sys.stderr, flush=True)
     elif computed != bundle_precision(pipeline.bundle):
         print(f"backend {pipeline.backend.name}: {in_another(pipeline.bundle, computed)}", file=sys.stderr, flush=True)
