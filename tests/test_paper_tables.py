@@ -40,13 +40,14 @@ def test_a_row_without_effect_is_the_run_that_other_tables_call_ul(tables):
     assert tables.run_name(tables.TABLES["ablations"].rows[0], 1, "quickstart", []) == "ul_seed-1"
 
 
-def test_values_are_of_the_tables_one_field(tables):
+def test_values_are_of_the_tables_one_field_or_begin_the_names_of_rows(tables):
     assert [row.changes for row in tables.chosen_rows("channels", "2,8")] == [
         ("latent_channels=2",),
         ("latent_channels=8",),
     ]
+    assert [row.label[:2] for row in tables.chosen_rows("ablations", "B,UL")] == ["UL", "B:"]
     for name, values, message in (
-        ("ablations", "2", "is for loss-factor and channels"),
+        ("ablations", "A,2", "no row begins with '2'; ablations has: UL; A: no gradient"),
         ("channels", "2,x", "expected numbers between commas"),
         ("loss", None, "TABLE loss: expected one of loss-factor, channels"),
     ):

@@ -107,7 +107,9 @@ def table(
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="Preset or TOML file.")] = "quickstart",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Of every row.")] = None,
     seeds: Annotated[str, typer.Option(metavar="A,B,...", help="Seeds of training: one run a row and seed.")] = "0",
-    values: Annotated[str | None, typer.Option(metavar="A,B,...", help="Rows of loss-factor or channels.")] = None,
+    values: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Rows: values, or how their names begin.")
+    ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs go, one folder each.")] = Path("runs"),
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of rFD and gFD, and of PSNR.")] = 1000,
     eval_seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of sampling.")] = 2,
@@ -154,14 +156,18 @@ def table(
 
 
 def chosen_rows(name: str, values: str | None) -> tuple[Row, ...]:
-    """The table's rows, or those of its field at other values; UsageError."""
+    """The table's rows, or those of its field at other values, or those whose names begin so; UsageError."""
     if name not in TABLES:
         raise UsageError(f"TABLE {name}: expected one of {', '.join(TABLES)}")
     chosen = TABLES[name]
     if values is None:
         return chosen.rows
     if chosen.field is None:
-        raise UsageError(f"--values {values}: is for loss-factor and channels; {name} has rows of its own")
+        starts = values.split(",")
+        if unknown := [start for start in starts if not any(row.label.startswith(start) for row in chosen.rows)]:
+            known = "; ".join(row.label for row in chosen.rows)
+            raise UsageError(f"--values {values}: no row begins with {unknown[0]!r}; {name} has: {known}")
+        return tuple(row for row in chosen.rows if row.label.startswith(tuple(starts)))
     try:
         return _values(chosen.title, chosen.field, [float(value) for value in values.split(",")]).rows
     except ValueError:
