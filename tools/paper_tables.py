@@ -107,9 +107,7 @@ def table(
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="Preset or TOML file.")] = "quickstart",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Of every row.")] = None,
     seeds: Annotated[str, typer.Option(metavar="A,B,...", help="Seeds of training: one run a row and seed.")] = "0",
-    values: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Rows: values, or how their names begin.")
-    ] = None,
+    values: Annotated[str | None, typer.Option(metavar="A,B,...", help="Rows by value or start of name.")] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs go, one folder each.")] = Path("runs"),
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of rFD and gFD, and of PSNR.")] = 1000,
     eval_seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of sampling.")] = 2,
