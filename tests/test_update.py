@@ -13,6 +13,7 @@ from torch import nn
 
 from ul_export import update as updating
 from ul_export.cli import main
+from ul_export.compare import REDUCED
 from ul_export.weight_names import name_weights, replace_weights
 from ul_runtime.bundle import Bundle
 from ul_runtime.manifest import GRAPH_NAMES
@@ -48,6 +49,11 @@ def test_an_updated_bundle_has_the_weights_of_an_export_of_the_newer_run(kind, r
     assert updated.manifest.provenance == exported.manifest.provenance
     assert updated.manifest.parity["updated_from"] == before
     assert "precision.html" not in updated.manifest.files
+    if kind in ("fp16", "int8"):
+        own, of_export = updated.manifest.parity[kind], exported.manifest.parity[kind]
+        assert own["flops_share"].keys() == own["pinned"].keys() == set(GRAPH_NAMES)
+        assert own["on_this_machine"].keys() == of_export["on_this_machine"].keys()
+        assert own["batch 16, guidance 1"]["image_psnr_db"] > REDUCED[kind].least_psnr_db
     for graph in GRAPH_NAMES:
         given, expected = updated.initializers(graph), exported.initializers(graph)
         assert given.keys() == expected.keys()

@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from ul_runtime.errors import run_command
+from ul_runtime.errors import StoppedError, run_command
 from ul_runtime.noise_process import alpha, sigma
 from ul_train.device import choose_device, choose_precision
 from ul_train.stages import Batch, Stage, base_stage, to_model
@@ -122,7 +122,10 @@ def train(stage: Stage, splits: "Splits", run: Path, encoder: str | None = None)
         if found := ckpt.list_checkpoints(run / "checkpoints", stage.name):
             trainer.restore(found[-1])
         if trainer.step < stage.settings.steps:
-            trainer.train()
+            try:
+                trainer.train()
+            except StoppedError:
+                raise StoppedError(f"{run}: stopped at step {trainer.step}, saved; run it again") from None
     (network,) = stage.ema.values()
     return network
 

@@ -273,22 +273,23 @@ def cell(row: dict[str, Any], key: str) -> str:
 
 
 def plot(record: dict[str, Any]) -> bytes:
-    """PNG: PSNR, rFD and gFD over the rate."""
+    """PNG: PSNR, rFD and gFD over the rate; a line where the rows are values of one field."""
     from matplotlib.figure import Figure
 
     from ul_train.plots import figure_png, name_points
 
     rows = sorted(averaged(record), key=lambda row: float(row["bits_per_pixel"]))
     rates = [row["bits_per_pixel"] for row in rows]
+    line = "-" if TABLES[record["table"]].field else ""
     figure = Figure(figsize=(12, 4), layout="constrained")
     first, second, third = figure.subplots(1, 3)
     if all(row["gaussian_psnr_db"] is not None for row in rows):
         first.plot(rates, [row["gaussian_psnr_db"] for row in rows], "--", color="grey", label="Gaussian at that rate")
-    first.plot(rates, [row["psnr_mean_db"] for row in rows], "o-", label="mean of several decodes")
-    first.plot(rates, [row["psnr_db"] for row in rows], "s-", label="one decode")
+    first.plot(rates, [row["psnr_mean_db"] for row in rows], f"o{line}", label="mean of several decodes")
+    first.plot(rates, [row["psnr_db"] for row in rows], f"s{line}", label="one decode")
     first.legend()
-    second.plot(rates, [row["rfd"] for row in rows], "o-")
-    third.plot(rates, [row["gfd"] for row in rows], "o-")
+    second.plot(rates, [row["rfd"] for row in rows], f"o{line}")
+    third.plot(rates, [row["gfd"] for row in rows], f"o{line}")
     third.axhline(record["figures"][0]["gfd_real"], color="grey", linestyle="--", label="real images")
     third.legend()
     for axes, key, title in (

@@ -111,7 +111,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
         require(on_this_machine, str(run))
         parity[options.precision] = reduced | {"on_this_machine": on_this_machine.figures, "calibration": which}
         if options.precision == "bf16":
-            parity["bf16"] |= _by_openvino(out, described, files, networks, threads, say)
+            parity["bf16"] |= by_openvino(out, described, files, networks, threads, say)
         say(f"report: {REPORT}.html in the bundle")
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=options.overwrite)
     return {
@@ -265,7 +265,7 @@ def prove(
         return verify(reference, opened, tolerances=tolerances), opened.name
 
 
-def _by_openvino(
+def by_openvino(
     out: Path,
     described: BundleInfo,
     files: dict[str, bytes],

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ul_export.command import (
+    by_openvino,
     check_finite,
     proof_in_short,
     prove,
@@ -23,7 +24,7 @@ from ul_export.onnx_graphs import split_weights, step_graphs
 from ul_export.precision.command import REPORT, with_their_weights
 from ul_export.precision.kinds import KINDS, Kind, as_computed
 from ul_export.precision.memory import in_memory
-from ul_export.verify import require, verify
+from ul_export.verify import Proof, require, verify
 from ul_export.weight_names import parameters, replace_weights
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError
@@ -72,16 +73,19 @@ def update_bundle(run: Path, old: Path, out: Path, threads: int | None, say: Cal
         networks = rounded(networks)
     say(f"base step {step} of {run} into the graphs of {old} ({kind or 'fp32'})")
     files = _files(bundle, described, networks)
-    if kind is not None:
-        _prove_typed(described, files, networks, kind, threads, str(run))
     say("comparing with torch along the whole sampling path")
-    tolerances = FP32 if kind is None else REDUCED[kind]
-    proof, backend = prove(out, described, files, networks, threads, tolerances)
+    proof, backend = prove(out, described, files, networks, threads, FP32 if kind is None else REDUCED[kind])
     require(proof, str(run))
-    parity = {"reference": f"torch {torch.__version__}", "backend": backend, "updated_from": bundle.hash}
-    final = write_bundle(
-        out, described.model_copy(update={"parity": parity | proof.figures}), files, overwrite=out == old
-    )
+    figures: dict[str, Any] = proof.figures
+    if kind is not None:
+        typed = _prove_typed(described, files, networks, kind, threads, str(run))
+        of_old: Any = manifest.parity[kind]
+        kept = {name: of_old[name] for name in ("pinned", "flops_share")}
+        figures = {kind: kept | typed.figures | {"on_this_machine": proof.figures}}
+        if kind == "bf16":
+            figures["bf16"] |= by_openvino(out, described, files, networks, threads, say)
+    parity = {"reference": f"torch {torch.__version__}", "backend": backend, "updated_from": bundle.hash} | figures
+    final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=out == old)
     return {
         "bundle": str(out),
         "hash": final.hash,
@@ -108,9 +112,10 @@ def _files(old: Bundle, info: BundleInfo, networks: dict[str, nn.Module]) -> dic
 
 def _prove_typed(
     info: BundleInfo, files: dict[str, bytes], networks: dict[str, nn.Module], kind: Kind, threads: int | None, run: str
-) -> None:
+) -> Proof:
     """The typed graphs with all their rounding against torch in float32."""
     models = {name: as_computed(model, kind) for name, model in with_their_weights(info, files).items()}
     reference = torch_reference(info, networks)
     proof = verify(reference, in_memory(info, models, threads), tolerances=REDUCED[kind])
     require(proof, f"{run}, in {kind} with the pins of the old weights")
+    return proof
