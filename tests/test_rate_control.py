@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ul_train.config import config_hash, config_toml, load_config
-from ul_train.rate_control import RateControl
+from ul_train.rate_control import RateControl, missed
+from ul_train.stages import joint_stage
 
 STEPS, RAMP = 700, 250
 
@@ -76,3 +78,23 @@ def test_a_recipe_without_a_target_is_what_it_was_and_one_with_it_loads_back(tmp
     assert config_hash(steered) != config_hash(plain)
     (tmp_path / "mine.toml").write_text(config_toml(steered))
     assert load_config(str(tmp_path / "mine.toml"), []) == steered
+
+
+@pytest.mark.parametrize(
+    ("overrides", "least"), [([], 1.05), (["objective.reconstruction=mse", "sampling.decoder_steps=1"], 0.01)]
+)
+def test_a_decoder_with_another_loss_is_steered_to_smaller_factors(overrides, least):
+    """The bits stay too high: loss_factor goes to its end, which for a plain squared error is below 1."""
+    config = load_config("tiny", [*overrides, "objective.target_bits_per_pixel=0.1"])
+    control = joint_stage(config, torch.device("cpu"), "fp32").rate_control
+    assert control is not None
+    for step in range(3 * config.joint.steps):
+        control.follow(0.4, step)
+    assert control.loss_factor == pytest.approx(least)
+
+
+def test_a_missed_target_is_said():
+    assert missed(0.257, None) is None
+    assert missed(0.109, 0.1) is None
+    assert "0.257 bits/pixel, the target was 0.131" in str(missed(0.257, 0.131))
+    assert missed(0.089, 0.1) is not None

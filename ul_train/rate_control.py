@@ -7,7 +7,9 @@ _PROPORTIONAL = 3.0  # e-folds of loss_factor for bits that are one e-fold off
 _INTEGRAL = 20.0  # the same, gathered in a whole run
 _SMOOTHING = 0.02  # of a run: time constant of the average of the bits
 _MOST_OFF = 0.7  # e-folds of bits that are answered; more is answered as this
-_LEAST, _MOST = math.log(1.05), math.log(200.0)  # of log loss_factor: at 1 and below the latent empties
+_MOST = 200.0  # of loss_factor
+LEAST = {"diffusion": 1.05, "mse": 0.01}  # at 1 and below a diffusion decoder leaves the latent empty
+MISSED = 0.1  # a rate further than this from its target has missed it
 
 
 @dataclass
@@ -24,6 +26,7 @@ class RateControl:
     num_steps: int
     start: int  # step
     loss_factor: float
+    least: float = LEAST["diffusion"]  # that loss_factor may become
     log_factor: float = field(init=False)  # the integral; starts at the log of the first loss_factor
     log_bits: float = math.nan  # average of log bits a pixel so far
 
@@ -39,8 +42,8 @@ class RateControl:
         self.log_bits = seen if math.isnan(self.log_bits) else self.log_bits + share * (seen - self.log_bits)
         if step >= self.start:
             off = max(-_MOST_OFF, min(_MOST_OFF, self.log_bits - math.log(self.target)))
-            self.log_factor = _bounded(self.log_factor - _INTEGRAL / self.num_steps * off)
-            self.loss_factor = math.exp(_bounded(self.log_factor - _PROPORTIONAL * off))
+            self.log_factor = self._bounded(self.log_factor - _INTEGRAL / self.num_steps * off)
+            self.loss_factor = math.exp(self._bounded(self.log_factor - _PROPORTIONAL * off))
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps: all that has changed."""
@@ -52,6 +55,15 @@ class RateControl:
         for name, value in state.items():
             setattr(self, name, value)
 
+    def _bounded(self, log_factor: float) -> float:
+        return max(math.log(self.least), min(math.log(_MOST), log_factor))
 
-def _bounded(log_factor: float) -> float:
-    return max(_LEAST, min(_MOST, log_factor))
+
+def missed(bits_per_pixel: float, target: float | None) -> str | None:
+    """What to say of a rate that missed its target; None if it did not, or had none."""
+    if target is None or abs(bits_per_pixel / target - 1.0) <= MISSED:
+        return None
+    return (
+        f"the latent costs {bits_per_pixel:.3f} bits/pixel, the target was {target:g}: train longer, or give another "
+        "target; the log has loss_factor, which may have come to its end"
+    )

@@ -27,6 +27,7 @@ from ul_train.describe import describe
 from ul_train.heldout import HeldoutFigures, measure, reconstruction_sheet, sample_sheet, torch_pipeline, yardstick
 from ul_train.model import joint_networks, make_base, make_decoder, make_encoder
 from ul_train.processes import option_words, run_main
+from ul_train.rate_control import missed
 from ul_train.runlog import RunLog, drop_lines_after
 from ul_train.stages import Stage, base_stage, joint_stage
 from ul_train.trainer import Trainer
@@ -297,6 +298,8 @@ class Session:
             ) from None
         if figures.latent_died:
             self.log.warn(figures.obituary())
+        if said := missed(figures.bits_per_pixel, self.config.objective.target_bits_per_pixel):
+            self.log.warn(said)
         record = {**figures.as_dict(), "gaussian_of": of_what, "precision": precision, "run_id": self.info.run_id}
         durable.atomic_write(self.run / "report.json", (json.dumps(record, indent=1) + "\n").encode())
         title = f"{figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"

@@ -12,7 +12,7 @@ from ul_train import randomness
 from ul_train.config import Config, StageConfig
 from ul_train.data import ImageSet
 from ul_train.model import Moments, joint_networks, make_base
-from ul_train.rate_control import RateControl
+from ul_train.rate_control import LEAST, RateControl
 
 
 @dataclass
@@ -139,7 +139,8 @@ def joint_stage(config: Config, device: torch.device, precision: str) -> Stage:
     stage = Stage("joint", config, config.joint, 0, device, precision, modules)
     o = config.objective
     if o.target_bits_per_pixel is not None:
-        stage.rate_control = RateControl(o.target_bits_per_pixel, config.joint.steps, o.prior_ramp_steps, o.loss_factor)
+        steps, least = config.joint.steps, LEAST[o.reconstruction or "diffusion"]
+        stage.rate_control = RateControl(o.target_bits_per_pixel, steps, o.prior_ramp_steps, o.loss_factor, least)
     return stage
 
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
 from typing import Any
 
 from onnx import ModelProto, TensorProto
@@ -14,9 +16,11 @@ from ul_export.precision.lower import by_design
 from ul_export.precision.memory import in_memory
 from ul_export.precision.ranges import headroom_bits
 from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
+from ul_runtime.benchmark import in_turn
 from ul_runtime.flops import node_flops
 from ul_runtime.manifest import GraphName
 from ul_runtime.origin import versions
+from ul_runtime.pipeline import UNWATCHED
 from ul_train.activations import LARGEST_FLOAT16
 
 _PACKAGES = ("unified-latents", "onnx", "onnxruntime", "torch")
@@ -31,6 +35,7 @@ _HOW = {
     "int8": "Products and convolutions with weights take int8: activations by one scale, from the largest magnitude "
     "that the sampling path showed, weights by output channel. All else is float32.",
 }
+_TIMED = 9  # calls
 _SHOWN = 8  # nodes with the least headroom, of each graph
 
 
@@ -61,6 +66,7 @@ def precision_report(calibration: Calibration, reduced: Reduced) -> dict[str, An
             "flops_share": sum(each.flops_share for each in nodes if each.precision == reduced.kind),
             "weight_bytes": _weight_bytes(reduced.models[graph]),
             "weight_bytes_float32": sum(_weight_bytes(model).values()),
+            **_speed(calibration, reduced, graph),
             "nodes": [asdict(each) for each in nodes],
         }
     tolerances = asdict(REDUCED[reduced.kind])
@@ -112,6 +118,19 @@ def _flops(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict
     return {node.name: node_flops(node) for node in ran}
 
 
+def _speed(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict[str, Any]:
+    """Milliseconds of a call by ONNX Runtime on this CPU, in turn; and its batch size. Half precision it has none."""
+    inputs = reduced.proof.worst_calls[graph][1]
+    models = {"fp32": calibration.models[graph]}
+    if reduced.kind == "int8":
+        models["int8"] = reduced.models[graph]
+    backends = [in_memory(calibration.info, {graph: model}, calibration.threads) for model in models.values()]
+    calls = [partial(backend.run, graph, inputs) for backend in backends]
+    seconds = in_turn(calls, _TIMED, UNWATCHED, warm=True)
+    batch = len(next(iter(inputs.values())))
+    return {"batch": batch, "ms": {name: 1e3 * median(of) for name, of in zip(models, seconds, strict=True)}}
+
+
 def _weight_bytes(model: ModelProto) -> dict[str, int]:
     """By type."""
     found: dict[str, int] = {}
@@ -139,11 +158,7 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
             f"(at least {bound['least_psnr_db']:g} dB is asked for). {_HOW[kind]}"
         ),
         paragraph(", ".join(f"{key} {value}" for key, value in _facts(record["model"]).items())),
-        table(
-            ["graph", f"FLOPs in {kind}", "weights, bytes", "of float32", "nodes", "pinned"],
-            [_graph_row(graph, each, pins) for graph, each in record["graphs"].items()],
-            range(1, 6),
-        ),
+        *_graphs(record, pins),
         "<h2>Pinned to float32</h2>",
         table(["graph", "node", "why"], pins) if pins else paragraph("None."),
         picture("Drift of the state along both loops, root mean square", drift_plot(figures)),
@@ -172,6 +187,17 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
     return page(f"{name}: {kind} against float32", body)
 
 
+def _graphs(record: Mapping[str, Any], pins: list[tuple[str, str, str]]) -> list[str]:
+    """The table of the graphs, and what its speeds are of."""
+    kind = record["precision"]
+    columns = ["graph", f"FLOPs in {kind}", "weights, bytes", "of float32", "nodes", "pinned"]
+    columns += ["ms, float32", f"ms, {kind}"]
+    rows = [_graph_row(graph, each, pins) for graph, each in record["graphs"].items()]
+    speeds = "Milliseconds are of a call by ONNX Runtime on the CPU that exported"
+    speeds += "." if kind == "int8" else f", which does not compute in {kind}: that is for a GPU to show."
+    return [table(columns, rows, range(1, len(columns))), paragraph(speeds)]
+
+
 def _graph_row(graph: str, each: Mapping[str, Any], pins: list[tuple[str, str, str]]) -> list[str]:
     stored = sum(each["weight_bytes"].values())
     return [
@@ -181,6 +207,7 @@ def _graph_row(graph: str, each: Mapping[str, Any], pins: list[tuple[str, str, s
         f"{stored / each['weight_bytes_float32']:.0%}",
         str(len(each["nodes"])),
         str(sum(pin[0] == graph for pin in pins)),
+        *(f"{each['ms'][name]:.2f}" if name in each["ms"] else "" for name in ("fp32", "int8")),
     ]
 
 
