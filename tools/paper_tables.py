@@ -53,11 +53,11 @@ TABLES = {
         (
             Row(UL),
             Row(
-                "diffusion prior, MSE decoder",
+                "MSE: diffusion prior, decoder of one step",
                 ("objective.reconstruction=mse", "sampling.decoder_steps=1"),
                 at_rate_of=UL,
             ),
-            Row("N(0, I) prior, diffusion decoder", ("objective.normal_weight=1.0",)),
+            Row("N(0, I): such a prior, diffusion decoder", ("objective.normal_weight=1.0",)),
         ),
     ),
     "ablations": Table(
