@@ -110,7 +110,6 @@ import sys
 for name in ("torch", "onnx", "onnxscript", "openvino"):
     sys.modules[name] = None
 from ul_export.bench_cli import main
-from ul_runtime.backends.openvino import has_bf16
 main()
 """
     done = start(code, analytic_bundle, *QUICK, *WITHOUT, "--json")
