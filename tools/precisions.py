@@ -58,7 +58,7 @@ def precisions(
     for row, speed in zip(rows, speeds(pipelines, repeats), strict=True):
         row["images_per_s"] = speed
     for row, pipeline in zip(rows, pipelines, strict=True):
-        row |= quality(pipeline.bundle.path, data, [*ask, *(eval_option or [])])
+        row["quality"] = quality(pipeline.bundle.path, data, [*ask, *(eval_option or [])])
     record = {
         "command": anonymous("python tools/precisions.py", sys.argv[1:]),
         "rows": rows,
@@ -159,7 +159,7 @@ def markdown(record: dict[str, Any]) -> str:
     columns += ["gFD", "rFD", "PSNR, dB", *(f"images/s, batch {size}" for size in sizes), "on this CPU by"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in record["rows"]:
-        computed = row["computed_by"]
+        computed, found = row["computed_by"], row["quality"]
         cells = [
             row["precision"],
             f"{row['weights_mb']:.1f}",
@@ -167,14 +167,14 @@ def markdown(record: dict[str, Any]) -> str:
             str(row["pinned"]),
             f"{row['z_0']:.2g}",
             f"{row['image_psnr_db']:.0f}",
-            f"{row['gfd']:.2f} ± {row['gfd_spread']:.2f}",
-            f"{row['rfd']:.2f}",
-            f"{row['psnr_db']:.2f}",
+            f"{found['gfd']:.2f} ± {found['gfd_spread']:.2f}",
+            f"{found['rfd']:.2f}",
+            f"{found['psnr_db']:.2f}",
             *(f"{speed:.2f}" for speed in row["images_per_s"].values()),
             f"{computed['backend']}, {computed['precision']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    first = record["rows"][0]
+    first = record["rows"][0]["quality"]
     how = (
         f"z_0 and images: of fp32 against torch, of the others against fp32, the worst of all batches of the proof. "
         f"gFD and rFD: Frechet distance of {first['count']} samples and reconstructions, {first['space']} features; of "
