@@ -24,7 +24,7 @@ from ul_export.precision.kinds import KINDS
 from ul_export.precision.layers import node_errors
 from ul_export.precision.lower import half_nodes, lower
 from ul_export.precision.ranges import headroom_bits
-from ul_export.precision.search import PROOF_BATCHES, Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
+from ul_export.precision.search import Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
 from ul_runtime import load
 from ul_runtime.backends import choose_backend, openvino
 from ul_runtime.bundle import Bundle
@@ -128,7 +128,7 @@ def test_where_the_tolerance_asks_for_it_the_nodes_that_add_most_are_pinned_and_
     calibration = plain.calibration
     loose = reduce(calibration, "fp16", print)
     assert loose.pinned == {graph: {} for graph in GRAPH_NAMES}
-    share = max(share for share, _ in loose.proof.worst_calls.values())
+    share = max(calls[0].share for calls in loose.proof.worst_calls.values())
     graph = REDUCED["fp16"].graph
     tight = Tolerance(0.9 * share * graph.absolute, 0.9 * share * graph.relative)
     monkeypatch.setitem(REDUCED, "fp16", replace(REDUCED["fp16"], graph=tight))
@@ -146,7 +146,7 @@ def test_where_the_tolerance_asks_for_it_the_nodes_that_add_most_are_pinned_and_
             lowered = {
                 name: lower(model, "fp16", half_nodes(model, fewer[name])) for name, model in calibration.models.items()
             }
-            assert prove(calibration, "fp16", lowered, PROOF_BATCHES).failures, "one fewer does not do"
+            assert prove(calibration, "fp16", lowered).failures, "one fewer does not do"
 
 
 def with_error(model: ModelProto, node_name: str) -> ModelProto:
@@ -188,7 +188,7 @@ def test_the_node_that_adds_the_error_is_first_among_the_node_errors(plain):
     calibration = plain.calibration
     model = calibration.models["prior_step"]
     reduced = reduce(calibration, "fp16", print)
-    inputs = reduced.proof.worst_calls["prior_step"][1]
+    inputs = reduced.proof.worst_calls["prior_step"][0].inputs
     errors = node_errors(model, with_error(model, WRONG), calibration.info, "prior_step", inputs)
     assert errors[0].node == WRONG
     assert errors[0].error == pytest.approx(1e-3, rel=1e-2)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs, join_weigh
 from ul_export.precision.command import REPORT, reduced_bundle
 from ul_export.precision.kinds import Kind
 from ul_export.precision.search import CALIBRATION_IMAGES
-from ul_export.verify import BATCH_SIZES, Proof, require, verify
+from ul_export.verify import BATCH_SIZES, PROOF_BATCHES, Proof, require, verify
 from ul_runtime import durable
 from ul_runtime.backends import NO_BF16, open_backend
 from ul_runtime.bundle import write_bundle
@@ -100,7 +100,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     files = export_graphs(networks, described, opset, weights == "fp16")
     batches = ", ".join(map(str, BATCH_SIZES))
     say(f"comparing with torch along the whole sampling path, at batch sizes {batches}")
-    proof, backend = prove(out, described, files, networks, threads)
+    proof, backend = prove(out, described, files, networks, threads, batch_sizes=PROOF_BATCHES)
     require(proof, str(run), lambda: _first_difference(described, files, networks, proof))
     parity |= {"backend": backend, **proof.figures}
     by_rounding = parity.get("rounded_weights")
@@ -186,7 +186,7 @@ def _first_difference(
     modules = {each.name: each.module for each in step_graphs(networks, described.image, described.latent)}
     entry = described.graphs[graph]
     model = join_weights(files[entry.file], files[entry.weights], entry.weights)
-    return first_difference(modules[graph], model, described, graph, proof.worst_calls[graph][1])
+    return first_difference(modules[graph], model, described, graph, proof.worst_calls[graph][0].inputs)
 
 
 def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
@@ -250,6 +250,7 @@ def prove(
     threads: int | None,
     tolerances: Tolerances = FP32,
     backend: str = "ort-cpu",
+    batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[Proof, str]:
     """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is.
 
@@ -262,7 +263,7 @@ def prove(
             for file in {graph.file, graph.float32_file or graph.file}:
                 check_graph(temporary / "trial" / file)
         opened = open_backend(backend, bundle, precision="bf16" if backend == "openvino" else None, threads=threads)
-        return verify(reference, opened, tolerances=tolerances), opened.name
+        return verify(reference, opened, tolerances=tolerances, batch_sizes=batch_sizes), opened.name
 
 
 def by_openvino(

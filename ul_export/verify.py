@@ -1,5 +1,6 @@
 """The proof of a bundle: its graphs against torch, one by one and along the whole sampling path."""
 
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -17,6 +18,8 @@ from ul_runtime.progress import progress
 from ul_runtime.samplers import ALPHA, LOGSNR, SIGMA
 
 BATCH_SIZES = (1, 3, 16)
+PROOF_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # of what is written: 68 images, guided and not
+MOST_CALLS = 8  # of a graph, that a proof keeps
 
 _ANY = Tolerance(absolute=np.inf, relative=0.0)  # anything finite
 
@@ -37,14 +40,23 @@ class Recorder(InFront):
         return outputs
 
 
+@dataclass(frozen=True)
+class ComparedCall:
+    """A call of the reference, and how many times the tolerance another backend is away from it."""
+
+    share: float
+    inputs: Arrays
+    outputs: Arrays
+
+
 @dataclass
 class Proof:
     """What was compared: figures for the manifest, and every failure in words."""
 
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    # graph -> (how many times the tolerance, inputs) of its call that is furthest out
-    worst_calls: dict[GraphName, tuple[float, Arrays]] = field(default_factory=dict)
+    # graph -> its calls that are furthest out, the worst first, MOST_CALLS of them
+    worst_calls: dict[GraphName, list[ComparedCall]] = field(default_factory=dict)
 
     def note(self, what: str, difference: Difference) -> float:
         """Record a failure, if it is one; returns the largest difference."""
@@ -56,17 +68,23 @@ class Proof:
         """Run every recorded call again on `actual`; the figures of `key` get the largest difference of each graph."""
         largest: dict[str, float] = {}
         for graph, inputs, outputs in calls:
-            for name, difference in compare_outputs(outputs, actual.run(graph, inputs), tolerance).items():
+            differences = compare_outputs(outputs, actual.run(graph, inputs), tolerance)
+            for name, difference in differences.items():
                 largest[graph] = max(largest.get(graph, 0.0), self.note(f"{graph}, {name}, {key}", difference))
-                if graph not in self.worst_calls or difference.share > self.worst_calls[graph][0]:
-                    self.worst_calls[graph] = difference.share, inputs
+            share = max(difference.share for difference in differences.values())
+            self._keep(graph, ComparedCall(share, inputs, outputs))
         self.figures[key] = {"largest_difference": largest}
         return self.figures[key]
+
+    def _keep(self, graph: GraphName, call: ComparedCall) -> None:
+        calls = self.worst_calls.setdefault(graph, [])
+        insort(calls, call, key=lambda each: -each.share)
+        del calls[MOST_CALLS:]
 
     @property
     def worst_graph(self) -> GraphName:
         """The graph with the call that is furthest out, by its tolerance."""
-        return max(self.worst_calls, key=lambda graph: self.worst_calls[graph][0])
+        return max(self.worst_calls, key=lambda graph: self.worst_calls[graph][0].share)
 
     @property
     def worst_graph_difference(self) -> float:

@@ -114,13 +114,13 @@ def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list
 def _flops(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict[str, int]:
     """FLOPs of every node on the inputs of a real call."""
     backend = in_memory(calibration.info, {graph: calibration.models[graph]}, calibration.threads)
-    ran = backend.nodes(graph, reduced.proof.worst_calls[graph][1])
+    ran = backend.nodes(graph, reduced.proof.worst_calls[graph][0].inputs)
     return {node.name: node_flops(node) for node in ran}
 
 
 def _speed(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict[str, Any]:
     """Milliseconds of a call by ONNX Runtime on this CPU, in turn; and its batch size. Half precision it has none."""
-    inputs = reduced.proof.worst_calls[graph][1]
+    inputs = reduced.proof.worst_calls[graph][0].inputs
     models = {"fp32": calibration.models[graph]}
     if reduced.kind == "int8":
         models["int8"] = reduced.models[graph]

@@ -1,7 +1,7 @@
 """Which nodes must stay in float32: as few as the tolerances allow, found on the real sampling path."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -9,23 +9,21 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from ul_export.compare import REDUCED
+from ul_export.compare import REDUCED, compare_outputs
 from ul_export.precision.kinds import Kind, as_computed, candidates, typed
 from ul_export.precision.layers import node_errors
 from ul_export.precision.lower import MOVEMENT, half_nodes
 from ul_export.precision.memory import in_memory
 from ul_export.precision.ranges import RangeRecorder, headroom_bits, weight_ranges, with_ranges
-from ul_export.verify import BATCH_SIZES, Proof, verify
+from ul_export.verify import PROOF_BATCHES, ComparedCall, Proof, verify
 from ul_runtime.backends import Backend
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
 
 LEAST_HEADROOM_BITS = 1.0  # a magnitude seen in calibration may double before float16 overflows
-MOST_ROUNDS = 4
-AIM = 0.85  # part of the tolerance that is left to the nodes of half precision when others are pinned
+MOST_ROUNDS = 8
 CALIBRATION_IMAGES = 64
 CALIBRATION_BATCH = 16
-PROOF_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # 68 images, guided and not
 
 Models = Mapping[GraphName, ModelProto]
 Pins = dict[GraphName, dict[str, str]]  # node -> why it stays in float32
@@ -95,108 +93,113 @@ def overflow_pins(model: ModelProto, largest: Mapping[str, float]) -> dict[str, 
     return pins
 
 
-def reduce(
-    calibration: Calibration, kind: Kind, say: Callable[[str], None], batches: Sequence[int] = PROOF_BATCHES
-) -> Reduced:
+def reduce(calibration: Calibration, kind: Kind, say: Callable[[str], None]) -> Reduced:
     """The graphs in `kind` with the fewest nodes in float32 that hold the tolerances; the proof says if none does.
 
-    Pins what would overflow. While the proof fails, pins in the graph that is furthest out the nodes whose rounding
-    matters most to it, as many as should do; then as few of them as really do. First on few images, then on all of
-    `batches`, which the proof of the result is of.
+    Pins what would overflow. While the proof fails: ranks the nodes of the graph that is furthest out, and pins as few
+    of the first as bring the calls that failed, now and in earlier rounds, to where they should be. A proof is long and
+    a call is short, so only calls are tried again and again. The proof of the result is of all PROOF_BATCHES.
     """
     pins: Pins = {graph: {} for graph in calibration.models}
     if kind == "fp16":
         pins = {graph: overflow_pins(model, calibration.largest[graph]) for graph, model in calibration.models.items()}
-    reduced = _hold(calibration, kind, pins, BATCH_SIZES, say)
-    return reduced if reduced.proof.failures else _hold(calibration, kind, reduced.pinned, batches, say)
-
-
-def _hold(
-    calibration: Calibration, kind: Kind, pins: Pins, batches: Sequence[int], say: Callable[[str], None]
-) -> Reduced:
-    """With so many more pins that the proof on these batches holds, if MOST_ROUNDS find them."""
-    reduced = _attempt(calibration, kind, pins, batches)
-    ranked: dict[GraphName, list[tuple[str, str]]] = {}
+    reduced = _attempt(calibration, kind, pins)
+    searches: dict[GraphName, _Search] = {}
     for _ in range(MOST_ROUNDS):
         if not reduced.proof.failures:
             break
         graph = reduced.proof.worst_graph
-        new = too_much(calibration, reduced)
-        say(f"{kind}: {reduced.proof.failures[0]}; {len(new)} nodes of {graph} to float32, {new[0][0]} first")
-        ranked[graph] = [*ranked.get(graph, []), *new]
-        reduced = _attempt(calibration, kind, _with(pins, ranked), batches)
-    if reduced.proof.failures:
-        return reduced
-    for graph, nodes in ranked.items():  # the shortest beginning that holds, by bisection
-        fails, holds = -1, len(nodes)
-        while holds - fails > 1:
-            middle = (fails + holds) // 2
-            fewer = _with(pins, {**ranked, graph: nodes[:middle]})
-            attempt = _attempt(calibration, kind, fewer, batches, to_first_failure=True)
-            if attempt.proof.failures:
-                fails = middle
-            else:
-                holds, reduced = middle, attempt
-        ranked[graph] = nodes[:holds]
+        if graph not in searches:
+            say(f"{kind}: {reduced.proof.failures[0]}; ranking the nodes of {graph} by what their rounding does")
+            searches[graph] = _Search(calibration, kind, graph, pins[graph], ranking(calibration, reduced))
+        found = searches[graph].more(reduced.proof)
+        say(f"{kind}: {reduced.proof.failures[0]}; {len(found)} nodes of {graph} to float32, {next(iter(found))} first")
+        reduced = _attempt(calibration, kind, reduced.pinned | {graph: pins[graph] | found}, to_first_failure=True)
     return reduced
 
 
-def _with(pins: Pins, ranked: Mapping[GraphName, Sequence[tuple[str, str]]]) -> Pins:
-    return {graph: of | dict(ranked.get(graph, ())) for graph, of in pins.items()}
+@dataclass
+class _Search:
+    """For the shortest beginning of a graph's `ranked` nodes that has to be pinned beside `pins`."""
+
+    calibration: Calibration
+    kind: Kind
+    graph: GraphName
+    pins: dict[str, str]
+    ranked: dict[str, str]  # node -> why it is pinned, if it is; the worst first
+    calls: list[ComparedCall] = field(default_factory=list)  # share: the most of the tolerance that each may take
+    too_few: int = 0  # with so many of `ranked` a proof failed
+
+    def more(self, proof: Proof) -> dict[str, str]:
+        """The fewest with which the calls that this proof, which failed, and earlier ones brought to light hold."""
+        kept = proof.worst_calls[self.graph]
+        failed = [replace(call, share=1.0) for call in kept if call.share > 1.0]
+        # of whole images that are too far off although every call holds, the worst call has to improve
+        self.calls += failed or [replace(kept[0], share=kept[0].share / 2**0.5)]
+        nodes = list(self.ranked.items())
+        fails, holds = self.too_few, len(nodes)
+        while holds - fails > 1:
+            middle = (fails + holds) // 2
+            fails, holds = (fails, middle) if self._hold(dict(nodes[:middle])) else (middle, holds)
+        self.too_few = holds
+        return dict(nodes[:holds])
+
+    def _hold(self, found: dict[str, str]) -> bool:
+        model = _lowered(self.calibration, self.kind, self.graph, self.pins | found)[1]
+        computed = {self.graph: as_computed(model, self.kind)}
+        backend = in_memory(self.calibration.info, computed, self.calibration.threads)
+        return all(
+            difference.share <= call.share
+            for call in self.calls
+            for difference in compare_outputs(
+                call.outputs, backend.run(self.graph, call.inputs), REDUCED[self.kind].graph
+            ).values()
+        )
 
 
-def too_much(calibration: Calibration, reduced: Reduced) -> list[tuple[str, str]]:
-    """(node, why) of the fewest nodes without whose rounding the worst call should hold, the worst node first.
-
-    Roundings are independent: the squares of what each node alone does to the results add up.
-    """
+def ranking(calibration: Calibration, reduced: Reduced) -> dict[str, str]:
+    """node -> what its rounding alone does to the worst call of the worst graph, the worst node first."""
     graph = reduced.proof.worst_graph
-    share, inputs = reduced.proof.worst_calls[graph]
-    if not np.isfinite(share):
-        return [(each.node, "its result is not finite") for each in worst_nodes(calibration, reduced)[1][:1]]
-    model = calibration.models[graph]
-    expected = calibration.pipeline({graph: model}).backend.run(graph, inputs)
+    model, worst = calibration.models[graph], reduced.proof.worst_calls[graph][0]
     squares = {}
     for node in [each.name for each in model.graph.node if each.name in reduced.nodes[graph]]:
         alone = {graph: as_computed(typed(model, reduced.kind, {node}, calibration.largest[graph]), reduced.kind)}
-        given = in_memory(calibration.info, alone, calibration.threads).run(graph, inputs)
-        gap = sum(float(np.square(given[name].astype(np.float64) - expected[name]).mean()) for name in expected)
-        squares[node] = gap
-    allowed = sum(squares.values()) * min(0.5, (AIM / share) ** 2)
-    left, chosen = sum(squares.values()), []
-    for node, square in sorted(squares.items(), key=lambda item: -item[1]):
-        if left <= allowed:
-            break
-        left -= square
-        chosen.append((node, f"its rounding alone changes the results by {square**0.5:.2g} (root mean square)"))
-    return chosen
+        given = in_memory(calibration.info, alone, calibration.threads).run(graph, worst.inputs)
+        square = sum(float(np.square(given[name] - expected).mean()) for name, expected in worst.outputs.items())
+        squares[node] = square if np.isfinite(square) else np.inf
+    ranked = sorted(squares.items(), key=lambda item: -item[1])
+    words = "its rounding alone changes the results by {:.2g} (root mean square)"
+    return {node: words.format(square**0.5) for node, square in ranked}
 
 
-def _attempt(
-    calibration: Calibration, kind: Kind, pins: Pins, batches: Sequence[int], to_first_failure: bool = False
-) -> Reduced:
-    nodes = {name: candidates(model, kind, pins[name]) for name, model in calibration.models.items()}
-    models = {
-        name: typed(model, kind, nodes[name], calibration.largest[name]) for name, model in calibration.models.items()
-    }
-    proof = prove(calibration, kind, models, batches, to_first_failure)
-    return Reduced(kind, models, nodes, {name: dict(of) for name, of in pins.items()}, proof)
+def _lowered(
+    calibration: Calibration, kind: Kind, graph: GraphName, pins: Mapping[str, str]
+) -> tuple[set[str], ModelProto]:
+    """(nodes of the graph that compute in `kind` with these pins, the typed graph)."""
+    model = calibration.models[graph]
+    nodes = candidates(model, kind, pins)
+    return nodes, typed(model, kind, nodes, calibration.largest[graph])
+
+
+def _attempt(calibration: Calibration, kind: Kind, pins: Pins, to_first_failure: bool = False) -> Reduced:
+    lowered = {graph: _lowered(calibration, kind, graph, pins[graph]) for graph in calibration.models}
+    nodes = {graph: names for graph, (names, _) in lowered.items()}
+    models = {graph: model for graph, (_, model) in lowered.items()}
+    return Reduced(kind, models, nodes, pins, prove(calibration, kind, models, PROOF_BATCHES, to_first_failure))
 
 
 def prove(
     calibration: Calibration,
     kind: Kind,
     models: Models,
-    batches: Sequence[int] = BATCH_SIZES,
+    batches: Sequence[int] = PROOF_BATCHES,
     to_first_failure: bool = False,
 ) -> Proof:
     """Typed graphs, rounded as their precision rounds, against float32."""
     computed = {name: as_computed(model, kind) for name, model in models.items()}
-    actual = in_memory(calibration.info, computed, calibration.threads)
-    reference = calibration.pipeline(calibration.models)
     return verify(
-        reference,
-        actual,
+        calibration.pipeline(calibration.models),
+        in_memory(calibration.info, computed, calibration.threads),
         tolerances=REDUCED[kind],
         batch_sizes=batches,
         what="float32",
@@ -208,6 +211,6 @@ def prove(
 def worst_nodes(calibration: Calibration, reduced: Reduced) -> tuple[GraphName, list[Any]]:
     """(the graph that is furthest out, its nodes by what they add to the error of its worst call)."""
     graph = reduced.proof.worst_graph
-    inputs = reduced.proof.worst_calls[graph][1]
+    inputs = reduced.proof.worst_calls[graph][0].inputs
     model = as_computed(reduced.models[graph], reduced.kind)
     return graph, node_errors(calibration.models[graph], model, calibration.info, graph, inputs)
