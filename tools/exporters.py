@@ -8,7 +8,6 @@ given one, written out, so that both can be compared.
 """
 
 import io
-import json
 import sys
 import time
 import warnings
@@ -80,7 +79,7 @@ def exporters(
         "commit": commit(),
     }
     durable.make_directory(out)
-    durable.atomic_write(out / "exporters.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.write_json(out / "exporters.json", record)
     durable.atomic_write(out / "exporters.md", markdown(record).encode())
     print(markdown(record), end="")
 

@@ -222,7 +222,7 @@ def compare(
         "commit": commit(),
     }
     durable.make_directory(results)
-    durable.atomic_write(results / "kl-autoencoder.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.write_json(results / "kl-autoencoder.json", record)
     durable.atomic_write(results / "kl-autoencoder.md", markdown(record).encode())
     print(markdown(record), end="")
 

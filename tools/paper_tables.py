@@ -147,7 +147,7 @@ def table(
         "versions": versions(PACKAGES),
         "commit": commit(),
     }
-    durable.atomic_write(out / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.write_json(out / f"{name}.json", record)
     durable.atomic_write(out / f"{name}.md", markdown(record).encode())
     durable.atomic_write(out / f"{name}.png", plot(record))
     print(markdown(record), end="")
@@ -299,6 +299,7 @@ def plot(record: dict[str, Any]) -> bytes:
     ):
         name_points(axes, ((row["bits_per_pixel"], row[key], row["row"].partition(":")[0]) for row in rows))
         axes.set(xlabel="bits per pixel, stage-1 prior", title=title)
+        axes.margins(x=0.3, y=0.15)  # room for names
         axes.grid(alpha=0.3)
     return figure_png(figure, 110)
 

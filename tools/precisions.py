@@ -67,7 +67,7 @@ def precisions(
         "commit": commit(),
     }
     durable.make_directory(out)
-    durable.atomic_write(out / "precisions.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.write_json(out / "precisions.json", record)
     durable.atomic_write(out / "precisions.md", markdown(record).encode())
     print(markdown(record), end="")
 
@@ -124,13 +124,14 @@ def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
 def quality(path: Path, data: str, ask: list[str]) -> dict[str, Any]:
     """What ul-eval says of the bundle; of half precision, of its copy with the rounding written out."""
     from ul_export.evaluation.headline import headline
+    from ul_export.precision.lower import HALF
     from ul_runtime.backends import bundle_precision
     from ul_runtime.bundle import Bundle
     from ul_train.processes import run_main
 
     bundle = Bundle.open(path)
     with tempfile.TemporaryDirectory() as folder:
-        half = bundle_precision(bundle) in ("fp16", "bf16")
+        half = bundle_precision(bundle) in HALF
         if half:
             path = rounded_copy(bundle, Path(folder) / "rounded").path
         said = run_main("ul_export.eval_cli", str(path), "--data", data, *ask, "--json")

@@ -9,7 +9,6 @@ Bundle: deterministic samplers against a run of many steps from the same noise: 
 Without a BUNDLE: the exact model alone.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +72,7 @@ def solver_error(
         figures += bundle_figures(pipeline, settings, counts, images, seed, reference_steps)
     record |= {"figures": figures, "versions": versions(PACKAGES), "commit": commit()}
     durable.make_directory(out)
-    durable.atomic_write(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.write_json(out / "results.json", record)
     durable.atomic_write(out / "table.md", table(record).encode())
     durable.atomic_write(out / "plot.png", plot(record))
     print(table(record), end="")

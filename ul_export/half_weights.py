@@ -42,11 +42,7 @@ def rounded(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 def exact_in_half(model: ModelProto) -> set[str]:
     """Names of the float32 initializers that float16 holds exactly."""
-    return {
-        each.name
-        for each in model.graph.initializer
-        if each.data_type == _FLOAT and each.dims and _exact(each)  # infinity is not equal to what overflowed
-    }
+    return {each.name for each in model.graph.initializer if each.data_type == _FLOAT and each.dims and _exact(each)}
 
 
 def store_half(model: ModelProto, names: Collection[str], kind: int = TensorProto.FLOAT16) -> ModelProto:
@@ -64,7 +60,7 @@ def store_half(model: ModelProto, names: Collection[str], kind: int = TensorProt
 
 
 def _exact(tensor: TensorProto) -> bool:
-    half = numpy_helper.to_array(half_tensor(tensor, TensorProto.FLOAT16)).astype(np.float32)
+    half = numpy_helper.to_array(half_tensor(tensor, TensorProto.FLOAT16)).astype(np.float32)  # infinity: overflow
     return np.array_equal(half, numpy_helper.to_array(tensor))
 
 

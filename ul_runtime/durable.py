@@ -8,6 +8,7 @@ All system calls go through `disk`, so that a test can record, fail or drop them
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ul_runtime.errors import OutputError, UsageError
 
@@ -172,6 +174,11 @@ def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
                 raise UsageError(f"{path}: exists already; choose another name or remove it") from None
             on_failure.pop_all()
             _sync(path.parent)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """`record` as indented JSON, whole or not at all."""
+    atomic_write(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def append_line(path: Path, text: str, *, sync: bool = False) -> None:

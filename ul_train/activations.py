@@ -15,7 +15,10 @@ LEAST_HEADROOM_BITS = 2.0  # less than this is warned of; ul-export pins at one 
 GROWING_BELOW_BITS = 6.0  # growth is warned of only where it has come this near
 _LAYERS = (nn.Linear, nn.Conv2d)
 _BLOCKS = (TransformerBlock, ResidualBlock)
-_IN_FLOAT32 = {"logsnr_embedding", "modulation", "carry", "out"}  # layers that ul-export keeps there in any case
+# What ul-export keeps in float32 in any case. Modules that work on a vector an image, not on its tokens or pixels: next
+# to no time, and all that follows is scaled. And the last layer: its rounding is added to what the graph gives.
+CONDITIONING = {"logsnr_embedding", "modulation", "carry"}
+RESULT = "out"
 
 
 @contextmanager
@@ -27,7 +30,7 @@ def watched(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
         blocks = [path for path, module in network.named_modules() if isinstance(module, _BLOCKS)]
         for path, module in network.named_modules():
             inside = any(path.startswith(f"{each}.") for each in blocks)
-            if isinstance(module, (*_LAYERS, *_BLOCKS)) and (inside or not _IN_FLOAT32.intersection(path.split("."))):
+            if isinstance(module, (*_LAYERS, *_BLOCKS)) and (inside or not _in_float32(path)):
                 block = next((each for each in blocks if path == each or path.startswith(f"{each}.")), path)
                 handles.append(module.register_forward_hook(_keeper(largest, f"{name}.{block}")))
     try:
@@ -35,6 +38,10 @@ def watched(networks: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _in_float32(path: str) -> bool:
+    return not {*CONDITIONING, RESULT}.isdisjoint(path.split("."))
 
 
 def _keeper(largest: dict[str, float], key: str) -> Any:

@@ -95,7 +95,7 @@ def create_run(run: Path, config: Config, data: str, heldout: str | None, splits
 
 def _write_info(run: Path, info: RunInfo) -> None:
     record = {"format": RUN_FORMAT, "format_version": RUN_FORMAT_VERSION, **vars(info)}
-    durable.atomic_write(run / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.write_json(run / "run.json", record)
 
 
 def check_recipe(run: Path, config: Config, allow: list[str]) -> RunInfo:
@@ -301,7 +301,7 @@ class Session:
         if said := missed(figures.bits_per_pixel, self.config.objective.target_bits_per_pixel):
             self.log.warn(said)
         record = {**figures.as_dict(), "gaussian_of": of_what, "precision": precision, "run_id": self.info.run_id}
-        durable.atomic_write(self.run / "report.json", (json.dumps(record, indent=1) + "\n").encode())
+        durable.write_json(self.run / "report.json", record)
         title = f"{figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
         durable.atomic_write(self.run / "report.png", reconstruction_sheet(pipeline, self.splits.heldout, title))
         return figures

@@ -1,6 +1,5 @@
 """ul-train sweep: one short training of stage joint for each loss factor, and the rate-distortion curve they make."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def sweep(variants: Variants, options: SweepOptions, command: str) -> dict[str, 
         "commit": commit(),
         "gaussian_curve": _gaussian_curve(config, variants.data, options, rows),
     }
-    durable.atomic_write(options.out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+    durable.write_json(options.out / "results.json", record)
     durable.atomic_write(options.out / "table.md", sweep_table(record).encode())
     durable.atomic_write(options.out / "plot.png", _plot(record))
     return record

@@ -1,6 +1,5 @@
 """What ul-eval does once its options are read."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -189,4 +188,4 @@ def _write(out: Path, result: dict[str, Any], sheets: dict[str, bytes]) -> None:
     for name, data in sheets.items():
         durable.atomic_write(out / name, data)
     durable.atomic_write(out / "report.html", html_report(result, sheets).encode())
-    durable.atomic_write(out / "eval.json", (json.dumps(result, indent=1) + "\n").encode())
+    durable.write_json(out / "eval.json", result)

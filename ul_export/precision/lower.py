@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ul_export.module_paths import module_of
 from ul_export.precision.tensors import copied, float_tensors, half_tensor, set_nodes, stored_name
+from ul_train.activations import CONDITIONING, RESULT
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # Sums and quotients over many values, and waves of large angles: short of digits or of range in half precision.
@@ -50,9 +51,6 @@ MOVEMENT = {
 }
 ELEMENTWISE = {"Add", "Div", "Mul", "Sub"}
 NETWORK = "network"  # the network's module in the step graphs
-# Modules that work on a vector an image, not on its tokens or pixels: next to no time, and all that follows is scaled.
-CONDITIONING = {"logsnr_embedding", "modulation", "carry"}
-RESULT = "out"  # the last layer: its rounding is added to what the graph gives
 
 
 def by_design(model: ModelProto) -> dict[str, str]:
