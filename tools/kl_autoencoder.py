@@ -143,8 +143,8 @@ def write(
     bundle: Path, config: "Config", classes: tuple[str, ...], networks: dict[str, nn.Module], threads: int | None
 ) -> None:
     """The bundle of these networks, once proved equal to torch as any other."""
-    from ul_export.command import prove
     from ul_export.onnx_graphs import export_graphs
+    from ul_export.trial import Trial
     from ul_export.verify import require
     from ul_runtime.bundle import write_bundle
     from ul_train.describe import describe
@@ -152,7 +152,7 @@ def write(
     opset = 20
     info = describe(config, classes, "kl-autoencoder", "0" * 64, config.base_stage.steps, opset)
     files = export_graphs(networks, info, opset)
-    proof, backend = prove(bundle, info, files, networks, threads)
+    proof, backend = Trial(bundle, info, files, networks, threads).prove()
     require(proof, config.name)
     proved = info.model_copy(update={"parity": {"backend": backend, **proof.figures}})
     write_bundle(bundle, proved, files, overwrite=True)

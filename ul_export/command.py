@@ -4,9 +4,8 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +13,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from ul_export.compare import FP32, REDUCED, Tolerances
-from ul_export.first_difference import first_difference
+from ul_export.compare import REDUCED
 from ul_export.half_weights import effect_of_rounding, rounded
-from ul_export.onnx_graphs import OPSETS, check_graph, export_graphs, join_weights, step_graphs
+from ul_export.onnx_graphs import OPSETS, export_graphs
 from ul_export.precision.command import REPORT, reduced_bundle
 from ul_export.precision.kinds import Kind
 from ul_export.precision.search import CALIBRATION_IMAGES
-from ul_export.verify import BATCH_SIZES, PROOF_BATCHES, Proof, require, verify
+from ul_export.trial import Trial, torch_reference
+from ul_export.verify import BATCH_SIZES, PROOF_BATCHES, Proof, require
 from ul_runtime import durable
-from ul_runtime.backends import NO_BF16, open_backend
 from ul_runtime.bundle import write_bundle
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
 from ul_runtime.loop import never
 from ul_runtime.manifest import MANIFEST_NAME, BundleInfo, Provenance
-from ul_runtime.origin import versions
-from ul_runtime.pipeline import Pipeline
 from ul_train.command import open_splits
 from ul_train.config import Config
 from ul_train.describe import describe
-from ul_train.heldout import from_uint8, torch_pipeline
+from ul_train.heldout import from_uint8
 from ul_train.session import RunInfo, load_networks, load_newest
 
 WEIGHTS = ("fp32", "fp16")
@@ -100,18 +96,20 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     files = export_graphs(networks, described, opset, weights == "fp16")
     batches = ", ".join(map(str, BATCH_SIZES))
     say(f"comparing with torch along the whole sampling path, at batch sizes {batches}")
-    proof, backend = prove(out, described, files, networks, threads, batch_sizes=PROOF_BATCHES)
-    require(proof, str(run), lambda: _first_difference(described, files, networks, proof))
+    trial = Trial(out, described, files, networks, threads)
+    proof, backend = trial.prove(batch_sizes=PROOF_BATCHES)
+    require(proof, str(run), lambda: trial.first_difference(proof))
     parity |= {"backend": backend, **proof.figures}
     by_rounding = parity.get("rounded_weights")
     reduced: dict[str, Any] = {}
     if x is not None and options.precision != "fp32":
         described, files, reduced = reduced_bundle(described, files, options.precision, x, threads, say)
-        on_this_machine, _ = prove(out, described, files, networks, threads, REDUCED[options.precision])
+        lowered = replace(trial, described=described, files=files)
+        on_this_machine, _ = lowered.prove(REDUCED[options.precision])
         require(on_this_machine, str(run))
         parity[options.precision] = reduced | {"on_this_machine": on_this_machine.figures, "calibration": which}
         if options.precision == "bf16":
-            parity["bf16"] |= by_openvino(out, described, files, networks, threads, say)
+            parity["bf16"] |= lowered.by_openvino(say)
         say(f"report: {REPORT}.html in the bundle")
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=options.overwrite)
     return {
@@ -141,8 +139,9 @@ def check_export(run: Path, threads: int | None, say: Callable[[str], None]) -> 
     say(f"checking the export of {config.name} ({stage} step {step}, averaged weights) at opset {opset}")
     files = export_graphs(networks, described, opset)
     with tempfile.TemporaryDirectory() as folder:
-        proof, _ = prove(Path(folder) / "bundle", described, files, networks, threads)
-    require(proof, str(run), lambda: _first_difference(described, files, networks, proof))
+        trial = Trial(Path(folder) / "bundle", described, files, networks, threads)
+        proof, _ = trial.prove()
+    require(proof, str(run), lambda: trial.first_difference(proof))
     return {**proof_in_short(proof), "seconds": time.monotonic() - started}
 
 
@@ -179,16 +178,6 @@ def _calibration_images(
     return x, {"images": len(x), "source": which, "data_fingerprint": parts[0].fingerprint}
 
 
-def _first_difference(
-    described: BundleInfo, files: dict[str, bytes], networks: dict[str, nn.Module], proof: Proof
-) -> str:
-    graph = proof.worst_graph
-    modules = {each.name: each.module for each in step_graphs(networks, described.image, described.latent)}
-    entry = described.graphs[graph]
-    model = join_weights(files[entry.file], files[entry.weights], entry.weights)
-    return first_difference(modules[graph], model, described, graph, proof.worst_calls[graph][0].inputs)
-
-
 def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
     """Of the proof in a lower precision, what ul-export prints."""
     if not reduced:
@@ -200,12 +189,6 @@ def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
         "lowered_z_0_difference": max(each["z_0"] for each in paths),
         "lowered_image_psnr_db": min(each["image_psnr_db"] for each in paths),
     }
-
-
-def torch_reference(described: BundleInfo, networks: dict[str, nn.Module]) -> Pipeline:
-    """The sampling path by torch in float32 on the processor, which every proof is against."""
-    cpu = torch.device("cpu")
-    return torch_pipeline(described, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
 
 
 def rounded_provenance(described: BundleInfo) -> Provenance:
@@ -240,54 +223,3 @@ def weights_sha256(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def prove(
-    out: Path,
-    described: BundleInfo,
-    files: dict[str, bytes],
-    networks: dict[str, nn.Module],
-    threads: int | None,
-    tolerances: Tolerances = FP32,
-    backend: str = "ort-cpu",
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-) -> tuple[Proof, str]:
-    """(proof, name of the backend) of the files as a bundle on the disk of `out`, opened as a user's is.
-
-    ort-cpu computes in what it takes for the bundle, openvino in bfloat16.
-    """
-    reference = torch_reference(described, networks)
-    with durable.temporary_directory_beside(out) as temporary:
-        bundle = write_bundle(temporary / "trial", described, files)
-        for graph in described.graphs.values():
-            for file in {graph.file, graph.float32_file or graph.file}:
-                check_graph(temporary / "trial" / file)
-        opened = open_backend(backend, bundle, precision="bf16" if backend == "openvino" else None, threads=threads)
-        return verify(reference, opened, tolerances=tolerances, batch_sizes=batch_sizes), opened.name
-
-
-def by_openvino(
-    out: Path,
-    described: BundleInfo,
-    files: dict[str, bytes],
-    networks: dict[str, nn.Module],
-    threads: int | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """The proof of a bundle in bf16 on OpenVINO, which computes in it natively where the processor does.
-
-    {"openvino": its figures} where it holds; else nothing, said why: `auto` takes OpenVINO only where it was proved.
-    """
-    if find_spec("openvino") is None:
-        say("bf16: not proved on OpenVINO, which is not installed")
-        return {}
-    from ul_runtime.backends.openvino import has_bf16
-
-    if not has_bf16():
-        say(f"bf16: not proved on OpenVINO: {NO_BF16}")
-        return {}
-    proof, _ = prove(out, described, files, networks, threads, REDUCED["bf16"], "openvino")
-    if proof.failures:
-        say(f"bf16: does not hold on OpenVINO, which auto will not take: {proof.failures[0]}")
-        return {}
-    return {"openvino": {"versions": versions(["openvino"]), **proof.figures}}

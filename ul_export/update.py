@@ -9,22 +9,15 @@ import onnx
 import torch
 from torch import nn
 
-from ul_export.command import (
-    by_openvino,
-    check_finite,
-    proof_in_short,
-    prove,
-    rounded_provenance,
-    torch_reference,
-    weights_sha256,
-)
-from ul_export.compare import FP32, REDUCED
+from ul_export.command import check_finite, proof_in_short, rounded_provenance, weights_sha256
+from ul_export.compare import REDUCED
 from ul_export.half_weights import rounded
 from ul_export.onnx_graphs import split_weights, step_graphs
 from ul_export.precision.command import REPORT, with_their_weights
 from ul_export.precision.kinds import KINDS, Kind, as_computed
 from ul_export.precision.memory import in_memory
-from ul_export.verify import Proof, require, verify
+from ul_export.trial import Trial, torch_reference
+from ul_export.verify import PROOF_BATCHES, Proof, require, verify
 from ul_export.weight_names import parameters, replace_weights
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError
@@ -74,16 +67,20 @@ def update_bundle(run: Path, old: Path, out: Path, threads: int | None, say: Cal
     say(f"base step {step} of {run} into the graphs of {old} ({kind or 'fp32'})")
     files = _files(bundle, described, networks)
     say("comparing with torch along the whole sampling path")
-    proof, backend = prove(out, described, files, networks, threads, FP32 if kind is None else REDUCED[kind])
+    trial = Trial(out, described, files, networks, threads)
+    if kind is None:
+        proof, backend = trial.prove(batch_sizes=PROOF_BATCHES)
+    else:
+        proof, backend = trial.prove(REDUCED[kind])
     require(proof, str(run))
     figures: dict[str, Any] = proof.figures
     if kind is not None:
         typed = _prove_typed(described, files, networks, kind, threads, str(run))
-        of_old: Any = manifest.parity[kind]
-        kept = {name: of_old[name] for name in ("pinned", "flops_share")}
+        of_old: Any = manifest.parity.get(kind, {})  # older versions kept neither
+        kept = {name: of_old[name] for name in ("pinned", "flops_share") if name in of_old}
         figures = {kind: kept | typed.figures | {"on_this_machine": proof.figures}}
         if kind == "bf16":
-            figures["bf16"] |= by_openvino(out, described, files, networks, threads, say)
+            figures["bf16"] |= trial.by_openvino(say)
     parity = {"reference": f"torch {torch.__version__}", "backend": backend, "updated_from": bundle.hash} | figures
     final = write_bundle(out, described.model_copy(update={"parity": parity}), files, overwrite=out == old)
     return {
@@ -116,6 +113,6 @@ def _prove_typed(
     """The typed graphs with all their rounding against torch in float32."""
     models = {name: as_computed(model, kind) for name, model in with_their_weights(info, files).items()}
     reference = torch_reference(info, networks)
-    proof = verify(reference, in_memory(info, models, threads), tolerances=REDUCED[kind])
+    proof = verify(reference, in_memory(info, models, threads), tolerances=REDUCED[kind], batch_sizes=PROOF_BATCHES)
     require(proof, f"{run}, in {kind} with the pins of the old weights")
     return proof

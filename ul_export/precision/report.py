@@ -1,6 +1,7 @@
 """What a lower precision did: node by node and step by step, as JSON and as one page."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -161,6 +162,8 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
         *_graphs(record, pins),
         "<h2>Pinned to float32</h2>",
         table(["graph", "node", "why"], pins) if pins else paragraph("None."),
+        "<h2>In float32 for other reasons</h2>",
+        table(["why", *record["graphs"]], _others(record), range(1, 1 + len(record["graphs"]))),
         picture("Drift of the state along both loops, root mean square", drift_plot(figures)),
         picture("Largest magnitude of every node", headroom_plot(record)),
         *_headroom(record),
@@ -209,6 +212,16 @@ def _graph_row(graph: str, each: Mapping[str, Any], pins: list[tuple[str, str, s
         str(sum(pin[0] == graph for pin in pins)),
         *(f"{each['ms'][name]:.2f}" if name in each["ms"] else "" for name in ("fp32", "int8")),
     ]
+
+
+def _others(record: Mapping[str, Any]) -> list[list[str]]:
+    """Why nodes that nobody pinned stay in float32, and how many of each graph, the most frequent first."""
+    reasons = {
+        graph: Counter(n["why"] for n in each["nodes"] if n["precision"] == "fp32" and not n["pinned"])
+        for graph, each in record["graphs"].items()
+    }
+    total = sum(reasons.values(), Counter[str]())
+    return [[why, *(str(counts[why]) for counts in reasons.values())] for why, _ in total.most_common()]
 
 
 def _facts(model: Mapping[str, Any]) -> dict[str, Any]:
