@@ -19,6 +19,7 @@ from ul_export.verify import PROOF_BATCHES, ComparedCall, Proof, verify
 from ul_runtime.backends import Backend
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
+from ul_runtime.progress import progress
 
 LEAST_HEADROOM_BITS = 1.0  # a magnitude seen in calibration may double before float16 overflows
 MOST_ROUNDS = 8
@@ -161,12 +162,14 @@ def ranking(calibration: Calibration, reduced: Reduced) -> dict[str, str]:
     """node -> what its rounding alone does to the worst call of the worst graph, the worst node first."""
     graph = reduced.proof.worst_graph
     model, worst = calibration.models[graph], reduced.proof.worst_calls[graph][0]
-    squares = {}
-    for node in [each.name for each in model.graph.node if each.name in reduced.nodes[graph]]:
-        alone = {graph: as_computed(typed(model, reduced.kind, {node}, calibration.largest[graph]), reduced.kind)}
-        given = in_memory(calibration.info, alone, calibration.threads).run(graph, worst.inputs)
-        square = sum(float(np.square(given[name] - expected).mean()) for name, expected in worst.outputs.items())
-        squares[node] = square if np.isfinite(square) else np.inf
+    nodes, squares = [each.name for each in model.graph.node if each.name in reduced.nodes[graph]], {}
+    with progress(f"rounding one node of {graph} after the other", len(nodes), "nodes") as advance:
+        for node in nodes:
+            alone = {graph: as_computed(typed(model, reduced.kind, {node}, calibration.largest[graph]), reduced.kind)}
+            given = in_memory(calibration.info, alone, calibration.threads).run(graph, worst.inputs)
+            square = sum(float(np.square(given[name] - expected).mean()) for name, expected in worst.outputs.items())
+            squares[node] = square if np.isfinite(square) else np.inf
+            advance(1)
     ranked = sorted(squares.items(), key=lambda item: -item[1])
     words = "its rounding alone changes the results by {:.2g} (root mean square)"
     return {node: words.format(square**0.5) for node, square in ranked}
