@@ -75,7 +75,7 @@ def evaluate(
     from ul_export.evaluation.command import EvalOptions, run_eval
     from ul_runtime.origin import anonymous
     from ul_runtime.settings import Overrides
-    from ul_train.cli import cache_dir
+    from ul_runtime.user_cache import cache_dir
 
     interval = options.parse_interval(guidance_interval)
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)

@@ -1,7 +1,6 @@
 """ul-train: a recipe and images to a run; report: a run's held-out figures; sweep: rate against distortion."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ul_runtime.errors import BadInputError, UsageError, require_packages, run_command
+from ul_runtime.user_cache import cache_dir
 
 train_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -40,15 +40,6 @@ Cache = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where prepared images are kept; default $UL_CACHE or the user's cache."),
 ]
-
-
-def cache_dir(given: Path | None) -> Path:
-    """The folder of prepared images."""
-    if given is not None:
-        return given
-    if os.environ.get("UL_CACHE"):
-        return Path(os.environ["UL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unified-latents"
 
 
 @train_app.command(
