@@ -15,7 +15,7 @@ def test_the_onnx_model_of_a_product_is_what_onnx_makes() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     for part in (model, model.opset_import[0]):
         part.ClearField("producer_name" if part is model else "domain")
-    assert model.SerializeToString(deterministic=True) == ort_cpu._PRODUCT
+    assert model.SerializeToString(deterministic=True) == ort_cpu.PRODUCT
 
 
 def test_products_are_products() -> None:

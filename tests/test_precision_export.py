@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,9 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:)', page), "needs no other file"
     assert str(tmp_path) not in page + json.dumps(report)
+    if find_spec("tensorrt_rtx") is not None:
+        words = ("--tensorrt", "--target", "sm89", "--engines", tmp_path / "engines", "--json")
+        assert json.loads(command(main, out, *words).out)["engines_built"] == len(GRAPH_NAMES)
     parity = bundle.manifest.parity[kind]
     assert set(parity["pinned"]) == set(GRAPH_NAMES)
     assert (

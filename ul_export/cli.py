@@ -1,6 +1,7 @@
 """ul-export: a run directory to a verified bundle."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +29,23 @@ Weights = Annotated[
     str, typer.Option(metavar="fp32|fp16", help="How weights are stored where graphs compute in float32.")
 ]
 
+Tensorrt = Annotated[
+    bool, typer.Option("--tensorrt", help="Build TensorRT engines too; RUN may be a finished bundle, then only these.")
+]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SM", help="Build for this architecture (sm89); repeatable.", show_default="this card's"),
+]
+MaxBatch = Annotated[int, typer.Option(metavar="IMAGES", min=1, help="Largest batch that the engines take.")]
+EngineFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where engines are kept: a folder of your own.", show_default="the user's cache"),
+]
+
 
 @app.command(epilog="Example: ul-export runs/fashion --out fashion.bundle")
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of ul-train.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of ul-train; a bundle with --tensorrt.")],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The bundle to write.", show_default="--update: that one")
     ] = None,
@@ -45,6 +59,10 @@ def export(
     check: Check = False,
     opset: Opset = None,
     weights: Weights = "fp32",
+    tensorrt: Tensorrt = False,
+    target: Target = None,
+    max_batch: MaxBatch = 64,
+    engines: EngineFolder = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")
     ] = None,
@@ -53,37 +71,70 @@ def export(
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
+    build = _engine_builder(tensorrt, target, max_batch, engines)
+    kind = _precision(fp16, bf16, int8)
+    changed = kind != "fp32" or opset is not None or weights != "fp32" or calibrate is not None
+    if build is not None and _is_bundle(run):
+        if changed or check or update is not None or out is not None or overwrite:
+            raise UsageError(
+                f"{run} is a bundle, whose engines are built as it is; give --tensorrt and its options only"
+            )
+        return _say(build(run), json_)
     require_packages("torch", "onnx", "onnxscript", "matplotlib", extras="train,export")
     from ul_export.command import ExportOptions, export_bundle
-    from ul_export.precision.kinds import KINDS
-    from ul_train.cli import cache_dir
+    from ul_runtime.user_cache import cache_dir
     from ul_train.command import print_line
 
-    asked = [kind for kind, given in zip(KINDS, (fp16, bf16, int8), strict=True) if given]
-    if len(asked) > 1:
-        raise UsageError(f"--{asked[0]} and --{asked[1]}: give one of them")
-
-    changed = asked or opset is not None or weights != "fp32" or calibrate is not None
     if check:
-        if changed or update is not None or out is not None or overwrite:
+        if changed or build is not None or update is not None or out is not None or overwrite:
             raise UsageError("--check writes nothing, in float32; leave out all but --threads and --json")
         from ul_export.command import check_export
 
-        _say(check_export(run, threads, print_line), json_)
-        return
+        return _say(check_export(run, threads, print_line), json_)
     if update is not None:
         if changed:
             raise UsageError("--update keeps the bundle's precision and opset; leave out all but --out and --threads")
         from ul_export.update import update_bundle
 
-        _say(update_bundle(run, update, update if out is None else out, threads, print_line), json_)
-        return
-    if out is None:
-        raise UsageError("--out is missing; see ul-export --help")
-    options = ExportOptions(
-        opset, asked[0] if asked else "fp32", weights, calibrate, cache_dir(cache), threads, overwrite
-    )
-    _say(export_bundle(run, out, options, print_line), json_)
+        out = update if out is None else out
+        figures = update_bundle(run, update, out, threads, print_line)
+    else:
+        if out is None:
+            raise UsageError("--out is missing; see ul-export --help")
+        options = ExportOptions(opset, kind, weights, calibrate, cache_dir(cache), threads, overwrite)
+        figures = export_bundle(run, out, options, print_line)
+    _say(figures | (build(out) if build is not None else {}), json_)
+
+
+def _precision(fp16: bool, bf16: bool, int8: bool) -> Any:
+    """The one that is asked for, or fp32."""
+    asked = [kind for kind, given in (("fp16", fp16), ("bf16", bf16), ("int8", int8)) if given]
+    if len(asked) > 1:
+        raise UsageError(f"--{asked[0]} and --{asked[1]}: give one of them")
+    return asked[0] if asked else "fp32"
+
+
+def _engine_builder(
+    tensorrt: bool, target: list[str] | None, max_batch: int, engines: Path | None
+) -> Callable[[Path], dict[str, Any]] | None:
+    """What builds the engines of a bundle, checked before any work; None without --tensorrt."""
+    if not tensorrt:
+        if target or engines is not None:
+            raise UsageError("--target and --engines are for --tensorrt; give that too")
+        return None
+    from ul_export.engines import build_engines, open_engines
+    from ul_train.command import print_line
+
+    opened = open_engines(target or [], max_batch, engines)
+    return lambda bundle: build_engines(opened, bundle, print_line)
+
+
+def _is_bundle(path: Path) -> bool:
+    """A folder with a bundle's manifest, or the name of a model inside the package."""
+    from ul_runtime.manifest import MANIFEST_NAME
+    from ul_runtime.shipped import shipped_names
+
+    return (path / MANIFEST_NAME).is_file() if path.exists() else str(path) in shipped_names()
 
 
 def _say(figures: dict[str, Any], as_json: bool) -> None:

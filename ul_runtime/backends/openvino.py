@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
     from ul_runtime.manifest import GraphName
 
+VERSION = str(ov.get_version()).split("-")[0]
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _WAVES = ("Sin", "Cos")
 

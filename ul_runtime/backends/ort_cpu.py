@@ -39,7 +39,7 @@ _BFLOAT16 = 16  # TensorProto.DataType
 _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 
 # y = a b as an ONNX model, each float32 n n; tests/test_ceiling.py makes these bytes anew.
-_PRODUCT = (
+PRODUCT = (
     b'\x08\n:a\n\x11\n\x01a\n\x01b\x12\x01y"\x06MatMul\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01n'
     b"Z\x15\n\x01b\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nb\x15\n\x01y\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nB\x02\x10\x12"
 )
@@ -152,7 +152,7 @@ def _node(event: dict[str, Any]) -> Node:
 
 def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
-    session = ort.InferenceSession(_PRODUCT, _session_options(threads), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(PRODUCT, _session_options(threads), providers=["CPUExecutionProvider"])
     return lambda a, b: session.run(None, {"a": a, "b": b})[0]
 
 

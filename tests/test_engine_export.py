@@ -1,0 +1,73 @@
+"""ul-export --tensorrt: engines of a finished bundle, built ahead for named architectures and built once."""
+
+import json
+
+import pytest
+from analytic_bundle import write_analytic_bundle
+
+from ul_export.cli import main
+from ul_runtime import cards
+from ul_runtime.cards import Card
+from ul_runtime.errors import UsageError
+from ul_runtime.tensorrt.engines import EngineCache
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
+
+
+def test_engines_are_built_once_and_the_reason_of_each_build_is_said(analytic_bundle, tmp_path, command):
+    options = ["--tensorrt", "--target", "sm89", "--engines", tmp_path / "engines", "--json"]
+    first = command(main, analytic_bundle, *options)
+    assert first.code == 0, first
+    figures = json.loads(first.out)
+    assert (figures["engines_built"], figures["engines_for"]) == (3, "sm89")
+    assert first.err.count("there is none yet") == 3
+    again = command(main, analytic_bundle, *options)
+    assert json.loads(again.out) == figures | {"engines_built": 0}
+    assert "building an engine" not in again.err
+    other = command(main, analytic_bundle, *options, "--target", "sm120")
+    assert json.loads(other.out)["engines_built"] == 3
+    assert other.err.count("it was built for other architectures (sm89, now sm89,sm120)") == 3
+
+
+def test_new_weights_build_anew(tmp_path, command):
+    options = ["--tensorrt", "--target", "sm89", "--engines", tmp_path / "engines"]
+    write_analytic_bundle(tmp_path / "a")
+    write_analytic_bundle(tmp_path / "b", latent_std=0.4)
+    assert command(main, tmp_path / "a", *options).code == 0
+    result = command(main, tmp_path / "b", *options)
+    assert "have changed" in result.err or "has changed" in result.err, result
+
+
+def test_misuse_is_refused_before_any_work(analytic_bundle, tmp_path, command):
+    command.fails(main, 2, "give that too", analytic_bundle, "--target", "sm89")
+    command.fails(main, 2, "does not build for 'sm1'", analytic_bundle, "--tensorrt", "--target", "sm1")
+    command.fails(main, 2, "is a bundle", analytic_bundle, "--tensorrt", "--target", "sm89", "--fp16")
+    engines = tmp_path / "engines"
+    engines.mkdir()
+    engines.chmod(0o777)
+    result = command(main, analytic_bundle, "--tensorrt", "--target", "sm89", "--engines", engines)
+    assert result.code == 77
+    assert "others may write to it" in result.err
+    assert list(EngineCache(engines).entries()) == []
+
+
+def test_without_a_card_and_an_architecture_the_way_out_is_said(analytic_bundle, command, monkeypatch):
+    def none() -> list[Card]:
+        raise UsageError("no NVIDIA card can be used: there is no NVIDIA driver")
+
+    monkeypatch.setattr("ul_export.engines.cards", none)
+    command.fails(main, 2, "--target sm89 builds ahead", analytic_bundle, "--tensorrt")
+    monkeypatch.setattr("ul_export.engines.cards", list)
+    command.fails(main, 2, "this machine has no NVIDIA card; --target sm89", analytic_bundle, "--tensorrt")
+
+
+def test_the_bindings_have_what_the_cards_are_asked_for():
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    about = runtime.cudaDeviceProp()
+    assert {"name", "major", "minor", "totalGlobalMem"} <= set(dir(about))
+    assert len(runtime.cudaGetDeviceCount()) == len(runtime.cudaDriverGetVersion()) == 2
+    if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
+        assert all(card.architecture.startswith("sm") and card.memory > 0 for card in cards.cards())
+    else:
+        with pytest.raises(UsageError, match="no NVIDIA card can be used"):
+            cards.cards()

@@ -1,0 +1,157 @@
+"""TensorRT-RTX builds the step graphs on a machine without a card, and says what it cannot build and where."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exported_run import CASES, exported_run
+from onnx import TensorProto, helper
+
+from ul_runtime.bundle import Bundle
+from ul_runtime.errors import BadInputError, StoppedError, UsageError
+from ul_runtime.manifest import GRAPH_NAMES, TensorFormat
+from ul_runtime.onnx_weights import with_weights
+from ul_runtime.pipeline import Control
+from ul_runtime.tensorrt import library as libraries
+from ul_runtime.tensorrt.build import Plan, Profile, _Phases, build_engine
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
+
+SHAPE = ("b", 2, 16, 32)
+TARGETS = ("sm86", "sm89")
+
+
+@pytest.fixture(scope="module")
+def library() -> libraries.Library:
+    return libraries.library_for(("sm89",))
+
+
+def plan_of(bundle: Bundle, graph: str, targets: tuple[str, ...] = TARGETS) -> Plan:
+    onnx = with_weights(bundle.graph(graph), bundle.initializers(graph))
+    return Plan("bundle", graph, onnx, bundle.manifest.graphs[graph].inputs, Profile(16, 4), targets)
+
+
+def plan_of_nodes(*nodes, inputs: str = "x", shape=SHAPE, opset: int = 20, dtype=TensorProto.FLOAT) -> Plan:
+    """A graph from `inputs` to y."""
+    values = [helper.make_tensor_value_info(name, dtype, shape) for name in inputs]
+    last = nodes[-1].output[0]
+    graph = helper.make_graph(list(nodes), "g", values, [helper.make_tensor_value_info(last, dtype, None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    formats = [TensorFormat(name=name, dtype="float32", shape=shape) for name in inputs]
+    return Plan("bundle", "prior_step", model.SerializeToString(), formats, Profile(8, 2), ("sm89",))
+
+
+@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("name", [name for name in CASES if "weights" not in name])
+def test_every_step_graph_builds_at_every_opset(library, tmp_path_factory, name, graph):
+    bundle = Bundle.open(exported_run(name, tmp_path_factory).bundle)
+    engine = build_engine(library, plan_of(bundle, graph))
+    assert len(engine) > sum(array.nbytes for array in bundle.initializers(graph).values())
+
+
+def test_an_operator_that_the_library_does_not_have_is_named_with_its_module(library):
+    det = helper.make_node("Det", ["x"], ["y"], name="network.head/Det")
+    with pytest.raises(BadInputError, match=r"prior_step: TensorRT-RTX .* node network\.head/Det \(Det\): unsupported"):
+        build_engine(library, plan_of_nodes(det, shape=("b", 4, 4)))
+
+
+def test_types_that_do_not_agree_are_said_with_the_node(library):
+    cast = helper.make_node("Cast", ["x"], ["half"], name="network.a/Cast", to=TensorProto.FLOAT16)
+    add = helper.make_node("Add", ["half", "x"], ["y"], name="network.a/Add")
+    with pytest.raises(BadInputError, match=r"node network\.a/Add \(Add\): invalid node"):
+        build_engine(library, plan_of_nodes(cast, add))
+
+
+def test_bytes_that_are_no_graph_are_refused(library):
+    plan = plan_of_nodes(helper.make_node("Relu", ["x"], ["y"]))
+    with pytest.raises(BadInputError, match="does not take it"):
+        build_engine(library, Plan("bundle", "encoder", b"nonsense", plan.inputs, plan.profile, plan.targets))
+
+
+def attention(dtype: int) -> Plan:
+    """The trap of opset 23: its Attention parses, and in float32 nothing computes it."""
+    return plan_of_nodes(
+        helper.make_node("Mul", ["q", "q"], ["q2"], name="network.blocks.0/Mul"),
+        helper.make_node("Attention", ["q2", "k", "v"], ["out"], name="network.blocks.0.attention/Attention"),
+        helper.make_node("Add", ["out", "q"], ["y"], name="network.blocks.0/Add"),
+        inputs="qkv",
+        opset=23,
+        dtype=dtype,
+    )
+
+
+def test_a_failure_of_which_the_library_does_not_say_the_place_is_found_by_bisection(library):
+    with pytest.raises(BadInputError, match=r"for sm89: node network\.blocks\.0\.attention/Attention"):
+        build_engine(library, attention(TensorProto.FLOAT))
+    assert build_engine(library, attention(TensorProto.FLOAT16))
+
+
+def test_an_architecture_without_the_arithmetic_is_said_with_the_node(library, tmp_path_factory):
+    bundle = Bundle.open(exported_run("grey with classes, opset 20", tmp_path_factory).bundle)
+    with pytest.raises(BadInputError, match=r"for sm75: node network\.\S+/\w+: .*FP32 GEMM is not supported"):
+        build_engine(library, plan_of(bundle, "prior_step", ("sm75",)))
+
+
+def test_architectures_that_are_not_there_are_refused_with_those_that_are(library):
+    with pytest.raises(UsageError, match="does not build for 'sm90'; it builds for sm75, sm80, "):
+        libraries.library_for(("sm89", "sm90"))
+
+
+def test_progress_adds_up_and_a_stop_ends_the_build(library, tmp_path_factory):
+    plan = plan_of(Bundle.open(exported_run("grey with classes, opset 20", tmp_path_factory).bundle), "decoder_step")
+    told: list[float] = []
+    build_engine(library, plan, Control(progress=told.append))
+    assert len(told) > 50
+    assert min(told) > 0
+    assert np.isclose(sum(told), 1.0)
+    with pytest.raises(StoppedError):
+        build_engine(library, plan, Control(stop=lambda: len(told) > 60, progress=told.append))
+
+
+def test_nested_phases_tell_shares_of_the_whole():
+    told: list[float] = []
+    phases = _Phases(told.append)
+    phases.start("build", None, 4)
+    phases.step("build", 0)
+    phases.start("part", "build", 2)
+    phases.step("part", 0)
+    phases.finish("part")
+    assert np.allclose(np.cumsum(told), [0.25, 0.375])
+    phases.step("build", 0)
+    assert len(told) == 2, "never back"
+    phases.finish("build")
+    assert np.isclose(sum(told), 1.0)
+
+
+@pytest.mark.parametrize(("most", "likely"), [(0, 0), (4, 8), (64, 0), (10**6, 8)])
+def test_batches_that_cannot_be_are_refused(most, likely):
+    with pytest.raises(UsageError, match="expected 1 to 65536"):
+        Profile(most, likely)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "holds no library"),
+        ("class Builder: pass\n__version__ = '10.11.0'", "10.11.0 is installed; expected 10.12 or newer"),
+    ],
+)
+def test_a_package_that_is_a_stub_or_too_old_is_refused(tmp_path: Path, monkeypatch, source, message):
+    monkeypatch.setitem(
+        libraries.KINDS, "other", libraries.Kind("Other", "other_rt", "other", (10, 12), builds_ahead=False)
+    )
+    (tmp_path / "other_rt.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "other_rt", raising=False)
+    with pytest.raises(UsageError, match=message):
+        libraries.open_library("other")
+
+
+def test_a_library_that_is_missing_is_said_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(libraries, "find_spec", lambda module: None)
+    with pytest.raises(
+        UsageError, match=r"TensorRT-RTX is not installed; pip install 'unified-latents\[tensorrt-rtx\]"
+    ):
+        libraries.library_for(("sm89",))
+    with pytest.raises(UsageError, match="TensorRT or TensorRT-RTX is not installed"):
+        libraries.library_for(())

@@ -1,0 +1,62 @@
+"""TensorRT engines of a bundle, built ahead of their first use."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ul_runtime.bundle import Bundle
+from ul_runtime.cards import cards
+from ul_runtime.errors import UsageError
+from ul_runtime.manifest import GRAPH_NAMES
+from ul_runtime.pipeline import Control
+from ul_runtime.progress import progress
+from ul_runtime.shipped import open_bundle
+from ul_runtime.signals import stop_on_signal
+from ul_runtime.tensorrt.build import Profile
+from ul_runtime.tensorrt.engines import EngineCache
+from ul_runtime.tensorrt.library import library_for
+from ul_runtime.tensorrt.prepare import Engines
+from ul_runtime.user_cache import engine_dir
+
+_LIKELY_BATCH = 8
+
+
+def open_engines(targets: list[str], most: int, folder: Path | None) -> Engines:
+    """Where and for what engines are built: for `targets`, or for this machine's first card, batches up to `most`.
+
+    UsageError: no library for that, an architecture that it does not know, no card.
+    """
+    library = library_for(tuple(targets))
+    card = ""
+    if not targets:
+        ahead = "; --target sm89 builds ahead for that architecture, without a card" if library.targets() else ""
+        try:
+            found = cards()
+        except UsageError as error:
+            raise UsageError(f"{error}{ahead}") from error
+        if not found:
+            raise UsageError(f"this machine has no NVIDIA card{ahead}")
+        card = f"{found[0].name}, {found[0].architecture}"
+    profile = Profile(most, min(_LIKELY_BATCH, most))
+    return Engines(library, EngineCache(engine_dir(folder)), profile, tuple(dict.fromkeys(targets)), card)
+
+
+def build_engines(engines: Engines, bundle: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Build what is missing of the engines of `bundle`, a path or a shipped name; returns what to print.
+
+    BadInputError: a graph that the library cannot build; the engines before it are kept. StoppedError.
+    """
+    opened: Bundle = open_bundle(bundle)
+    built, size = [], 0
+    with stop_on_signal() as stop, progress("building engines", len(GRAPH_NAMES), "graphs") as advance:
+        for graph in GRAPH_NAMES:
+            prepared = engines.engine(opened, graph, say, control=Control(stop, advance))
+            built += [graph] if prepared.built_because else []
+            size += len(prepared.engine)
+    return {
+        "engines": str(engines.cache.folder),
+        "engines_for": ", ".join(engines.targets) or engines.card,
+        "engines_by": engines.library.title,
+        "engines_built": len(built),
+        "engine_megabytes": size / 1e6,
+    }

@@ -1,0 +1,214 @@
+"""An ONNX step graph to a TensorRT engine, with progress, and with errors that name the node at fault.
+
+Node names begin with the path of the torch module that they came from, so an error says where in the model it is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.manifest import TensorFormat
+from ul_runtime.pipeline import UNWATCHED, Control
+from ul_runtime.tensorrt.library import Library
+
+_BRANCHES = (1, 2, 2)  # of guidance: least, likeliest, most
+_MOST_BATCH = 65536
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The batches that an engine takes: 1 to `most`; kernels are chosen for `likely`."""
+
+    most: int = 64
+    likely: int = 8
+
+    def __post_init__(self) -> None:
+        """UsageError for what cannot be."""
+        if not 1 <= self.likely <= self.most <= _MOST_BATCH:
+            raise UsageError(f"batches of {self.likely} and at most {self.most}: expected 1 to {_MOST_BATCH}, in order")
+
+    def shapes(self, tensor: TensorFormat) -> list[tuple[int, ...]]:
+        """Its smallest, likeliest and largest shape."""
+        sizes = {"b": (1, self.likely, self.most), "g": _BRANCHES}
+        return [tuple(d if isinstance(d, int) else sizes[d][k] for d in tensor.shape) for k in range(3)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is built: the graph `name` of `where`, as ONNX with its weights inside, for these architectures.
+
+    `targets` empty = the card of this machine.
+    """
+
+    where: str
+    name: str
+    onnx: bytes
+    inputs: Sequence[TensorFormat]
+    profile: Profile
+    targets: tuple[str, ...]
+
+
+def build_engine(library: Library, plan: Plan, control: Control = UNWATCHED) -> bytes:
+    """The engine's bytes. `control` gets shares of the work as it is done.
+
+    BadInputError: the library cannot parse or build the graph, with node, operator and reason. StoppedError.
+    """
+    engine, why = _attempt(library, plan, control=control)
+    if engine is not None:
+        return engine
+    control.check()
+    named = [node for node in _node_names(library, plan) if node and node in why]
+    node = max(named, key=len) if named else first_failing_node(library, plan, control)
+    at = f"node {node}" if node else "no single node is at fault"
+    wanted = f" for {', '.join(plan.targets)}" if plan.targets else ""
+    raise BadInputError(
+        f"{plan.where}: {plan.name}: {library.title} cannot build it{wanted}: {at}: {_short(why)}; "
+        "export with another --opset or precision, or use another backend"
+    )
+
+
+def first_failing_node(library: Library, plan: Plan, control: Control = UNWATCHED) -> str | None:
+    """The first node, in the graph's order, with which the graph up to it does not build; by bisection.
+
+    For failures of which the library does not say the place. None if every part builds.
+    """
+    names = _node_names(library, plan)
+    builds, fails = 0, len(names)
+    while fails - builds > 1:
+        middle = (builds + fails) // 2
+        control.check()
+        if _attempt(library, plan, layers=middle)[0] is None:
+            fails = middle
+        else:
+            builds = middle
+    return names[fails - 1] if fails < len(names) else (names[-1] if names else None)
+
+
+def _attempt(
+    library: Library, plan: Plan, *, layers: int | None = None, control: Control = UNWATCHED
+) -> tuple[bytes | None, str]:
+    """(The engine, or None; what the library said) of the whole graph, or of its first `layers` layers."""
+    builder = library.api.Builder(library.logger)
+    network, parser = _parse(library, builder, plan)
+    if layers is not None:
+        _cut(network, layers)
+    config = builder.create_builder_config()
+    if plan.targets:
+        config.num_compute_capabilities = len(plan.targets)
+        for number, target in enumerate(plan.targets):
+            config.set_compute_capability(getattr(library.api.ComputeCapability, target.upper()), number)
+    profile = builder.create_optimization_profile()
+    for tensor in plan.inputs:
+        profile.set_shape(tensor.name, *plan.profile.shapes(tensor))
+    config.add_optimization_profile(profile)
+    if layers is None:
+        config.progress_monitor = _monitor(library, control)
+    library.log.clear()
+    engine = builder.build_serialized_network(network, config)
+    del parser  # it holds the weights of the network
+    return None if engine is None else bytes(engine), " ".join(library.log)
+
+
+def _parse(library: Library, builder: Any, plan: Plan) -> tuple[Any, Any]:
+    """(The strongly typed network, its parser). BadInputError with the node that is not supported."""
+    api = library.api
+    network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = api.OnnxParser(network, library.logger)
+    if not parser.parse(plan.onnx):
+        errors = [parser.get_error(number) for number in range(parser.num_errors)]
+        parts = [f"node {error.node_name()} ({error.node_operator()}): {_reason(error)}" for error in errors[:3]]
+        raise BadInputError(
+            f"{plan.where}: {plan.name}: {library.title} does not take it: {'; '.join(parts) or 'no reason given'}; "
+            "export with another --opset or precision, or use another backend"
+        )
+    return network, parser
+
+
+def _reason(error: Any) -> str:
+    """Why the parser refused: its text where it has one, and the kind of error."""
+    kind = error.code().name.lower().replace("_", " ")
+    text = str(error.desc())
+    return kind if text in ("", "false") else f"{kind}: {_short(text)}"
+
+
+def _node_names(library: Library, plan: Plan) -> list[str]:
+    """Name of each layer of the parsed network: that of the ONNX node it came from."""
+    network, _ = _parse(library, library.api.Builder(library.logger), plan)
+    return [str(network.get_layer(number).name) for number in range(network.num_layers)]
+
+
+def _cut(network: Any, layers: int) -> None:
+    """Leave the first `layers` layers: what they compute and none of them reads is the output, the rest is dead."""
+    for output in [network.get_output(number) for number in range(network.num_outputs)]:
+        network.unmark_output(output)
+    kept = [network.get_layer(number) for number in range(layers)]
+    read = {tensor.name for layer in kept for k in range(layer.num_inputs) if (tensor := layer.get_input(k))}
+    for layer in kept:
+        for k in range(layer.num_outputs):
+            if (tensor := layer.get_output(k)) is not None and tensor.name not in read:
+                network.mark_output(tensor)
+
+
+def _monitor(library: Library, control: Control) -> Any:
+    """A progress monitor of the library that tells `control` and asks it whether to stop."""
+    watch = _Phases(control.progress)
+
+    class Monitor(library.api.IProgressMonitor):  # type: ignore[name-defined]
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            watch.start(name, parent, num_steps)
+
+        def phase_finish(self, name: str) -> None:
+            watch.finish(name)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            watch.step(name, step)
+            return not control.stop()
+
+    return Monitor()
+
+
+class _Phases:
+    """The share of a build that is done, from its nested phases; told as increments that never go back."""
+
+    def __init__(self, progress: Callable[[float], None]) -> None:
+        self._progress = progress
+        self._told = 0.0
+        self._open: dict[str, tuple[str | None, int, int]] = {}  # phase -> (parent, steps, steps done)
+
+    def start(self, name: str, parent: str | None, num_steps: int) -> None:
+        """A phase of `num_steps` steps begins, within a step of its parent."""
+        self._open[name] = parent, max(1, num_steps), 0
+
+    def step(self, name: str, step: int) -> None:
+        """Step `step`, from 0, is complete."""
+        if name in self._open:
+            parent, steps, _ = self._open[name]
+            self._open[name] = parent, steps, step + 1
+            self._tell(name)
+
+    def finish(self, name: str) -> None:
+        """The phase is over; of the outermost: all is done."""
+        parent, _, _ = self._open.pop(name, (name, 1, 0))
+        if parent is None:
+            self._say(1.0)
+
+    def _tell(self, name: str) -> None:
+        share = 0.0
+        while name in self._open:
+            parent, steps, done = self._open[name]
+            share = min(1.0, (done + share) / steps)
+            if parent is None:
+                self._say(share)
+                return
+            name = parent
+
+    def _say(self, share: float) -> None:
+        if share > self._told:
+            self._progress(share - self._told)
+            self._told = share
+
+
+def _short(text: str, most: int = 400) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."

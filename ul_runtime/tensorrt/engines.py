@@ -1,0 +1,170 @@
+"""Engines on the disk, keyed by all that they depend on. An engine is code: only the user's own are ever opened.
+
+One file an engine: a line of JSON (facts, size, SHA-256), then its bytes; written whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ul_runtime import durable
+from ul_runtime.errors import BadInputError, UntrustedError
+
+_MAGIC = b"unified-latents-engine 1\n"
+_MOST_HEADER = 2**16
+_SUFFIX = ".engine"
+# what a difference in a fact is called, the most telling first
+_CHANGES = {
+    "library": "it was built by another library",
+    "version": "the library is of another version",
+    "card": "it was built for another card",
+    "targets": "it was built for other architectures",
+    "profile": "it takes other batches",
+    "graph_sha256": "the graph has changed",
+    "weights_sha256": "the weights have changed",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that an engine depends on; equal facts, equal engine."""
+
+    bundle: str  # its name
+    graph: str
+    graph_sha256: str
+    weights_sha256: str
+    library: str
+    version: str
+    targets: str  # sm80,sm89; empty = `card`
+    card: str  # name and architecture of the card that it was built on and for; empty = `targets`
+    profile: str  # batches: least, likeliest, most
+
+    @property
+    def file_name(self) -> str:
+        """Readable in front, unique by its end."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{_stem(self.bundle, self.graph)}{digest[:32]}{_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache: its facts, or what is wrong with it."""
+
+    path: Path
+    size: int
+    facts: Facts | None
+    problem: str = ""
+
+
+class EngineCache:
+    """The engines in one folder, which nobody but its owner may write to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(os.path.abspath(folder))
+
+    def load(self, facts: Facts) -> bytes | None:
+        """The engine with these facts; None if there is none, or it is damaged. UntrustedError: not the user's own."""
+        path = self.folder / facts.file_name
+        if not os.path.lexists(path):
+            return None
+        try:
+            found, engine = _read(path)
+        except BadInputError:
+            return None
+        return engine if found == facts else None
+
+    def store(self, facts: Facts, engine: bytes) -> Path:
+        """Keep an engine, whole or not at all. OutputError; UntrustedError: others may write to the folder."""
+        if not self.folder.is_dir():
+            durable.make_directory(self.folder)
+            self.folder.chmod(0o700)
+        _check_own(self.folder, self.folder.lstat())
+        digest = hashlib.sha256(engine).hexdigest()
+        header = json.dumps({"facts": asdict(facts), "size": len(engine), "sha256": digest}, sort_keys=True)
+        path = self.folder / facts.file_name
+        durable.atomic_write(path, _MAGIC + header.encode() + b"\n" + engine)
+        return path
+
+    def why(self, facts: Facts) -> str:
+        """Why an engine with these facts has to be built: what the nearest one that is there has different."""
+        near = [entry for entry in self.entries() if entry.path.name.startswith(_stem(facts.bundle, facts.graph))]
+        for entry in near:
+            if entry.path.name == facts.file_name:
+                return f"the one that is there is damaged: {entry.problem}"
+        known = [entry.facts for entry in near if entry.facts is not None]
+        if not known:
+            return "there is none yet"
+        changes = min((_changes(facts, other) for other in known), key=len)
+        return "; ".join(changes)
+
+    def entries(self) -> Iterator[Entry]:
+        """All engines, by name; the bytes of each are checked."""
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+            size = path.lstat().st_size
+            try:
+                facts, _ = _read(path)
+            except (BadInputError, UntrustedError) as error:
+                yield Entry(path, size, None, str(error))
+            else:
+                yield Entry(path, size, facts)
+
+
+def _stem(bundle: str, graph: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', bundle)[:64]}.{graph}."
+
+
+def _changes(wanted: Facts, other: Facts) -> list[str]:
+    mine, theirs = asdict(wanted), asdict(other)
+    told = []
+    for name, text in _CHANGES.items():
+        if mine[name] != theirs[name]:
+            shown = "" if name.endswith("sha256") else f" ({theirs[name] or 'none'}, now {mine[name] or 'none'})"
+            told.append(text + shown)
+    return told
+
+
+def _check_own(path: Path, status: os.stat_result) -> None:
+    """UntrustedError unless the path belongs to this user and no other may write to it."""
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UntrustedError(
+            f"{path}: belongs to another user or others may write to it; an engine runs as code: give --engines a "
+            "folder of your own (chmod 700)"
+        )
+
+
+def _read(path: Path) -> tuple[Facts, bytes]:
+    """BadInputError: not an engine of ours, or damaged. UntrustedError: not the user's own, or not a plain file."""
+    _check_own(path.parent, path.parent.lstat())
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot open: {error.strerror}") from error
+    with os.fdopen(fd, "rb") as stream:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UntrustedError(f"{path}: not a plain file")
+        _check_own(path, status)
+        if stream.read(len(_MAGIC)) != _MAGIC:
+            raise BadInputError(f"{path}: not an engine of this program")
+        header = stream.readline(_MOST_HEADER)
+        engine = stream.read()
+    facts, size, digest = _parse_header(header, path)
+    if len(engine) != size or hashlib.sha256(engine).hexdigest() != digest:
+        raise BadInputError(f"{path}: damaged: {len(engine)} bytes, its header says {size}, or another SHA-256")
+    return facts, engine
+
+
+def _parse_header(header: bytes, path: Path) -> tuple[Facts, int, str]:
+    try:
+        record: dict[str, Any] = json.loads(header)
+        return Facts(**record["facts"]), int(record["size"]), str(record["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{path}: damaged header") from error

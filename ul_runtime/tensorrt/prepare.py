@@ -1,0 +1,69 @@
+"""Engines of a bundle's step graphs: from the cache where they are valid, built and kept where they are not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ul_runtime.bundle import Bundle
+from ul_runtime.manifest import GraphName
+from ul_runtime.onnx_weights import with_weights
+from ul_runtime.pipeline import UNWATCHED, Control
+from ul_runtime.tensorrt.build import Plan, Profile, build_engine
+from ul_runtime.tensorrt.engines import EngineCache, Facts
+from ul_runtime.tensorrt.library import Library
+
+
+class Prepared(NamedTuple):
+    """An engine, and why it was built: None if it was there."""
+
+    engine: bytes
+    built_because: str | None
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines by one library, for `targets` or else for `card`, in one cache."""
+
+    library: Library
+    cache: EngineCache
+    profile: Profile
+    targets: tuple[str, ...] = ()
+    card: str = ""
+
+    def facts(self, bundle: Bundle, graph: GraphName, *, float32: bool = False) -> Facts:
+        """What the engine of a graph depends on."""
+        entry, files = bundle.manifest.graphs[graph], bundle.manifest.files
+        file = entry.float32_file or entry.file if float32 else entry.file
+        return Facts(
+            bundle=bundle.manifest.name,
+            graph=graph,
+            graph_sha256=files[file].sha256,
+            weights_sha256=files[entry.weights].sha256,
+            library=self.library.name,
+            version=self.library.version,
+            targets=",".join(self.targets),
+            card="" if self.targets else self.card,
+            profile=f"1,{self.profile.likely},{self.profile.most}",
+        )
+
+    def engine(
+        self,
+        bundle: Bundle,
+        graph: GraphName,
+        say: Callable[[str], None],
+        *,
+        float32: bool = False,
+        control: Control = UNWATCHED,
+    ) -> Prepared:
+        """The engine of a graph. One line says why, where it has to be built. Errors are those of `build_engine`."""
+        facts = self.facts(bundle, graph, float32=float32)
+        if (engine := self.cache.load(facts)) is not None:
+            return Prepared(engine, None)
+        why = self.cache.why(facts)
+        say(f"{graph}: building an engine by {self.library.title}: {why}")
+        onnx = with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
+        inputs = bundle.manifest.graphs[graph].inputs
+        plan = Plan(str(bundle.path), graph, onnx, inputs, self.profile, self.targets)
+        engine = build_engine(self.library, plan, control)
+        self.cache.store(facts, engine)
+        return Prepared(engine, why)
