@@ -1,0 +1,123 @@
+"""What can run on this machine and what cannot, each tried and not only looked for, and what to do about it."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+
+from ul_runtime.cards import Card, cards, driver_version, has_bindings
+from ul_runtime.errors import ULError, UsageError
+from ul_runtime.manifest import TensorFormat
+from ul_runtime.tensorrt.build import Plan, Profile, build_engine
+from ul_runtime.tensorrt.engines import EngineCache
+from ul_runtime.tensorrt.library import KINDS, open_library
+
+DEFAULT = "ort-cpu"  # the backend without which nothing runs
+_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`works`: None = absent, which may be as the user wants it. `advice`: what to do, where there is something."""
+
+    what: str
+    works: bool | None
+    says: str
+    advice: str = ""
+
+
+def examine(engines: EngineCache) -> Iterator[Finding]:
+    """All findings, in the order in which one helps to understand the next."""
+    yield Finding("processors", True, f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} for this process")
+    yield _ort_cpu()
+    yield _openvino()
+    card, found = _card()
+    yield card
+    for name in KINDS:
+        yield _tensorrt(name, found)
+    yield _engines(engines)
+
+
+def _ort_cpu() -> Finding:
+    import onnxruntime
+
+    from ul_runtime.backends import ort_cpu
+
+    return _computes(DEFAULT, f"onnxruntime {onnxruntime.__version__}", lambda a, b: ort_cpu.product(1)(a, b))
+
+
+def _openvino() -> Finding:
+    if find_spec("openvino") is None:
+        return Finding("openvino", None, "not installed", "pip install 'unified-latents[openvino]'")
+    from ul_runtime.backends import openvino
+
+    bf16 = "bfloat16 is native here" if openvino.has_bf16() else "no native bfloat16 here"
+    return _computes("openvino", f"OpenVINO {openvino.VERSION}, {bf16}", lambda a, b: openvino.product("fp32", 1, b)(a))
+
+
+def _computes(what: str, by: str, product: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Finding:
+    """A backend that multiplies two matrices, and whether rightly."""
+    a, b = np.random.default_rng(0).standard_normal((2, _SIZE, _SIZE), np.float32)
+    if np.allclose(product(a, b), a @ b, atol=1e-4):
+        return Finding(what, True, by)
+    return Finding(what, False, f"{by}: a product of two matrices is wrong", "install it again")
+
+
+def _card() -> tuple[Finding, list[Card]]:
+    if not has_bindings():
+        return Finding("NVIDIA cards", None, "cuda-bindings is not installed", "pip install 'unified-latents[gpu]'"), []
+    try:
+        found = cards()
+    except UsageError as error:
+        return Finding("NVIDIA cards", None, str(error), "with a card: install NVIDIA's driver"), []
+    if not found:
+        return Finding("NVIDIA cards", None, "none"), []
+    names = "; ".join(
+        f"{card.number}: {card.name}, {card.architecture}, {card.memory / 2**30:.0f} GiB" for card in found
+    )
+    return Finding("NVIDIA cards", True, f"{names}; the driver takes CUDA {driver_version()}"), found
+
+
+def _tensorrt(name: str, found: list[Card]) -> Finding:
+    """A library that builds an engine: for the first card, or ahead for an architecture where it can."""
+    kind = KINDS[name]
+    if find_spec(kind.module) is None:
+        return Finding(name, None, "not installed", f"pip install 'unified-latents[{kind.extra}]'")
+    try:
+        library = open_library(name)
+    except UsageError as error:
+        return Finding(name, False, str(error))
+    able = library.targets()
+    ahead = [card.architecture for card in found if card.architecture in able][:1] or able[1:2]
+    other = bool(able and found and ahead[0] != found[0].architecture)
+    lacking = f"; not for {found[0].architecture} of card 0" if other else ""
+    if not able and not found:
+        return Finding(name, None, f"{library.title}: builds only where a card is", "run it on a machine with a card")
+    from ul_runtime.backends.ort_cpu import PRODUCT
+
+    inputs = [TensorFormat(name=each, dtype="float32", shape=("b", "b")) for each in "ab"]
+    try:
+        engine = build_engine(library, Plan("doctor", "product", PRODUCT, inputs, Profile(_SIZE, _SIZE), tuple(ahead)))
+    except ULError as error:
+        return Finding(name, False, str(error))
+    where = f"builds ahead, without a card, for {', '.join(able)}" if able else "builds for card 0"
+    return Finding(name, True, f"{library.title}: {where}{lacking}; tried: {len(engine)} bytes")
+
+
+def _engines(cache: EngineCache) -> Finding:
+    entries = list(cache.entries())
+    if not entries:
+        return Finding("engines", None, f"none in {cache.folder}", "ul-export BUNDLE --tensorrt builds them ahead")
+    damaged = [entry for entry in entries if entry.facts is None]
+    versions = {name: open_library(name).version for name, kind in KINDS.items() if find_spec(kind.module) is not None}
+    whole = [entry.facts for entry in entries if entry.facts is not None]
+    stale = [facts for facts in whole if versions.get(facts.library) != facts.version]
+    megabytes = sum(entry.size for entry in entries) / 1e6
+    says = f"{len(whole) - len(stale)} valid, {len(stale)} of another version of their library, {len(damaged)} damaged"
+    advice = "; ".join(
+        [f"{entry.path.name}: {entry.problem}" for entry in damaged[:3]]
+        + (["those of another version can be removed, or stay for its return"] if stale else [])
+    )
+    return Finding("engines", not damaged, f"{says}; {megabytes:.1f} MB in {cache.folder}", advice)
