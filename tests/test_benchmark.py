@@ -12,8 +12,8 @@ from ul_runtime import benchmark, startup
 from ul_runtime.backends import Backend, open_backend
 from ul_runtime.benchmark import Contender, Plan, add_shares, in_turn, measure, num_turns, pipeline_contender
 from ul_runtime.bundle import Bundle
+from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import StoppedError, ULError
-from ul_runtime.pipeline import UNWATCHED, Control
 from ul_runtime.settings import Overrides
 
 OVERRIDES = Overrides(steps=5, decoder_steps=2, guidance=2.0)

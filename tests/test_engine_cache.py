@@ -18,6 +18,7 @@ FACTS = Facts(
     targets="sm86,sm89",
     card="",
     profile="1,8,64",
+    flags="no TF32",
 )
 ENGINE = bytes(range(256)) * 10
 
@@ -39,6 +40,14 @@ def test_an_engine_comes_back_and_the_folder_is_the_owners_alone(cache):
 def test_every_fact_counts(cache, fact):
     cache.store(FACTS, ENGINE)
     assert cache.load(replace(FACTS, **{fact: "other"})) is None
+
+
+def test_an_engine_for_more_architectures_serves_one_of_them(cache):
+    cache.store(FACTS, ENGINE)
+    assert cache.find(replace(FACTS, targets="sm89")) == ENGINE
+    assert cache.find(replace(FACTS, targets="sm80")) is None
+    assert cache.find(replace(FACTS, targets="sm89", version="2")) is None
+    assert cache.find(replace(FACTS, targets="", card="a card, sm89")) is None
 
 
 @pytest.mark.parametrize(

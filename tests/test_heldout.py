@@ -8,10 +8,11 @@ from tiny_run import CPU, image_set, tiny
 from torch import Tensor, nn
 
 from ul_runtime.bitrate import NATS_PER_BIT
+from ul_runtime.control import Control
 from ul_runtime.errors import StoppedError
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.noise_process import alpha, sigma, v_from_x
-from ul_runtime.pipeline import Control, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_train.data import ImageSet
 from ul_train.describe import describe
 from ul_train.heldout import (

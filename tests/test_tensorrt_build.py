@@ -8,10 +8,10 @@ from exported_run import CASES, exported_run
 from onnx import TensorProto, helper
 
 from ul_runtime.bundle import Bundle
+from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES, TensorFormat
 from ul_runtime.onnx_weights import with_weights
-from ul_runtime.pipeline import Control
 from ul_runtime.tensorrt import library as libraries
 from ul_runtime.tensorrt.build import Plan, Profile, _Phases, build_engine
 
@@ -121,6 +121,15 @@ def test_nested_phases_tell_shares_of_the_whole():
     assert len(told) == 2, "never back"
     phases.finish("build")
     assert np.isclose(sum(told), 1.0)
+
+
+def test_a_card_gets_the_library_that_has_its_architecture(library):
+    assert libraries.library_on("sm89") is library
+    if "tensorrt" not in libraries.installed():
+        with pytest.raises(
+            UsageError, match=r"no TensorRT for a card of sm90: TensorRT-RTX .* and not sm90; TensorRT is"
+        ):
+            libraries.library_on("sm90")
 
 
 @pytest.mark.parametrize(("most", "likely"), [(0, 0), (4, 8), (64, 0), (10**6, 8)])

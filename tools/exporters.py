@@ -46,7 +46,7 @@ def exporters(
     from ul_export.precision.memory import in_memory
     from ul_runtime import durable
     from ul_runtime.benchmark import in_turn
-    from ul_runtime.pipeline import UNWATCHED
+    from ul_runtime.control import UNWATCHED
     from ul_train.describe import describe
     from ul_train.session import load_networks
 

@@ -107,7 +107,7 @@ def facts(pipeline: "Pipeline") -> dict[str, Any]:
 def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
     """Images a second of each, by batch size: the median of the batches, in turn."""
     from ul_runtime.benchmark import in_turn
-    from ul_runtime.pipeline import UNWATCHED
+    from ul_runtime.control import UNWATCHED
 
     def make(pipeline: "Pipeline", batch: int) -> None:
         for _ in pipeline.generate(batch, batch_size=batch):

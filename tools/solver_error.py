@@ -153,7 +153,7 @@ def bundle_figures(
 
     import numpy as np
 
-    from ul_runtime.pipeline import Control
+    from ul_runtime.control import Control
     from ul_runtime.progress import progress
     from ul_runtime.settings import label_cycle
 

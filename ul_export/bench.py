@@ -13,9 +13,10 @@ from ul_runtime.benchmark import Contender, Plan, add_shares, measure, num_turns
 from ul_runtime.bundle import Bundle
 from ul_runtime.ceiling import ceilings
 from ul_runtime.cli.options import check_count
+from ul_runtime.control import Control
 from ul_runtime.errors import ULError, UsageError, require_packages
 from ul_runtime.origin import commit, versions
-from ul_runtime.pipeline import Control, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress
 from ul_runtime.settings import Overrides
 from ul_runtime.shipped import open_bundle

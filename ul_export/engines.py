@@ -6,9 +6,9 @@ from typing import Any
 
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import cards
+from ul_runtime.control import Control
 from ul_runtime.errors import UsageError
 from ul_runtime.manifest import GRAPH_NAMES
-from ul_runtime.pipeline import Control
 from ul_runtime.progress import progress
 from ul_runtime.shipped import open_bundle
 from ul_runtime.signals import stop_on_signal

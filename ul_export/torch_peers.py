@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ul_export.onnx_graphs import OPSETS
 from ul_runtime.benchmark import Contender, pipeline_contender
 from ul_runtime.bundle import Bundle
+from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import UsageError
 from ul_runtime.manifest import BundleInfo, LogsnrRange
-from ul_runtime.pipeline import UNWATCHED, Control, table_between
+from ul_runtime.pipeline import table_between
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
 from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
 from ul_runtime.startup import fresh_process

@@ -13,9 +13,10 @@ import numpy as np
 from ul_runtime.backends import Backend, InFront
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
+from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.flops import count_flops
 from ul_runtime.manifest import GraphName
-from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.settings import Overrides
 
 _REST_S = 0.05  # before each turn: threads of the one before that wait busily go to sleep

@@ -54,6 +54,12 @@ class NonFiniteError(ULError):
     exit_code = 76
 
 
+class OutOfMemoryError(ULError):
+    """A device has no memory left for a batch; a smaller one may fit."""
+
+    exit_code = 71
+
+
 class UntrustedError(ULError):
     """Input that would have to be trusted to be opened: pickles, links, paths that leave the bundle."""
 

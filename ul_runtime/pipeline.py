@@ -4,7 +4,7 @@ Image i depends only on (bundle, seed, i, its label, settings, backend): not on 
 Image indices are 0 to 2^63 - 1 (int64), seeds 0 to 2^64 - 1.
 """
 
-import operator
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -16,38 +16,20 @@ from ul_runtime import noise
 from ul_runtime.backends import Backend
 from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
 from ul_runtime.bundle import Bundle
-from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
-from ul_runtime.guidance import autoguided, check_effective, check_guide, classifier_free, unguided
-from ul_runtime.loop import Step, never, run_steps
+from ul_runtime.control import UNWATCHED, Control
+from ul_runtime.errors import NonFiniteError, OutOfMemoryError, UsageError
+from ul_runtime.guidance import Inputs, autoguided, check_effective, check_guide, classifier_free, unguided
+from ul_runtime.indices import SEEDS, as_indices, check_seed
+from ul_runtime.loop import Step, run_steps
 from ul_runtime.manifest import LogsnrRange
 from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
+from ul_runtime.walk import Walk, Walker
 
+_LOG = logging.getLogger(__name__)
 _PIXELS_A_BATCH, _MOST_A_BATCH = 2**15, 16  # of one default batch: 16 images of 32 px, 8 of 64 px, 1 of 256 px
-_SEEDS = 2**64
-_INDICES = 2**63
 _GOLDEN = (5**0.5 - 1) / 2
-
-
-def _ignore(images: float) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Control:
-    """`stop` is asked before each step (True: StoppedError); `progress` gets the share of images just done."""
-
-    stop: Callable[[], bool] = never
-    progress: Callable[[float], None] = _ignore
-
-    def check(self) -> None:
-        """StoppedError if asked to stop."""
-        if self.stop():
-            raise StoppedError("stopped; nothing was written")
-
-
-UNWATCHED = Control()
 
 
 @dataclass(frozen=True)
@@ -147,7 +129,7 @@ class Pipeline:
         Else UsageError, StoppedError.
         """
         check_seed(seed)
-        indices = _indices(images)
+        indices = as_indices(images)
         settings = self.settings(**overrides)
         check_effective(settings, overrides, has_guide=self.guide is not None)
         cycle = np.array(label_cycle(labels, self.manifest.classes), np.int64)
@@ -185,7 +167,7 @@ class Pipeline:
         z_0 = _check_shape("z_0", z_0, self.latent_shape)
         if mean_of < 1:
             raise UsageError(f"the number of decodes to average is {mean_of}; expected 1 or more")
-        at = _indices(len(z_0) if indices is None else indices)
+        at = as_indices(len(z_0) if indices is None else indices)
         if not len(at) == len(z_0) == len(z_0 if labels is None else labels):
             raise UsageError(f"{len(z_0)} latents need as many indices and labels; got {len(at)} indices")
         sampler = self.settings(**overrides).decoder
@@ -195,7 +177,7 @@ class Pipeline:
         def draw(by: Pipeline, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             total = by.sample_x(z_0[part], at[part], seed, sampler, per_step)
             for k in range(1, mean_of):
-                total = total + by.sample_x(z_0[part], at[part], (seed + k) % _SEEDS, sampler, per_step)
+                total = total + by.sample_x(z_0[part], at[part], (seed + k) % SEEDS, sampler, per_step)
             return label[part], total / np.float32(mean_of)
 
         return self._batches(at, batch_size, draw)
@@ -204,7 +186,7 @@ class Pipeline:
         """z_clean and z_0 of images x `b c h w` in [-1, 1], one batch; `indices` choose the fixed noise of z_0."""
         check_seed(seed)
         x = _check_shape("x", x, self.image_shape)
-        at = _indices(len(x) if indices is None else indices)
+        at = as_indices(len(x) if indices is None else indices)
         z_clean = self.backend.run("encoder", {"x": x})["z_clean"]
         logsnr_0 = self.manifest.logsnr_z.max
         eps = noise.normals(seed, at, noise.ENCODER, self.latent_shape)
@@ -229,7 +211,7 @@ class Pipeline:
         z_clean = _check_shape("z_clean", z_clean, self.latent_shape)
         if num_samples < 1:
             raise UsageError(f"the number of noise levels is {num_samples}; expected 1 or more")
-        at = _indices(len(z_clean) if indices is None else indices)
+        at = as_indices(len(z_clean) if indices is None else indices)
         ends = self.manifest.logsnr_z
         schedule = Schedule("linear", ends.min, ends.max)
         latent = z_clean.astype(np.float64)
@@ -272,6 +254,16 @@ class Pipeline:
 
         return step
 
+    def _conditions(
+        self, label: np.ndarray, settings: Settings, rows: np.ndarray, z: np.ndarray
+    ) -> Callable[[int], Inputs]:
+        """Labels and classifier-free guidance at each of `rows`, for states shaped as z."""
+        low, high = settings.guidance_interval or (-np.inf, np.inf)
+        off = unguided(label, z)
+        on = classifier_free(label, z, self.num_classes, settings.guidance, settings.guidance_rescale)
+        guided = (settings.guidance != 1.0) & (rows[:, LOGSNR] >= low) & (rows[:, LOGSNR] <= high)
+        return lambda k: on if guided[k] else off
+
     def sample_z_0(
         self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings, control: Control = UNWATCHED
     ) -> np.ndarray:
@@ -282,6 +274,10 @@ class Pipeline:
         def fresh(k: int) -> np.ndarray:
             return noise.normals(seed, indices, noise.prior_step(k), self.latent_shape)
 
+        if self.guide is None and isinstance(self.backend, Walker):
+            given = self._conditions(label, settings, table.astype(np.float32), start)
+            walk = Walk("prior_step", "z", table, start, fresh, given)
+            return self.backend.walk(walk, control.stop, control.progress)
         return run_steps(self._prior_step(label, settings, control), table, start, fresh, control.stop)
 
     def sample_x(
@@ -293,6 +289,11 @@ class Pipeline:
 
         def fresh(k: int) -> np.ndarray:
             return noise.normals(seed, indices, noise.decoder_step(k), self.image_shape)
+
+        if isinstance(self.backend, Walker):
+            condition = {"z_0": z_0}
+            walk = Walk("decoder_step", "x", table, start, fresh, lambda k: condition)
+            return self.backend.walk(walk, control.stop, control.progress)
 
         def step(x: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             inputs = {"x": x, "history": history, "noise": eps, "row": row, "z_0": z_0}
@@ -318,9 +319,18 @@ class Pipeline:
 
         def run() -> Iterator[Images]:
             failed: list[int] = []
-            for first in range(0, len(indices), size):
-                part = np.arange(first, min(first + size, len(indices)))
-                label, x = draw(self, part)
+            first, most = 0, size
+            while first < len(indices):
+                part = np.arange(first, min(first + most, len(indices)))
+                try:
+                    label, x = draw(self, part)
+                except OutOfMemoryError as error:
+                    if len(part) == 1:
+                        raise
+                    most = len(part) // 2
+                    _LOG.warning("%s; going on with batches of %d, which make the same images", error, most)
+                    continue
+                first += len(part)
                 finite = _finite(x)
                 if not finite.all() and (exact := self.in_float32) is not None:
                     self.remade += indices[part[~finite]].tolist()
@@ -370,28 +380,6 @@ def table_between(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bo
 def _per_step(control: Control, calls: int) -> Control:
     """Control whose progress counts images when it is told of single calls of a network, `calls` an image."""
     return replace(control, progress=lambda images: control.progress(images / calls))
-
-
-def _indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:
-    """A count (0, 1, ...) or a list of indices as int64; UsageError for what is not whole or out of range."""
-    if isinstance(images, (int, np.integer)):
-        if images < 1:
-            raise UsageError(f"the number of images is {images}; expected 1 or more")
-        return np.arange(images, dtype=np.int64)
-    try:
-        numbers = [operator.index(index) for index in images]
-    except TypeError as error:
-        raise UsageError(f"image indices: {error}; a flat list of whole numbers is expected") from error
-    for number in numbers:
-        if not 0 <= number < _INDICES:
-            raise UsageError(f"image index {number} is out of range; expected 0 to 2^63 - 1")
-    return np.array(numbers, np.int64)
-
-
-def check_seed(seed: int) -> None:
-    """UsageError for a seed that is not 0 to 2^64 - 1."""
-    if not 0 <= seed < _SEEDS:
-        raise UsageError(f"the seed is {seed}; expected 0 to {_SEEDS - 1}")
 
 
 def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

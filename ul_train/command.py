@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ul_runtime import durable
+from ul_runtime.control import Control
 from ul_runtime.errors import StoppedError, UsageError
-from ul_runtime.pipeline import Control
 from ul_runtime.progress import progress
 from ul_runtime.signals import stop_on_signal
 from ul_train import checkpoint as ckpt

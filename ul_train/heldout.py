@@ -12,10 +12,11 @@ from torch import nn
 from ul_runtime import noise
 from ul_runtime.bitrate import NATS_PER_BIT
 from ul_runtime.contact_sheet import contact_sheet
+from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.image_folder import png_bytes
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.noise_process import alpha
-from ul_runtime.pipeline import UNWATCHED, Control, Encoded, Pipeline
+from ul_runtime.pipeline import Encoded, Pipeline
 from ul_train.data import ImageSet
 from ul_train.model import TorchBackend
 from ul_train.rate_distortion import gaussian_psnr_db, image_covariance_eigenvalues, psnr_db

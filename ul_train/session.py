@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ul_runtime import __version__, durable
+from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
-from ul_runtime.pipeline import UNWATCHED, Control, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_train import checkpoint as ckpt
 from ul_train.activations import warnings, watched
 from ul_train.config import Config, config_toml, load_config

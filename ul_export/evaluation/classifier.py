@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import nn
 
 from ul_runtime import durable
+from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError
-from ul_runtime.pipeline import Control
 from ul_train.data import ImageSet, sample_ids
 from ul_train.heldout import from_uint8
 

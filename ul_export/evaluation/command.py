@@ -21,9 +21,11 @@ from ul_export.evaluation.similarity import SMALLEST_PX
 from ul_export.evaluation.subject import Subject, reference_part
 from ul_runtime import durable
 from ul_runtime.cli.options import check_count, say_choice
+from ul_runtime.control import Control
 from ul_runtime.errors import UsageError
+from ul_runtime.indices import check_seed
 from ul_runtime.origin import commit, versions
-from ul_runtime.pipeline import Control, Pipeline, check_seed
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.settings import Overrides
 from ul_runtime.signals import stop_on_signal
 from ul_train.command import open_splits

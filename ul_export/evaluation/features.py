@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, require_packages
-from ul_runtime.pipeline import Control
 from ul_runtime.progress import progress
 from ul_train.data import Splits
 from ul_train.heldout import from_uint8

@@ -7,7 +7,7 @@ import numpy as np
 from ul_export.evaluation.features import features_of
 from ul_export.evaluation.figures import Figure, against, over_seeds
 from ul_export.evaluation.subject import Subject
-from ul_runtime.pipeline import Control
+from ul_runtime.control import Control
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ul_export.evaluation.features import EXTRACT_BATCH, features_of
 from ul_export.evaluation.generation import Generated
 from ul_export.evaluation.neighbours import Nearest, share_nearer
 from ul_export.evaluation.subject import Subject
-from ul_runtime.pipeline import Control
+from ul_runtime.control import Control
 from ul_train.data import epoch_order
 
 NEIGHBOURS = 5  # of each sample

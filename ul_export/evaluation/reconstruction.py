@@ -10,8 +10,8 @@ from ul_export.evaluation.figures import Figure, over_seeds
 from ul_export.evaluation.moments import frechet_distance, streamed
 from ul_export.evaluation.similarity import SMALLEST_PX, squared_error, ssim
 from ul_export.evaluation.subject import Subject
+from ul_runtime.control import Control
 from ul_runtime.errors import UsageError
-from ul_runtime.pipeline import Control
 from ul_runtime.settings import Overrides
 from ul_train.data import ImageSet, epoch_order
 from ul_train.heldout import from_uint8

@@ -8,8 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from ul_export.evaluation.features import FeatureSpace, features_of
+from ul_runtime.control import Control
 from ul_runtime.errors import UsageError
-from ul_runtime.pipeline import Control, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress
 from ul_runtime.settings import Overrides
 from ul_train.data import ImageSet, Splits, epoch_order

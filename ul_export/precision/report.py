@@ -18,10 +18,10 @@ from ul_export.precision.memory import in_memory
 from ul_export.precision.ranges import headroom_bits
 from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
 from ul_runtime.benchmark import in_turn
+from ul_runtime.control import UNWATCHED
 from ul_runtime.flops import node_flops
 from ul_runtime.manifest import GraphName
 from ul_runtime.origin import versions
-from ul_runtime.pipeline import UNWATCHED
 from ul_train.activations import LARGEST_FLOAT16
 
 _PACKAGES = ("unified-latents", "onnx", "onnxruntime", "torch")

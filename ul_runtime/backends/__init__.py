@@ -1,5 +1,6 @@
 """Backends run the graphs of a bundle: one file each, and this one protocol. They know nothing about models."""
 
+import logging
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
     from ul_runtime.manifest import GraphName
 
-BACKENDS = ("auto", "ort-cpu", "openvino")
+_LOG = logging.getLogger(__name__)
+ON_A_CARD = ("ort-cuda", "tensorrt")
+BACKENDS = ("auto", "ort-cpu", "openvino", *ON_A_CARD)
 PRECISIONS = ("fp32", "bf16")
 NO_BF16 = "this processor has no bfloat16 (AVX512-BF16 or AMX)"
 _THREADS_ANYWHERE = 8  # allowed on any machine, for jobs that were begun on a larger one
@@ -161,6 +164,8 @@ def open_backend(
     """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; expected one of {', '.join(BACKENDS)}")
+    if name in ON_A_CARD:
+        return _open_on_a_card(name, bundle, precision)
     own = cpu_precision(bundle)
     known = list(dict.fromkeys([*PRECISIONS, own]))
     if precision not in (None, *known):
@@ -178,3 +183,21 @@ def open_backend(
     from ul_runtime.backends.ort_cpu import OrtCpuBackend
 
     return OrtCpuBackend(bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)
+
+
+def _open_on_a_card(name: str, bundle: "Bundle", precision: str | None) -> Backend:
+    """The backend `name` on the first NVIDIA card, in the bundle's precision or float32."""
+    known = list(dict.fromkeys([bundle_precision(bundle), *(["fp32"] if has_float32(bundle) else [])]))
+    if precision not in (None, *known):
+        raise UsageError(f"{name} computes in what the bundle's graphs are in, {' or '.join(known)}, not {precision!r}")
+    from ul_runtime.device.memory import CudaMemory
+
+    memory = CudaMemory()
+    if name == "ort-cuda":
+        from ul_runtime.backends.ort_cuda import OrtDeviceBackend, cuda_providers
+
+        return OrtDeviceBackend(bundle, memory, cuda_providers(memory), _LOG.warning, precision=precision)
+    from ul_runtime.backends.tensorrt import TensorRtBackend
+    from ul_runtime.tensorrt.prepare import engines_for_card
+
+    return TensorRtBackend(bundle, engines_for_card(memory.device), memory, _LOG.warning, precision=precision)

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the default backend, and the only file that imports onnxruntime."""
+"""ONNX Runtime on the CPU: the default backend; onnxruntime is imported here and in ort_cuda.py."""
 
 import json
 import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ul_runtime.manifest import GraphName
 
 # ONNX Runtime's errors share no base class of their own
-_ORT_ERRORS = (
+ORT_ERRORS = (
     ort_state.EPFail,
     ort_state.EngineError,
     ort_state.Fail,
@@ -77,7 +77,7 @@ class OrtCpuBackend:
         names = [output.name for output in session.get_outputs()]
         try:
             return dict(zip(names, session.run(names, inputs), strict=True))
-        except (*_ORT_ERRORS, ValueError) as error:
+        except (*ORT_ERRORS, ValueError) as error:
             raise run_failed("ONNX Runtime", graph_name, inputs, error) from error
 
     def _session(self, graph_name: "GraphName") -> ort.InferenceSession:
@@ -86,7 +86,7 @@ class OrtCpuBackend:
         return self._sessions[graph_name]
 
     def _options(self) -> ort.SessionOptions:
-        options = _session_options(self._threads)
+        options = session_options(self._threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._allow_spinning else "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # or they hinder the next graph's threads
@@ -108,19 +108,25 @@ class OrtCpuBackend:
         return [_node(event) for event in events if "input_type_shape" in event.get("args", {})]
 
     def _build(self, graph_name: "GraphName", options: ort.SessionOptions) -> ort.InferenceSession:
-        weights = self._bundle.initializers(graph_name)
-        values = [_ort_value(array) for array in weights.values()]
-        options.add_external_initializers(list(weights), values)
-        try:
-            model = self._bundle.graph(graph_name, float32=self.precision == "fp32")
-            session = ort.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOW_FUSIONS
-            )
-        except (*_ORT_ERRORS, ValueError) as error:
-            advice = "export again with ul-export, or update onnxruntime"
-            raise cannot_load(self._bundle, graph_name, error, advice) from error
+        cpu = ["CPUExecutionProvider"]
+        session, values = load_session(self._bundle, graph_name, self.precision == "fp32", options, cpu)
         self._values += values
         return session
+
+
+def load_session(
+    bundle: "Bundle", graph_name: "GraphName", float32: bool, options: ort.SessionOptions, providers: list[Any]
+) -> tuple[ort.InferenceSession, list[ort.OrtValue]]:
+    """A session over a bundle's graph, and its weights, which have to live as long. BadInputError."""
+    weights = bundle.initializers(graph_name)
+    values = [_ort_value(array) for array in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    try:
+        model = bundle.graph(graph_name, float32=float32)
+        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS)
+    except (*ORT_ERRORS, ValueError) as error:
+        raise cannot_load(bundle, graph_name, error, "export again with ul-export, or update onnxruntime") from error
+    return session, values
 
 
 def _ort_value(array: np.ndarray) -> ort.OrtValue:
@@ -131,7 +137,7 @@ def _ort_value(array: np.ndarray) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _session_options(threads: int | None) -> ort.SessionOptions:
+def session_options(threads: int | None) -> ort.SessionOptions:
     """Of any session: so many threads (None = one per core), nothing printed, nothing looked for on the disk."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -152,7 +158,7 @@ def _node(event: dict[str, Any]) -> Node:
 
 def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
-    session = ort.InferenceSession(PRODUCT, _session_options(threads), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(PRODUCT, session_options(threads), providers=["CPUExecutionProvider"])
     return lambda a, b: session.run(None, {"a": a, "b": b})[0]
 
 
@@ -164,8 +170,8 @@ def open_model(
     The weights must lie in `data`. BadInputError: cannot be loaded, or another input; ULError: it fails.
     """
     try:
-        session = ort.InferenceSession(data, _session_options(threads), providers=["CPUExecutionProvider"])
-    except (*_ORT_ERRORS, ValueError) as error:
+        session = ort.InferenceSession(data, session_options(threads), providers=["CPUExecutionProvider"])
+    except (*ORT_ERRORS, ValueError) as error:
         advice = "expected an ONNX file that holds its weights itself"
         raise BadInputError(f"{where}: cannot be loaded: {one_line(error)}; {advice}") from error
     inputs = session.get_inputs()
@@ -177,7 +183,7 @@ def open_model(
     def run(x: np.ndarray) -> np.ndarray:
         try:
             return session.run(outputs, {inputs[0].name: x})[0]
-        except (*_ORT_ERRORS, ValueError) as error:
+        except (*ORT_ERRORS, ValueError) as error:
             raise ULError(f"{where}: ONNX Runtime failed on {list(x.shape)}: {one_line(error)}") from error
 
     return inputs[0].shape, run

@@ -16,7 +16,8 @@ from ul_runtime.errors import NonFiniteError, UsageError, run_command
 if TYPE_CHECKING:
     import numpy as np
 
-    from ul_runtime.pipeline import Control, Pipeline
+    from ul_runtime.control import Control
+    from ul_runtime.pipeline import Pipeline
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -90,8 +91,8 @@ def _encode_files(
     """Arrays of the file of latents (z_0, z_clean `n c h w`, label `n`, bits `n`), and what had to be converted."""
     import numpy as np
 
+    from ul_runtime.control import Control
     from ul_runtime.images import load_image
-    from ul_runtime.pipeline import Control
     from ul_runtime.progress import progress
     from ul_runtime.signals import stop_on_signal
 

@@ -49,7 +49,7 @@ Spinning: TypeAlias = Annotated[
     typer.Option("--spinning/--no-spinning", help="Threads wait busily (ort-cpu): faster, rude on a shared machine."),
 ]
 BackendName: TypeAlias = Annotated[
-    str, typer.Option("--backend", metavar="auto|ort-cpu|openvino", help="What runs the graphs.")
+    str, typer.Option("--backend", metavar="auto|ort-cpu|openvino|ort-cuda|tensorrt", help="What runs the graphs.")
 ]
 Precision: TypeAlias = Annotated[
     str | None,

@@ -10,9 +10,10 @@ import ul_runtime
 from ul_runtime import durable
 from ul_runtime.backends import BACKENDS
 from ul_runtime.contact_sheet import to_picture
+from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError, DifferentError, UsageError
 from ul_runtime.image_folder import image_name, png_bytes, read_png
-from ul_runtime.pipeline import Control, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.provenance import SOFTWARE, DecodeJob, GenerateJob, Provenance, picture_chunks, read_chunks
 from ul_runtime.settings import NO_LABEL, Overrides
 from ul_runtime.signals import stop_on_signal

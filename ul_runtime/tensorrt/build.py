@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.manifest import TensorFormat
-from ul_runtime.pipeline import UNWATCHED, Control
 from ul_runtime.tensorrt.library import Library
 
 _BRANCHES = (1, 2, 2)  # of guidance: least, likeliest, most
 _MOST_BATCH = 65536
+FLAGS = "no TF32"  # what `build_engine` sets
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def _attempt(
         config.num_compute_capabilities = len(plan.targets)
         for number, target in enumerate(plan.targets):
             config.set_compute_capability(getattr(library.api.ComputeCapability, target.upper()), number)
+    config.clear_flag(library.api.BuilderFlag.TF32)  # float32 is float32
     profile = builder.create_optimization_profile()
     for tensor in plan.inputs:
         profile.set_shape(tensor.name, *plan.profile.shapes(tensor))

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _CHANGES = {
     "card": "it was built for another card",
     "targets": "it was built for other architectures",
     "profile": "it takes other batches",
+    "flags": "it was built otherwise",
     "graph_sha256": "the graph has changed",
     "weights_sha256": "the weights have changed",
 }
@@ -44,6 +45,7 @@ class Facts:
     targets: str  # sm80,sm89; empty = `card`
     card: str  # name and architecture of the card that it was built on and for; empty = `targets`
     profile: str  # batches: least, likeliest, most
+    flags: str = ""
 
     @property
     def file_name(self) -> str:
@@ -78,6 +80,17 @@ class EngineCache:
         except BadInputError:
             return None
         return engine if found == facts else None
+
+    def find(self, facts: Facts) -> bytes | None:
+        """As `load`, or else the engine that differs only in being for other architectures as well."""
+        if (engine := self.load(facts)) is not None or not facts.targets:
+            return engine
+        wanted = set(facts.targets.split(","))
+        for entry in self.entries():
+            other = entry.facts
+            if other and replace(other, targets=facts.targets) == facts and wanted <= set(other.targets.split(",")):
+                return self.load(other)
+        return None
 
     def store(self, facts: Facts, engine: bytes) -> Path:
         """Keep an engine, whole or not at all. OutputError; UntrustedError: others may write to the folder."""

@@ -106,3 +106,16 @@ def library_for(targets: tuple[str, ...]) -> Library:
     library = open_library(able[0])
     library.check_targets(targets)
     return library
+
+
+def library_on(architecture: str) -> Library:
+    """The library that runs on a card of this architecture. UsageError: there is none, with the reason of each."""
+    reasons = []
+    for name in installed():
+        library = open_library(name)
+        if not library.targets() or architecture in library.targets():
+            return library
+        reasons.append(f"{library.title} has {', '.join(library.targets())} and not {architecture}")
+    lacking = [kind for name, kind in KINDS.items() if name not in installed()]
+    reasons += [f"{kind.title} is not installed: pip install 'unified-latents[{kind.extra}]'" for kind in lacking]
+    raise UsageError(f"no TensorRT for a card of {architecture}: {'; '.join(reasons)}")

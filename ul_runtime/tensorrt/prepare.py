@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ul_runtime.bundle import Bundle
+from ul_runtime.cards import cards
+from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.manifest import GraphName
 from ul_runtime.onnx_weights import with_weights
-from ul_runtime.pipeline import UNWATCHED, Control
-from ul_runtime.tensorrt.build import Plan, Profile, build_engine
+from ul_runtime.tensorrt.build import FLAGS, Plan, Profile, build_engine
 from ul_runtime.tensorrt.engines import EngineCache, Facts
-from ul_runtime.tensorrt.library import Library
+from ul_runtime.tensorrt.library import Library, library_on
+from ul_runtime.user_cache import engine_dir
 
 
 class Prepared(NamedTuple):
@@ -44,6 +46,7 @@ class Engines:
             targets=",".join(self.targets),
             card="" if self.targets else self.card,
             profile=f"1,{self.profile.likely},{self.profile.most}",
+            flags=FLAGS,
         )
 
     def engine(
@@ -57,7 +60,7 @@ class Engines:
     ) -> Prepared:
         """The engine of a graph. One line says why, where it has to be built. Errors are those of `build_engine`."""
         facts = self.facts(bundle, graph, float32=float32)
-        if (engine := self.cache.load(facts)) is not None:
+        if (engine := self.cache.find(facts)) is not None:
             return Prepared(engine, None)
         why = self.cache.why(facts)
         say(f"{graph}: building an engine by {self.library.title}: {why}")
@@ -67,3 +70,11 @@ class Engines:
         engine = build_engine(self.library, plan, control)
         self.cache.store(facts, engine)
         return Prepared(engine, why)
+
+
+def engines_for_card(number: int) -> Engines:
+    """Engines that a card of this machine runs, in the user's cache. UsageError: no library for it."""
+    card = cards()[number]
+    library = library_on(card.architecture)
+    targets = (card.architecture,) if library.targets() else ()
+    return Engines(library, EngineCache(engine_dir()), Profile(), targets, f"{card.name}, {card.architecture}")

@@ -1,0 +1,86 @@
+"""A device for tests that is the host's own memory: same loop, same engines, real bytes, and what it did is counted."""
+
+import ctypes
+from collections.abc import Callable
+
+import numpy as np
+
+from ul_runtime.device.loop import Bind, Engine
+from ul_runtime.errors import OutOfMemoryError, ULError
+
+
+class HostMemory:
+    """Memory whose work is done at once, or recorded while it is captured. `limit` in bytes, None = none."""
+
+    kind = "cpu"
+
+    def __init__(self, *, limit: int | None = None, refuses_capture: bool = False) -> None:
+        self.held: dict[int, np.ndarray] = {}
+        self.limit, self.refuses_capture = limit, refuses_capture
+        self.allocations = self.waits = self.replays = 0
+        self._recorded: list[Callable[[], None]] | None = None
+
+    def allocate(self, size: int) -> int:
+        used = sum(array.nbytes for array in self.held.values())
+        if self.limit is not None and used + size > self.limit:
+            raise OutOfMemoryError(f"{size} bytes are not left")
+        array = np.full(size, 0xFF, np.uint8)  # NaN, where nothing is written
+        self.held[array.ctypes.data] = array
+        self.allocations += 1
+        return array.ctypes.data
+
+    def free(self, address: int) -> None:
+        del self.held[address]
+
+    def submit(self, work: Callable[[], None]) -> None:
+        if self._recorded is None:
+            work()
+        else:
+            self._recorded.append(work)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous
+        self.submit(lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes))  # type: ignore[arg-type, return-value]
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous
+        self.submit(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))  # type: ignore[arg-type, return-value]
+
+    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
+        def work() -> None:
+            for row in range(rows):
+                ctypes.memmove(to + row * to_pitch, source + row * pitch, size)
+
+        self.submit(work)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.refuses_capture:
+            raise ULError("this operation is not permitted when stream is capturing")
+        self._recorded = recorded = []
+        try:
+            work()
+        finally:
+            self._recorded = None
+
+        def replay() -> None:
+            self.replays += 1
+            for each in recorded:
+                each()
+
+        return replay
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def recording(self, bind: Bind) -> Bind:
+        """Engines of `bind`, which run at once, as ones that can be captured."""
+        memory = self
+
+        class Recorded:
+            def __init__(self, engine: Engine) -> None:
+                self.engine = engine
+
+            def enqueue(self) -> None:
+                memory.submit(self.engine.enqueue)
+
+        return lambda graph, dims, addresses: Recorded(bind(graph, dims, addresses))

@@ -1,0 +1,56 @@
+"""Without a card: what the code for one calls is there in the installed packages, and what is missing is said."""
+
+import inspect
+import re
+
+import pytest
+
+from ul_runtime.backends import ON_A_CARD, open_backend, ort_cuda
+from ul_runtime.backends import tensorrt as backend
+from ul_runtime.bundle import Bundle
+from ul_runtime.cards import cards
+from ul_runtime.device import memory
+from ul_runtime.errors import UsageError
+
+
+def card_or_reason() -> str:
+    """Empty where a card can be used."""
+    try:
+        return "" if cards() else "none"
+    except UsageError as error:
+        return str(error)
+
+
+def test_the_cuda_runtime_has_what_the_memory_calls():
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    names = set(re.findall(r"(?:self\._cuda|runtime)\.(\w+)(?:\.(\w+))?", inspect.getsource(memory.CudaMemory)))
+    assert len(names) > 15
+    for name, member in names:
+        assert hasattr(runtime, name), name
+        assert not member or hasattr(getattr(runtime, name), member), f"{name}.{member}"
+
+
+def test_tensorrt_has_what_the_backend_calls():
+    api = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
+    source = inspect.getsource(backend)
+    for class_, pattern in (("IExecutionContext", r"context\.(\w+)\("), ("Runtime", r"_runtime\.(\w+)\(")):
+        called = set(re.findall(pattern, source))
+        assert called, class_
+        assert called <= set(dir(getattr(api, class_)))
+    assert hasattr(api.ICudaEngine, "create_execution_context")
+
+
+@pytest.mark.parametrize("name", ON_A_CARD)
+def test_a_backend_on_a_card_says_why_it_cannot_be(name, analytic_bundle):
+    if not card_or_reason():
+        pytest.skip("there is a card here")
+    with pytest.raises(UsageError, match=r"NVIDIA card 0 cannot be used|cuda-bindings is not installed"):
+        open_backend(name, Bundle.open(analytic_bundle))
+    with pytest.raises(UsageError, match=f"{name} computes in what the bundle's graphs are in, fp32, not 'bf16'"):
+        open_backend(name, Bundle.open(analytic_bundle), precision="bf16")
+
+
+def test_onnx_runtime_without_its_cuda_provider_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(ort_cuda.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UsageError, match="pip install onnxruntime-gpu"):
+        ort_cuda.cuda_providers(None)  # type: ignore[arg-type]

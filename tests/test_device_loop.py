@@ -1,0 +1,178 @@
+"""The loop on a device equals the loop on the host, byte for byte, captured or not: here over ONNX Runtime's CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exported_run import PLAIN, exported_run
+from host_memory import HostMemory
+
+from ul_runtime.backends.ort_cpu import OrtCpuBackend
+from ul_runtime.backends.ort_cuda import OrtDeviceBackend
+from ul_runtime.bundle import Bundle
+from ul_runtime.control import Control
+from ul_runtime.device.loop import bucket_of
+from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
+from ul_runtime.pipeline import Pipeline
+
+# what is drawn -> overrides of the bundle's settings
+LOOPS = {
+    "guided in an interval": {"steps": 6, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)},
+    "not guided": {"steps": 5, "guidance": 1.0, "sampler": "ab2"},
+    "noise in every step": {"steps": 5, "sampler": "sa2", "guidance": 1.5, "guidance_rescale": 0.5},
+    "noise in the decoder": {"steps": 3, "decoder_sampler": "ancestral", "decoder_steps": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported_run(PLAIN, tmp_path_factory).bundle
+
+
+def device(path: Path, memory: HostMemory, *, captured: bool = True) -> Pipeline:
+    said: list[str] = []
+    backend = OrtDeviceBackend(Bundle.open(path), memory, ["CPUExecutionProvider"], said.append)
+    backend.loop.captures = captured
+    if captured:
+        backend.loop.bind = memory.recording(backend.loop.bind)
+    backend.said = said  # type: ignore[attr-defined]
+    return Pipeline(Bundle.open(path), backend)
+
+
+def pictures(pipeline: Pipeline, images: object = 5, **options: object) -> np.ndarray:
+    return np.concatenate([each.x for each in pipeline.generate(images, **options)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("name", LOOPS)
+def test_pictures_are_those_of_the_host_byte_for_byte(bundle, name, captured):
+    memory = HostMemory()
+    host = Pipeline(Bundle.open(bundle), OrtCpuBackend(Bundle.open(bundle), threads=1))
+    for images, batch_size in ((5, 3), ([7, 2], 2), (1, 1)):
+        options = {"seed": 4, "labels": [1, 2, "none"], "batch_size": batch_size, **LOOPS[name]}
+        expected = pictures(host, images, **options)
+        assert np.isfinite(expected).all()
+        assert pictures(device(bundle, memory, captured=captured), images, **options).tobytes() == expected.tobytes()
+    assert (memory.replays > 0) == captured
+
+
+def test_encoder_and_bits_are_those_of_the_host(bundle):
+    host = Pipeline(Bundle.open(bundle), OrtCpuBackend(Bundle.open(bundle), threads=1))
+    there = device(bundle, HostMemory())
+    x = np.random.default_rng(0).uniform(-1, 1, (3, *host.image_shape)).astype(np.float32)
+    expected = host.encode(x)
+    assert there.encode(x).z_0.tobytes() == expected.z_0.tobytes()
+    assert np.array_equal(there.bits(expected.z_clean, num_samples=2), host.bits(expected.z_clean, num_samples=2))
+
+
+def test_a_change_of_the_order_of_history_is_seen(bundle, monkeypatch):
+    """Negative control: two steps back matter to ab3."""
+    options = {"steps": 6, "sampler": "ab3", "guidance": 1.0}
+    right = pictures(device(bundle, HostMemory()), **options)
+    copy = HostMemory.copy
+
+    def without_rows(self: HostMemory, to: int, source: int, size: int, **pitches: int) -> None:
+        if pitches.get("to_pitch") != pitches.get("pitch") or not pitches:
+            copy(self, to, source, size, **pitches)
+
+    monkeypatch.setattr(HostMemory, "copy", without_rows)
+    assert np.abs(pictures(device(bundle, HostMemory()), **options) - right).max() > 1e-3
+
+
+def test_steps_seed_sampler_grid_guidance_and_labels_capture_nothing_anew(bundle):
+    memory = HostMemory()
+    pipeline = device(bundle, memory)
+    backend = pipeline.backend
+    assert isinstance(backend, OrtDeviceBackend)
+    pictures(pipeline, 4, steps=6, guidance=2.0, guidance_interval=(-3.0, 1.5))
+    captured, bound = backend.loop.captured, memory.allocations
+    assert captured == 3, "prior with one branch and with two, decoder"
+    first = pictures(pipeline, 4, steps=6, guidance=2.0)
+    for change in (
+        {"seed": 1},
+        {"labels": 2},
+        {"steps": 7},
+        {"sampler": "unipc2"},
+        {"grid": "karras"},
+        {"guidance": 3.0},
+    ):
+        again = pictures(pipeline, 4, **({"steps": 6, "guidance": 2.0} | change))
+        assert not np.array_equal(first, again), "replays do not show stale inputs"
+    assert np.array_equal(first, pictures(pipeline, 4, steps=6, guidance=2.0))
+    assert backend.loop.captured == captured
+    assert memory.allocations == bound + 2 * 8, "a table before each loop"
+    pictures(pipeline, 3, steps=6, guidance=2.0)
+    assert backend.loop.captured == captured, "3 images go into the bucket of 4"
+
+
+def test_buckets_can_be_interleaved(bundle):
+    pipeline = device(bundle, HostMemory())
+    alone = {n: pictures(device(bundle, HostMemory()), n, steps=4, batch_size=n) for n in (1, 2, 5)}
+    for n in (5, 1, 2, 1, 5):
+        assert pictures(pipeline, n, steps=4, batch_size=n).tobytes() == alone[n].tobytes()
+
+
+def test_nothing_is_allocated_or_waited_for_inside_the_loop(bundle):
+    memory = HostMemory()
+    pipeline = device(bundle, memory)
+    pictures(pipeline, 2, steps=4)
+    before = memory.allocations, memory.waits
+    pictures(pipeline, 2, steps=4)
+    few = memory.allocations - before[0], memory.waits - before[1]
+    before = memory.allocations, memory.waits
+    pictures(pipeline, 2, steps=12)
+    assert (memory.allocations - before[0], memory.waits - before[1]) == few == (2, 2)
+
+
+def test_a_capture_that_fails_is_said_once_and_the_pictures_are_the_same(bundle):
+    pipeline = device(bundle, HostMemory(refuses_capture=True))
+    assert np.array_equal(pictures(pipeline, 2, steps=4), pictures(device(bundle, HostMemory()), 2, steps=4))
+    said = pipeline.backend.said  # type: ignore[attr-defined]
+    assert [line.split(" ")[0] for line in said] == ["prior_step", "prior_step", "decoder_step"]
+    assert all("could not be captured: this operation is not permitted" in line for line in said)
+
+
+def test_with_graphs_required_a_capture_that_fails_is_an_error(bundle):
+    pipeline = device(bundle, HostMemory(refuses_capture=True))
+    pipeline.backend.loop.require_graphs = True  # type: ignore[attr-defined]
+    with pytest.raises(ULError, match="not permitted when stream is capturing"):
+        pictures(pipeline, 2, steps=4)
+
+
+def used(bundle: Path, images: int) -> int:
+    memory = HostMemory()
+    pictures(device(bundle, memory), images, steps=4, batch_size=images)
+    return sum(array.nbytes for array in memory.held.values())
+
+
+def test_out_of_memory_halves_the_batch_and_makes_the_same_images(bundle, caplog):
+    memory = HostMemory(limit=int(used(bundle, 4) * 1.3))
+    made = pictures(device(bundle, memory), 9, steps=4, batch_size=8)
+    assert made.tobytes() == pictures(device(bundle, HostMemory()), 9, steps=4, batch_size=8).tobytes()
+    assert [record.message.split("; ")[1] for record in caplog.records] == [
+        "going on with batches of 4, which make the same images"
+    ]
+
+
+def test_where_not_even_one_image_fits_it_is_an_error(bundle):
+    memory = HostMemory(limit=1000)
+    with pytest.raises(OutOfMemoryError, match="bytes are not left"):
+        pictures(device(bundle, memory), 2, steps=4)
+    assert memory.held == {}
+
+
+def test_a_stop_ends_the_loop_and_gives_its_table_back(bundle):
+    memory = HostMemory()
+    pipeline = device(bundle, memory)
+    pictures(pipeline, 2, steps=6)
+    before = set(memory.held)
+    done: list[float] = []
+    stop: Callable[[], bool] = lambda: len(done) >= 3  # noqa: E731
+    with pytest.raises(StoppedError, match="stopped before step 4 of 6"):
+        pictures(pipeline, 2, steps=6, control=Control(stop, done.append))
+    assert set(memory.held) == before
+
+
+def test_buckets_are_powers_of_two():
+    assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]

@@ -1,0 +1,109 @@
+"""What the loop needs of a device, and the CUDA device, by NVIDIA's own bindings."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from ul_runtime.cards import has_bindings
+from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+
+
+class Memory(Protocol):
+    """A device's memory and the one order in which all work on it happens; addresses are in bytes."""
+
+    @property
+    def kind(self) -> str:
+        """What engines call the device, for example cuda."""
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes. OutOfMemoryError."""
+
+    def free(self, address: int) -> None:
+        """Give them back."""
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """From an array, which must not change before `wait`."""
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """Into an array, which is ready after `wait`."""
+
+    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
+        """`rows` pieces of `size` bytes each, `to_pitch` and `pitch` bytes apart, within the device."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What repeats all that `work` enqueues, addresses and sizes as they are; nothing is run. ULError."""
+
+    def wait(self) -> None:
+        """Until all work so far is done."""
+
+
+class CudaMemory:
+    """One NVIDIA card, and a stream of its own."""
+
+    kind = "cuda"
+
+    def __init__(self, device: int = 0) -> None:
+        """UsageError: no bindings, or no such card."""
+        if not has_bindings():
+            raise UsageError("cuda-bindings is not installed; pip install 'unified-latents[gpu]'")
+        from cuda.bindings import runtime
+
+        self._cuda = runtime
+        self.device = device
+        error = runtime.cudaSetDevice(device)[0]
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise UsageError(f"NVIDIA card {device} cannot be used: {error.name}; ul-doctor says what is there")
+        self.stream = int(self._do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+
+    def allocate(self, size: int) -> int:
+        """See Memory."""
+        return int(self._do(self._cuda.cudaMalloc(size)))
+
+    def free(self, address: int) -> None:
+        """See Memory."""
+        self._do(self._cuda.cudaFree(address))
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """See Memory."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._do(self._cuda.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self.stream))
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """See Memory."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._do(self._cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
+
+    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
+        """See Memory."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        if rows == 1:
+            self._do(self._cuda.cudaMemcpyAsync(to, source, size, kind, self.stream))
+        else:
+            self._do(self._cuda.cudaMemcpy2DAsync(to, to_pitch, source, pitch, size, rows, kind, self.stream))
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See Memory. ULError: something that `work` does cannot be captured."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._do(self._cuda.cudaStreamBeginCapture(self.stream, mode))
+        try:
+            work()
+        finally:
+            ended = self._cuda.cudaStreamEndCapture(self.stream)  # or the stream takes no work any more
+        graph = self._do(ended)
+        executable = self._do(self._cuda.cudaGraphInstantiate(graph, 0))
+        self._do(self._cuda.cudaGraphDestroy(graph))
+        return lambda: self._do(self._cuda.cudaGraphLaunch(executable, self.stream))
+
+    def wait(self) -> None:
+        """See Memory."""
+        self._do(self._cuda.cudaStreamSynchronize(self.stream))
+
+    def _do(self, result: tuple[Any, ...]) -> Any:
+        """The value of a call of the runtime; its error as ours."""
+        error, *values = result
+        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            raise OutOfMemoryError(f"NVIDIA card {self.device} has no memory left; give a smaller --batch-size")
+        if error != self._cuda.cudaError_t.cudaSuccess:
+            raise ULError(f"NVIDIA card {self.device}: {error.name}; ul-doctor says what works here")
+        return values[0] if values else None
