@@ -110,11 +110,12 @@ def reduce(calibration: Calibration, kind: Kind, say: Callable[[str], None]) -> 
         if not reduced.proof.failures:
             break
         graph = reduced.proof.worst_graph
+        failed = f"{kind}: not within tolerance yet: {reduced.proof.failures[0]}"
         if graph not in searches:
-            say(f"{kind}: {reduced.proof.failures[0]}; ranking the nodes of {graph} by what their rounding does")
+            say(f"{failed}; ranking the nodes of {graph} by what their rounding does")
             searches[graph] = _Search(calibration, kind, graph, pins[graph], ranking(calibration, reduced))
         found = searches[graph].more(reduced.proof)
-        say(f"{kind}: {reduced.proof.failures[0]}; {len(found)} nodes of {graph} to float32, {next(iter(found))} first")
+        say(f"{failed}; {len(found)} nodes of {graph} to float32, {next(iter(found))} first")
         reduced = _attempt(calibration, kind, reduced.pinned | {graph: pins[graph] | found}, to_first_failure=True)
     return reduced
 
