@@ -43,8 +43,6 @@ def name_weights(model: ModelProto, module: nn.Module) -> None:
     for node in model.graph.node:
         for at, each in enumerate(node.input):
             node.input[at] = renamed.get(each, each)
-    for info in model.graph.value_info:
-        info.name = renamed.get(info.name, info.name)
 
 
 def _source(array: np.ndarray, given: Mapping[str, np.ndarray], users: list[str]) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ul_export.module_paths import module_of
-from ul_export.precision.tensors import copied, float_tensors, half_tensor, set_nodes, stored_name
+from ul_export.precision.tensors import copied, float_tensors, half_tensor, set_nodes, stored_name, tensor_types
 from ul_train.activations import CONDITIONING, RESULT
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -140,9 +140,6 @@ class _Lowering:
             if output.name in self.made_half:
                 self._output(output.name)
         set_nodes(self.model, self.nodes)
-        for info in graph.value_info:
-            if info.name in self.made_half:
-                info.type.tensor_type.elem_type = self.type
         return self.model
 
     def _weights(self) -> None:
@@ -181,7 +178,6 @@ class _Lowering:
                     if each == name:
                         names[at] = inner
         self.nodes.append(helper.make_node("Cast", [inner], [name], name=f"{name}/Cast", to=TensorProto.FLOAT))
-        self.model.graph.value_info.append(helper.make_tensor_value_info(inner, self.type, None))
         self.made_half.discard(name)
 
 
@@ -193,14 +189,10 @@ def emulated(lowered: ModelProto) -> ModelProto:
     """
     model = copied(lowered)
     graph, halves = model.graph, set(HALF.values())
-    kinds = {info.name: info.type.tensor_type.elem_type for info in graph.value_info}
+    kinds = tensor_types(lowered)
     for tensor in graph.initializer:
-        kinds[tensor.name] = tensor.data_type
         if tensor.data_type in halves:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for info in graph.value_info:
-        if kinds[info.name] in halves:
-            info.type.tensor_type.elem_type = TensorProto.FLOAT
     nodes: list[NodeProto] = []
     for node in graph.node:
         nodes.append(node)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ul_runtime.errors import ULError
@@ -16,23 +17,38 @@ def copied(model: ModelProto) -> ModelProto:
 
 
 def set_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
-    """Its nodes become these."""
+    """Its nodes become these; what it noted down of the results of others goes."""
     kept = list(nodes)
-    del model.graph.node[:]
+    del model.graph.node[:], model.graph.value_info[:]
     model.graph.node.extend(kept)
 
 
-def float_tensors(model: ModelProto) -> set[str]:
-    """Names of the float32 inputs, weights and results of nodes. ULError: the graph does not say what a node makes."""
+def tensor_types(model: ModelProto) -> dict[str, int]:
+    """Element types (onnx.TensorProto) of inputs, weights and results of nodes by name, by ONNX's own inference.
+
+    ULError: it does not know what a node makes.
+    """
     graph = model.graph
     kinds = {each.name: each.data_type for each in graph.initializer}
-    for info in (*graph.input, *graph.output, *graph.value_info):
+    weights = (helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in graph.initializer)
+    bare = helper.make_model(  # without the weights, which may be more than protobuf's 2 GiB
+        helper.make_graph(list(graph.node), "types", [*graph.input, *weights], list(graph.output)),
+        opset_imports=list(model.opset_import),
+        functions=list(model.functions),
+    )
+    inferred = onnx.shape_inference.infer_shapes(bare).graph
+    for info in (*inferred.input, *inferred.output, *inferred.value_info):
         kinds[info.name] = info.type.tensor_type.elem_type
     for node in graph.node:
         for name in node.output:
-            if name and name not in kinds:
-                raise ULError(f"{node.name}: the type of its result {name} is not known; update torch")
-    return {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
+            if name and not kinds.get(name):
+                raise ULError(f"{node.name}: the type of its result {name} is not known; update onnx")
+    return kinds
+
+
+def float_tensors(model: ModelProto) -> set[str]:
+    """Names of the float32 inputs, weights and results of nodes. ULError: it is not known what a node makes."""
+    return {name for name, kind in tensor_types(model).items() if kind == TensorProto.FLOAT}
 
 
 def stored_name(weight: str) -> str:
