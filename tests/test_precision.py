@@ -181,6 +181,15 @@ def test_a_graph_whose_types_are_not_known_is_refused():
         float_tensors(graph)
 
 
+def test_the_type_of_a_group_norm_is_that_of_what_it_takes():
+    graph = model()
+    first = graph.graph.node[0]
+    first.CopyFrom(
+        helper.make_node("GroupNormalization", ["x", "b", "b"], ["p"], name="network.n/GroupNormalization", num_groups=2)
+    )
+    assert tensor_types(graph)["p"] == tensor_types(graph)["q"] == TensorProto.FLOAT
+
+
 def test_types_noted_down_in_a_graph_are_not_carried_into_another_precision():
     graph = model()
     graph.graph.value_info.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, ["b", 8]))

@@ -32,7 +32,7 @@ def tensor_types(model: ModelProto) -> dict[str, int]:
     kinds = {each.name: each.data_type for each in graph.initializer}
     weights = (helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in graph.initializer)
     bare = helper.make_model(  # without the weights, which may be more than protobuf's 2 GiB
-        helper.make_graph(list(graph.node), "types", [*graph.input, *weights], list(graph.output)),
+        helper.make_graph([*map(_inferable, graph.node)], "types", [*graph.input, *weights], list(graph.output)),
         opset_imports=list(model.opset_import),
         functions=list(model.functions),
     )
@@ -44,6 +44,13 @@ def tensor_types(model: ModelProto) -> dict[str, int]:
             if name and not kinds.get(name):
                 raise ULError(f"{node.name}: the type of its result {name} is not known; update onnx")
     return kinds
+
+
+def _inferable(node: NodeProto) -> NodeProto:
+    """The node, or one that makes the same types and shapes where ONNX infers nothing (1.23: group norms)."""
+    if node.op_type == "GroupNormalization":
+        return helper.make_node("Identity", node.input[:1], node.output, name=node.name)
+    return node
 
 
 def float_tensors(model: ModelProto) -> set[str]:
