@@ -183,10 +183,9 @@ def test_a_graph_whose_types_are_not_known_is_refused():
 
 def test_the_type_of_a_group_norm_is_that_of_what_it_takes():
     graph = model()
-    first = graph.graph.node[0]
-    first.CopyFrom(
-        helper.make_node("GroupNormalization", ["x", "b", "b"], ["p"], name="network.n/GroupNormalization", num_groups=2)
-    )
+    given = ["x", "b", "b"]
+    norm = helper.make_node("GroupNormalization", given, ["p"], name="network.n/GroupNormalization", num_groups=2)
+    graph.graph.node[0].CopyFrom(norm)
     assert tensor_types(graph)["p"] == tensor_types(graph)["q"] == TensorProto.FLOAT
 
 
