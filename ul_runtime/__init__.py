@@ -17,23 +17,34 @@ def load(
     precision: str | None = None,
     threads: int | None = None,
     allow_spinning: bool = True,
+    device: int | None = None,
+    engines: str | Path | None = None,
+    require_graphs: bool = False,
 ) -> "Pipeline":
     """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
 
     A name such as "garments-32" opens the model of that name inside the package, None the default one.
     `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
     (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = one per core.
+    On NVIDIA cards: `device` is the card's number (None = 0), `engines` the folder of TensorRT's engines (None = the
+    user's cache), and with `require_graphs` a step that cannot be captured as a CUDA graph is an error.
     UsageError: a backend that is unknown, not installed or not able to compute in that precision.
     BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
     """
     from ul_runtime.backends import Backend, open_backend
+    from ul_runtime.backends.on_a_card import CardOptions
     from ul_runtime.bundle import Bundle
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.shipped import open_bundle
 
+    named = device is not None or engines is not None or require_graphs
+    card = CardOptions(device or 0, Path(engines) if engines else None, require_graphs) if named else None
+
     def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
         def open_in(precision: str | None, backend: str) -> Backend:
-            return open_backend(backend, bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)
+            return open_backend(
+                backend, bundle, precision=precision, threads=threads, allow_spinning=allow_spinning, card=card
+            )
 
         opened = open_in(precision, backend)
         return Pipeline(

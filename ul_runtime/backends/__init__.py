@@ -11,11 +11,12 @@ import numpy as np
 from ul_runtime.errors import BadInputError, ULError, UsageError, require_packages
 
 if TYPE_CHECKING:
+    from ul_runtime.backends.on_a_card import CardOptions
     from ul_runtime.bundle import Bundle
     from ul_runtime.manifest import GraphName
 
 _LOG = logging.getLogger(__name__)
-ON_A_CARD = ("ort-cuda", "tensorrt")
+ON_A_CARD = ("tensorrt", "ort-cuda")  # the fastest first
 BACKENDS = ("auto", "ort-cpu", "openvino", *ON_A_CARD)
 PRECISIONS = ("fp32", "bf16")
 NO_BF16 = "this processor has no bfloat16 (AVX512-BF16 or AMX)"
@@ -118,7 +119,7 @@ class Choice(NamedTuple):
 
 
 def choose_backend(bundle: "Bundle", precision: str | None) -> Choice:
-    """The fastest that was proved. Only for a bundle in bf16 does it depend on the machine and what is installed."""
+    """The fastest on a processor that was proved; for a bundle in bf16 it depends on machine and installation."""
     typed = bundle_precision(bundle)
     if precision in (None, typed) and typed == cpu_precision(bundle):
         return Choice("ort-cpu", precision, f"computes in {typed} as ul-export proved the bundle")
@@ -157,15 +158,34 @@ def open_backend(
     precision: str | None = None,
     threads: int | None = None,
     allow_spinning: bool = True,
+    card: "CardOptions | None" = None,
 ) -> Backend:
     """The backend `name` over a verified bundle, in `precision` (None = the bundle's own, float32 if that is half).
 
+    `auto`: on an NVIDIA card if one works and no number of threads is given, else on the processor. `card` None = the
+    first, with its defaults.
     UsageError: unknown, not installed, or not able to compute in that precision; no other backend takes its place.
     """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; expected one of {', '.join(BACKENDS)}")
-    if name in ON_A_CARD:
-        return _open_on_a_card(name, bundle, precision)
+    if name in ON_A_CARD or name == "auto":
+        from ul_runtime.backends.on_a_card import CardOptions, first_that_works, open_on_a_card
+
+        options = card or CardOptions()
+        if name in ON_A_CARD:
+            return open_on_a_card(name, bundle, precision, options, _LOG.warning)
+        check_threads(threads)
+        if threads is None and (found := first_that_works(bundle, precision, options, _LOG.warning)) is not None:
+            return found
+    if card is not None:
+        why = "found no NVIDIA card that works (ul-doctor says more)" if name == "auto" else "runs on the processor"
+        raise UsageError(f"backend {name} {why}; leave out --devices, --engines and --require-graphs")
+    return _open_on_processor(name, bundle, precision, threads, allow_spinning)
+
+
+def _open_on_processor(
+    name: str, bundle: "Bundle", precision: str | None, threads: int | None, allow_spinning: bool
+) -> Backend:
     own = cpu_precision(bundle)
     known = list(dict.fromkeys([*PRECISIONS, own]))
     if precision not in (None, *known):
@@ -183,21 +203,3 @@ def open_backend(
     from ul_runtime.backends.ort_cpu import OrtCpuBackend
 
     return OrtCpuBackend(bundle, precision=precision, threads=threads, allow_spinning=allow_spinning)
-
-
-def _open_on_a_card(name: str, bundle: "Bundle", precision: str | None) -> Backend:
-    """The backend `name` on the first NVIDIA card, in the bundle's precision or float32."""
-    known = list(dict.fromkeys([bundle_precision(bundle), *(["fp32"] if has_float32(bundle) else [])]))
-    if precision not in (None, *known):
-        raise UsageError(f"{name} computes in what the bundle's graphs are in, {' or '.join(known)}, not {precision!r}")
-    from ul_runtime.device.memory import CudaMemory
-
-    memory = CudaMemory()
-    if name == "ort-cuda":
-        from ul_runtime.backends.ort_cuda import OrtDeviceBackend, cuda_providers
-
-        return OrtDeviceBackend(bundle, memory, cuda_providers(memory), _LOG.warning, precision=precision)
-    from ul_runtime.backends.tensorrt import TensorRtBackend
-    from ul_runtime.tensorrt.prepare import engines_for_card
-
-    return TensorRtBackend(bundle, engines_for_card(memory.device), memory, _LOG.warning, precision=precision)

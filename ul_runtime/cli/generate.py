@@ -11,7 +11,9 @@ from ul_runtime.cli import options
 from ul_runtime.errors import UsageError, run_command
 
 if TYPE_CHECKING:
-    from ul_runtime.pipeline import Pipeline
+    from collections.abc import Callable, Iterator
+
+    from ul_runtime.pipeline import Images, Pipeline
     from ul_runtime.settings import Overrides, Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -40,11 +42,16 @@ def generate(
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
     precision: options.Precision = None,
+    devices: options.Devices = None,
+    engines: options.EngineFolder = None,
+    require_graphs: options.RequireGraphs = False,
     replay: options.Replay = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Generate images from a bundle: PNG files and a contact sheet; the same command goes on where it stopped."""
+    cards = options.parse_devices(devices)
     machine: dict[str, Any] = {"precision": precision, "threads": threads, "allow_spinning": spinning}
+    machine |= {"device": cards[0] if cards else None, "engines": engines, "require_graphs": require_graphs}
     if replay is not None:
         return _replay(context, replay, bundle, guide, out, as_json, backend=backend, **machine)
     if out is None:
@@ -52,6 +59,7 @@ def generate(
     options.check_count("--num-images", num_images, most=2**63)  # an index is an int64
     interval = options.parse_interval(guidance_interval)
     import ul_runtime
+    from ul_runtime.cli.devices import several_devices
     from ul_runtime.cli.fill import summary
     from ul_runtime.settings import Overrides
 
@@ -62,12 +70,15 @@ def generate(
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)
     guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
-    result = _generate(pipeline, out, num_images, seed, label, batch_size, prior | guided | decoder)
+    machine |= {"guide": guide, "backend": pipeline.backend.name}
+    with several_devices(pipeline, bundle, cards, **machine) as batches:
+        result = _generate(pipeline, batches, out, num_images, seed, label, batch_size, prior | guided | decoder)
     print(json.dumps(result) if as_json else summary(result))
 
 
 def _generate(
     pipeline: "Pipeline",
+    generate: "Callable[..., Iterator[Images]]",
     out: Path,
     num_images: int,
     seed: int,
@@ -88,7 +99,7 @@ def _generate(
         job_of(pipeline, GenerateJob, seed, guide=pipeline.guide_hash, labels=labels, **settings.as_dict()),
         num_images,
         pipeline,
-        lambda missing, control: pipeline.generate(
+        lambda missing, control: generate(
             missing, seed=seed, labels=label or None, batch_size=batch_size, control=control, **overrides
         ),
         _title(pipeline, seed, settings, names),
@@ -107,6 +118,7 @@ def _replay(
 ) -> None:
     """The picture says how it was made: options that would say so too are refused."""
     allowed = {"bundle", "guide", "out", "replay", "as_json", "backend", "precision", "threads", "spinning"}
+    allowed |= {"devices", "engines", "require_graphs"}
     for name in sorted(context.params.keys() - allowed):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

@@ -51,6 +51,17 @@ Spinning: TypeAlias = Annotated[
 BackendName: TypeAlias = Annotated[
     str, typer.Option("--backend", metavar="auto|ort-cpu|openvino|ort-cuda|tensorrt", help="What runs the graphs.")
 ]
+Devices: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--devices", metavar="N,...", help="NVIDIA cards by number, at work together.", show_default="0"),
+]
+EngineFolder: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--engines", metavar="DIR", help="Where TensorRT engines are kept.", show_default="the user's cache"),
+]
+RequireGraphs: TypeAlias = Annotated[
+    bool, typer.Option("--require-graphs", help="Fail where a step cannot be captured as a CUDA graph.")
+]
 Precision: TypeAlias = Annotated[
     str | None,
     typer.Option("--precision", metavar="fp32|bf16", help="What the networks compute in.", show_default=_BUNDLES),
@@ -134,6 +145,14 @@ def parse_interval(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
+def parse_devices(text: str | None) -> list[int]:
+    """`0,1` as different numbers, none if not given; UsageError."""
+    words = text.split(",") if text is not None else []
+    if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) != len(words):
+        raise UsageError(f"--devices {text!r}: expected different numbers of NVIDIA cards such as 0,1; see ul-doctor")
+    return [int(word) for word in words]
+
+
 def check_count(option: str, count: int, most: int | None = None) -> None:
     """UsageError for a count below 1 or above `most`."""
     if count < 1:
@@ -144,10 +163,12 @@ def check_count(option: str, count: int, most: int | None = None) -> None:
 
 def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> None:
     """One line on stderr: what `--backend auto` chose and why; of another, if it computes unlike the bundle."""
-    from ul_runtime.backends import bundle_precision, choose_backend, in_another
+    from ul_runtime.backends import ON_A_CARD, bundle_precision, choose_backend, in_another
 
     computed = pipeline.backend.precision
-    if backend == "auto":
+    if backend == "auto" and pipeline.backend.name in ON_A_CARD:
+        print(f"backend auto: {pipeline.backend.name}, whose step equals the processor's", file=sys.stderr, flush=True)
+    elif backend == "auto":
         why = choose_backend(pipeline.bundle, precision).why
         print(f"backend auto: {pipeline.backend.name}, {why}", file=sys.stderr, flush=True)
     elif computed != bundle_precision(pipeline.bundle):

@@ -29,8 +29,11 @@ def replay(
     precision: str | None,
     threads: int | None,
     allow_spinning: bool,
+    **cards: Any,
 ) -> dict[str, Any]:
     """Make `image` again from `bundle` (into the folder `out`, if given); what agrees and what does not.
+
+    `cards`: what ul_runtime.load takes for NVIDIA cards.
 
     `backend` "auto" is the one that made it, with its precision and threads unless they are given.
     UsageError: no such file, or a picture of that name in `out`.
@@ -53,7 +56,7 @@ def replay(
     if backend == "auto":
         backend, precision, threads = job.backend, precision or job.precision, threads or job.threads
     machine: dict[str, Any] = {"precision": precision, "threads": threads, "allow_spinning": allow_spinning}
-    pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine)
+    pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine, **cards)
     again, written = _make(image, origin, job, pipeline)
     if target is not None:
         durable.make_directory(target.parent)

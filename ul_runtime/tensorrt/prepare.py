@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from ul_runtime.bundle import Bundle
@@ -72,9 +73,9 @@ class Engines:
         return Prepared(engine, why)
 
 
-def engines_for_card(number: int) -> Engines:
-    """Engines that a card of this machine runs, in the user's cache. UsageError: no library for it."""
+def engines_for_card(number: int, folder: Path | None = None) -> Engines:
+    """Engines that a card of this machine runs, in `folder` or the user's cache. UsageError: no library for it."""
     card = cards()[number]
     library = library_on(card.architecture)
     targets = (card.architecture,) if library.targets() else ()
-    return Engines(library, EngineCache(engine_dir()), Profile(), targets, f"{card.name}, {card.architecture}")
+    return Engines(library, EngineCache(engine_dir(folder)), Profile(), targets, f"{card.name}, {card.architecture}")

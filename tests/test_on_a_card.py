@@ -1,0 +1,106 @@
+"""What `auto` does where a card is, with a device that is the host's own memory in the card's place."""
+
+import numpy as np
+import pytest
+from exported_run import PLAIN, exported_run
+from host_memory import HostMemory
+
+from ul_runtime.backends import on_a_card, open_backend
+from ul_runtime.backends.on_a_card import MOST_DIFFERENCE, CardOptions, check_step
+from ul_runtime.backends.ort_cpu import OrtCpuBackend
+from ul_runtime.backends.ort_cuda import OrtDeviceBackend
+from ul_runtime.bundle import Bundle
+from ul_runtime.cards import Card
+from ul_runtime.errors import ULError, UsageError
+from ul_runtime.samplers import A
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(exported_run(PLAIN, tmp_path_factory).bundle)
+
+
+class Wrong(OrtCpuBackend):
+    """A backend one of whose inputs is not what it was given."""
+
+    def run(self, graph_name, inputs):
+        return super().run(graph_name, inputs | {"row": inputs["row"] * (np.arange(8) != A)})
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """A machine with a card; the backends that it opens, by name: to be filled in."""
+    backends: dict[str, object] = {}
+
+    def opened(name, bundle, precision, options, say):
+        if isinstance(backends.get(name), OrtDeviceBackend | Wrong):
+            return backends[name]
+        raise UsageError(f"{name} is not installed")
+
+    monkeypatch.setattr(on_a_card, "has_bindings", lambda: True)
+    monkeypatch.setattr(on_a_card, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
+    monkeypatch.setattr(on_a_card, "open_on_a_card", opened)
+    monkeypatch.setattr(on_a_card, "_require_engines", lambda *_: None)
+    return backends
+
+
+def working(bundle: Bundle) -> OrtDeviceBackend:
+    return OrtDeviceBackend(bundle, HostMemory(), ["CPUExecutionProvider"], print)
+
+
+def test_a_step_of_a_backend_that_works_is_the_processors(bundle):
+    assert check_step(working(bundle), bundle) < 1e-6
+
+
+def test_a_step_with_a_wrong_input_is_seen(bundle):
+    with pytest.raises(ULError, match="differs from the processor's by"):
+        check_step(Wrong(bundle), bundle)
+
+
+def test_a_step_that_is_not_finite_is_seen(bundle):
+    backend = working(bundle)
+    run = backend.run
+    backend.run = lambda name, inputs: {key: value * np.nan for key, value in run(name, inputs).items()}
+    with pytest.raises(ULError, match="by nan %"):
+        check_step(backend, bundle)
+    assert 0 < MOST_DIFFERENCE < 1
+
+
+def test_auto_takes_the_first_that_works_and_says_why_not_the_others(bundle, card, caplog):
+    card["ort-cuda"] = working(bundle)
+    assert open_backend("auto", bundle) is card["ort-cuda"]
+    assert [record.message for record in caplog.records] == [
+        "backend auto: not tensorrt on card 0 (Test card): tensorrt is not installed"
+    ]
+
+
+def test_auto_goes_to_the_processor_where_a_card_computes_wrongly(bundle, card, caplog):
+    card |= {"tensorrt": Wrong(bundle), "ort-cuda": Wrong(bundle)}
+    assert open_backend("auto", bundle).name == "ort-cpu"
+    assert [record.message.split(": ")[1] for record in caplog.records] == [
+        f"not {name} on card 0 (Test card)" for name in ("tensorrt", "ort-cuda")
+    ]
+
+
+def test_auto_with_threads_is_the_processor(bundle, card):
+    card["tensorrt"] = working(bundle)
+    assert open_backend("auto", bundle, threads=1).name == "ort-cpu"
+
+
+def test_what_is_said_about_cards_is_refused_where_none_works(bundle, card):
+    for options in (CardOptions(0), CardOptions(3), CardOptions(require_graphs=True)):
+        with pytest.raises(UsageError, match="found no NVIDIA card that works"):
+            open_backend("auto", bundle, card=options)
+    with pytest.raises(UsageError, match="ort-cpu runs on the processor; leave out --devices"):
+        open_backend("ort-cpu", bundle, card=CardOptions(1))
+    assert open_backend("auto", bundle).name == "ort-cpu"
+
+
+@pytest.mark.parametrize("words", [["--devices", "0,0"], ["--devices", "gpu"], ["--devices", ""], ["--devices=-1"]])
+def test_devices_are_different_numbers(words, command, bundle, tmp_path):
+    from ul_runtime.cli import generate
+
+    result = command(generate.main, bundle.path, "--out", tmp_path / "out", *words)
+    assert result.code == 2
+    assert "--devices" in result.err
+    assert not (tmp_path / "out").exists()

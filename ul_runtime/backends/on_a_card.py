@@ -1,0 +1,136 @@
+"""The backends of an NVIDIA card: opened by name, and for `auto` tried against the processor before one is taken."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ul_runtime import noise
+from ul_runtime.backends import ON_A_CARD, Backend, bundle_precision, has_float32
+from ul_runtime.cards import Card, cards, has_bindings
+from ul_runtime.errors import ULError, UsageError
+from ul_runtime.guidance import unguided
+from ul_runtime.noise_process import alpha, sigma
+
+if TYPE_CHECKING:
+    from ul_runtime.bundle import Bundle
+
+# of a step, root mean square, relative: above all that precisions do to one, below what a wrong tensor does
+MOST_DIFFERENCE = 0.1
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """Which card, where its engines are kept (None = the user's cache), and whether an uncaptured step is an error."""
+
+    number: int = 0
+    engines: Path | None = None
+    require_graphs: bool = False
+
+
+def open_on_a_card(
+    name: str, bundle: "Bundle", precision: str | None, options: CardOptions, say: Callable[[str], None]
+) -> Backend:
+    """The backend `name` on a card, in the bundle's precision or float32. UsageError: not installed, no such card."""
+    known = list(dict.fromkeys([bundle_precision(bundle), *(["fp32"] if has_float32(bundle) else [])]))
+    if precision not in (None, *known):
+        raise UsageError(f"{name} computes in what the bundle's graphs are in, {' or '.join(known)}, not {precision!r}")
+    if options.engines is not None and name != "tensorrt":
+        raise UsageError(f"--engines is for backend tensorrt; {name} has none")
+    from ul_runtime.device.memory import CudaMemory
+
+    memory = CudaMemory(options.number)
+    if name == "ort-cuda":
+        from ul_runtime.backends.ort_cuda import OrtDeviceBackend, cuda_providers
+
+        return OrtDeviceBackend(bundle, memory, cuda_providers(memory), say, precision=precision)
+    from ul_runtime.backends.tensorrt import TensorRtBackend
+    from ul_runtime.tensorrt.prepare import engines_for_card
+
+    engines = engines_for_card(options.number, options.engines)
+    return TensorRtBackend(bundle, engines, memory, say, precision=precision, require_graphs=options.require_graphs)
+
+
+def first_that_works(
+    bundle: "Bundle", precision: str | None, options: CardOptions, say: Callable[[str], None]
+) -> Backend | None:
+    """The fastest backend on the card whose step is the processor's; None, with every reason said, if there is none.
+
+    Fastest by design: TensorRT, if its engines are there already, which `auto` does not take minutes to build, then
+    ONNX Runtime. Nothing is said on a machine without a card.
+    """
+    card = _card(options.number)
+    if card is None:
+        return None
+    for name in ON_A_CARD:
+        try:
+            if name == "tensorrt":
+                _require_engines(bundle, precision, options)
+            opened = open_on_a_card(
+                name, bundle, precision, options if name == "tensorrt" else _no_engines(options), say
+            )
+            check_step(opened, bundle)
+        except ULError as error:
+            say(f"backend auto: not {name} on card {card.number} ({card.name}): {error}")
+        else:
+            return opened
+    return None
+
+
+def _card(number: int) -> Card | None:
+    """The card, if there is one that can be used."""
+    if not has_bindings():
+        return None
+    try:
+        found = cards()
+    except UsageError:  # no driver: a machine without cards; ul-doctor says more
+        return None
+    return found[number] if number < len(found) else None
+
+
+def _no_engines(options: CardOptions) -> CardOptions:
+    return CardOptions(options.number, None, options.require_graphs)
+
+
+def _require_engines(bundle: "Bundle", precision: str | None, options: CardOptions) -> None:
+    """UsageError unless the engines that make images are in the cache."""
+    from ul_runtime.tensorrt.prepare import engines_for_card
+
+    engines = engines_for_card(options.number, options.engines)
+    for graph in ("prior_step", "decoder_step"):
+        facts = engines.facts(bundle, graph, float32=precision == "fp32")
+        if engines.cache.find(facts) is None:
+            raise UsageError(
+                f"{graph} has no engine ({engines.cache.why(facts)}); ul-export BUNDLE --tensorrt builds them"
+            )
+
+
+def check_step(backend: Backend, bundle: "Bundle") -> float:
+    """Relative difference of a step of the prior from the processor's. ULError: more than any precision explains.
+
+    It tells a backend that works from one that does not; how exact a precision is, ul-export proves.
+    """
+    from ul_runtime.backends.ort_cpu import OrtCpuBackend
+
+    manifest = bundle.manifest
+    shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
+    z = noise.normals(_SEED, np.arange(2), noise.PRIOR_START, shape)
+    logsnr = (manifest.logsnr_z.min + manifest.logsnr_z.max) / 2
+    row = np.array([[logsnr, alpha(logsnr), sigma(logsnr), 0.5, 0.5, 0.25, 0.125, 0.0]], np.float32)
+    labels = np.arange(2) % (len(manifest.classes) + 1)
+    history = np.stack([z, -z], axis=1)
+    inputs = {"z": z, "history": history, "noise": np.zeros_like(z), "row": row.repeat(2, axis=0)}
+    inputs |= unguided(labels, z)
+    expected, given = (each.run("prior_step", dict(inputs)) for each in (OrtCpuBackend(bundle), backend))
+    worst = max(_relative(expected[name], given[name]) for name in expected)
+    if not worst <= MOST_DIFFERENCE:
+        raise ULError(f"a step of the prior differs from the processor's by {100 * worst:.3g} %; it is not used")
+    return worst
+
+
+def _relative(expected: np.ndarray, given: np.ndarray) -> float:
+    exact = expected.astype(np.float64)
+    return float(np.sqrt(np.square(given - exact).mean() / np.square(exact).mean()))
