@@ -33,11 +33,17 @@ def test_the_cuda_runtime_has_what_the_memory_calls():
 def test_tensorrt_has_what_the_backend_calls():
     api = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
     source = inspect.getsource(backend)
-    for class_, pattern in (("IExecutionContext", r"context\.(\w+)\("), ("Runtime", r"_runtime\.(\w+)\(")):
+    for class_, pattern in (
+        ("IExecutionContext", r"\bcontext\.(\w+)\("),
+        ("Runtime", r"_runtime\.(\w+)\("),
+        ("ICudaEngine", r"(?:\bengine|loaded)\.(\w+)\((?!graph)"),
+        ("IRuntimeConfig", r"config\.(\w+)\("),
+        ("IRuntimeCache", r"_compiled\.(\w+)\("),
+    ):
         called = set(re.findall(pattern, source))
         assert called, class_
-        assert called <= set(dir(getattr(api, class_)))
-    assert hasattr(api.ICudaEngine, "create_execution_context")
+        assert called <= set(dir(getattr(api, class_))), class_
+    assert hasattr(api.ExecutionContextAllocationStrategy, "USER_MANAGED")
 
 
 @pytest.mark.parametrize("name", ON_A_CARD)

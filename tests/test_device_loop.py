@@ -13,6 +13,7 @@ from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.control import Control
 from ul_runtime.device.loop import bucket_of
+from ul_runtime.device.memory import Scratch
 from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
 from ul_runtime.pipeline import Pipeline
 
@@ -172,6 +173,20 @@ def test_a_stop_ends_the_loop_and_gives_its_table_back(bundle):
     with pytest.raises(StoppedError, match="stopped before step 4 of 6"):
         pictures(pipeline, 2, steps=6, control=Control(stop, done.append))
     assert set(memory.held) == before
+
+
+def test_scratch_memory_is_shared_and_never_moves():
+    memory = HostMemory()
+    scratch = Scratch(memory)
+    small = scratch.at_least(10)
+    assert scratch.at_least(4) == small
+    large = scratch.at_least(100)
+    assert large != small
+    assert scratch.at_least(50) == large
+    assert set(memory.held) == {small, large}, "a captured step may still hold the smaller one"
+    scratch.release()
+    assert memory.held == {}
+    assert scratch.at_least(0) in memory.held
 
 
 def test_buckets_are_powers_of_two():

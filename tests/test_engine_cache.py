@@ -50,6 +50,18 @@ def test_an_engine_for_more_architectures_serves_one_of_them(cache):
     assert cache.find(replace(FACTS, targets="", card="a card, sm89")) is None
 
 
+def test_an_engine_of_larger_batches_serves_smaller_ones_and_the_smallest_is_taken(cache):
+    for most in (128, 32, 64):
+        cache.store(replace(FACTS, profile=f"1,8,{most}"), ENGINE + str(most).encode())
+    asked = replace(FACTS, profile="1,8,64", targets="sm89")
+    assert cache.find(asked, 4) == ENGINE + b"32"
+    assert cache.find(asked, 33) == ENGINE + b"64"
+    assert cache.find(asked, 65) == ENGINE + b"128"
+    assert cache.find(asked, 129) is None
+    assert cache.find(FACTS, 4) == ENGINE + b"64", "the one that is asked for, where it does"
+    assert cache.find(replace(FACTS, profile="1,8,16")) is None
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -1,5 +1,6 @@
 """TensorRT-RTX builds the step graphs on a machine without a card, and says what it cannot build and where."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ul_runtime.errors import BadInputError, StoppedError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES, TensorFormat
 from ul_runtime.onnx_weights import with_weights
 from ul_runtime.tensorrt import library as libraries
-from ul_runtime.tensorrt.build import Plan, Profile, _Phases, build_engine
+from ul_runtime.tensorrt.build import Plan, Profile, Timings, _Phases, build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
 
@@ -47,6 +48,18 @@ def test_every_step_graph_builds_at_every_opset(library, tmp_path_factory, name,
     bundle = Bundle.open(exported_run(name, tmp_path_factory).bundle)
     engine = build_engine(library, plan_of(bundle, graph))
     assert len(engine) > sum(array.nbytes for array in bundle.initializers(graph).values())
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_measurements_of_kernels_can_be_given_and_come_back(library):
+    """TensorRT-RTX measures nothing ahead, but takes and writes them as TensorRT does."""
+    plan = replace(plan_of_nodes(helper.make_node("Relu", ["x"], ["y"])), timings=Timings())
+    engine = build_engine(library, plan)
+    assert plan.timings is not None
+    assert plan.timings.data
+    assert build_engine(library, plan) == engine
+    plan.timings.data = b"of another library"
+    assert build_engine(library, plan) == engine
 
 
 def test_an_operator_that_the_library_does_not_have_is_named_with_its_module(library):
@@ -147,7 +160,7 @@ def test_batches_that_cannot_be_are_refused(most, likely):
 )
 def test_a_package_that_is_a_stub_or_too_old_is_refused(tmp_path: Path, monkeypatch, source, message):
     monkeypatch.setitem(
-        libraries.KINDS, "other", libraries.Kind("Other", "other_rt", "other", (10, 12), builds_ahead=False)
+        libraries.KINDS, "other", libraries.Kind("Other", "other_rt", "other", (10, 12), False, False, False)
     )
     (tmp_path / "other_rt.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

@@ -112,7 +112,7 @@ def _engines(cache: EngineCache) -> Finding:
         return Finding("engines", None, f"none in {cache.folder}", "ul-export BUNDLE --tensorrt builds them ahead")
     damaged = [entry for entry in entries if entry.facts is None]
     versions = {name: open_library(name).version for name, kind in KINDS.items() if find_spec(kind.module) is not None}
-    whole = [entry.facts for entry in entries if entry.facts is not None]
+    whole = [entry.facts for entry in entries if entry.facts is not None and entry.facts.is_engine]
     stale = [facts for facts in whole if versions.get(facts.library) != facts.version]
     megabytes = sum(entry.size for entry in entries) / 1e6
     says = f"{len(whole) - len(stale)} valid, {len(stale)} of another version of their library, {len(damaged)} damaged"

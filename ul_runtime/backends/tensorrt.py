@@ -8,7 +8,7 @@ import numpy as np
 from ul_runtime.backends import bundle_precision
 from ul_runtime.device.loop import DeviceLoop, Dims, Engine
 from ul_runtime.device.memory import CudaMemory
-from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.errors import OutOfMemoryError, ULError
 from ul_runtime.tensorrt.prepare import Engines
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ul_runtime.guidance import Inputs
     from ul_runtime.manifest import GraphName
     from ul_runtime.walk import Walk
+
+
+_COMPILED = "kernels"  # of the graphs that were run, in the cache of engines
 
 
 class TensorRtBackend:
@@ -40,6 +43,7 @@ class TensorRtBackend:
         self._bundle, self._engines, self._memory, self._say = bundle, engines, memory, say
         self._runtime = engines.library.api.Runtime(engines.library.logger)
         self._loaded: dict[GraphName, Any] = {}
+        self._compiled: Any = None  # the library's cache of kernels, where it compiles late
         self.loop = DeviceLoop(memory, bundle.manifest.graphs, self._bind, say, require_graphs=require_graphs)
 
     def run(self, graph_name: "GraphName", inputs: "Inputs") -> "Inputs":
@@ -48,13 +52,15 @@ class TensorRtBackend:
 
     def walk(self, walk: "Walk", stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
         """See Walker.walk. Errors as for `run`."""
-        return self.loop.walk(walk, stop, advance)
+        bound = len(self.loop.bound)
+        result = self.loop.walk(walk, stop, advance)
+        if len(self.loop.bound) != bound:
+            self._keep_compiled()
+        return result
 
     def _bind(self, graph: "GraphName", dims: Dims, addresses: dict[str, int]) -> Engine:
-        most = self._engines.profile.most
-        if dims["b"] > most:
-            raise UsageError(f"{graph}: engines take batches up to {most}, this one is of {dims['b']}; give less")
-        context = self._engine(graph).create_execution_context()
+        engine = self._engine(graph, dims["b"])
+        context = self._context(engine)
         if context is None:
             raise OutOfMemoryError(f"{graph}: no memory for a batch of {dims['b']}: {self._last()}")
         for tensor in self._bundle.manifest.graphs[graph].inputs:
@@ -64,16 +70,42 @@ class TensorRtBackend:
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise ULError(f"{graph}: {name} cannot be bound: {self._last()}")
+        size = int(context.update_device_memory_size_for_shapes())
+        context.set_device_memory(self.loop.scratch.at_least(size), size)
         return _BoundContext(context, self._memory.stream, graph, self._last)
 
-    def _engine(self, graph: "GraphName") -> Any:
-        if graph not in self._loaded:
-            data = self._engines.engine(self._bundle, graph, self._say, float32=self._float32).engine
-            self._loaded[graph] = self._runtime.deserialize_cuda_engine(data)
-            if self._loaded[graph] is None:
-                del self._loaded[graph]
+    def _context(self, engine: Any) -> Any:
+        """An execution context that is given its memory; None: there is not enough."""
+        strategy = self._engines.library.api.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._engines.library.kind.compiles_late:
+            return engine.create_execution_context(strategy)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        if self._compiled is None:
+            self._compiled = config.create_runtime_cache()
+            kept = self._engines.cache.load(self._engines.kept(_COMPILED))
+            if kept is not None and not self._compiled.deserialize(kept):
+                self._say(f"kernels are compiled anew, those that were kept do not fit: {self._last()}")
+        config.set_runtime_cache(self._compiled)
+        return engine.create_execution_context(config)
+
+    def _keep_compiled(self) -> None:
+        """Kernels that were compiled by now, for the next process."""
+        if self._compiled is not None:
+            facts, now = self._engines.kept(_COMPILED), bytes(self._compiled.serialize())
+            if now != self._engines.cache.load(facts):
+                self._engines.cache.store(facts, now)
+
+    def _engine(self, graph: "GraphName", batch: int) -> Any:
+        """The engine of a graph that takes such a batch; one that takes less stays with the contexts that it has."""
+        loaded, batched = self._loaded.get(graph), self._bundle.manifest.graphs[graph].inputs[0].name
+        if loaded is None or loaded.get_tensor_profile_shape(batched, 0)[2][0] < batch:
+            prepared = self._engines.engine(self._bundle, graph, self._say, float32=self._float32, batch=batch)
+            loaded = self._runtime.deserialize_cuda_engine(prepared.engine)
+            if loaded is None:
                 raise ULError(f"{graph}: {self._engines.library.title} cannot load its engine: {self._last()}")
-        return self._loaded[graph]
+            self._loaded[graph] = loaded
+        return loaded
 
     def _last(self) -> str:
         log = self._engines.library.log

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ul_runtime.device.memory import Memory
+from ul_runtime.device.memory import Memory, Scratch
 from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
 from ul_runtime.guidance import Inputs
 from ul_runtime.manifest import Graph, GraphName, TensorFormat
@@ -62,7 +62,12 @@ class DeviceLoop:
     captures: bool = True
     require_graphs: bool = False
     captured: int = 0
-    _bound: dict[tuple[GraphName, str | None, int, int], _Bound] = field(default_factory=dict)
+    scratch: Scratch = field(init=False)
+    bound: dict[tuple[GraphName, str | None, int, int], _Bound] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Engines take from `scratch` what they need on their way."""
+        self.scratch = Scratch(self.memory)
 
     def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
         """See Walker.walk."""
@@ -116,10 +121,11 @@ class DeviceLoop:
     def release(self) -> None:
         """Give back the memory of all steps: a batch that does not fit leaves room for a smaller one."""
         self.memory.wait()
-        for bound in self._bound.values():
+        for bound in self.bound.values():
             for address in bound.addresses.values():
                 self.memory.free(address)
-        self._bound.clear()
+        self.bound.clear()
+        self.scratch.release()
 
     def _begin(self, bound: _Bound, last: _Bound | None, state: str, held: list[np.ndarray]) -> None:
         """State, history and noise of the first step; or of the step before, where that had other sizes."""
@@ -162,9 +168,9 @@ class DeviceLoop:
             if tensor.name in inputs and "g" in tensor.shape:
                 dims["g"] = inputs[tensor.name].shape[tensor.shape.index("g")]
         key = graph, state, dims.get("g", 0), bucket
-        if key not in self._bound:
-            self._bound[key] = self._make(graph, state, dims)
-        return self._bound[key]
+        if key not in self.bound:
+            self.bound[key] = self._make(graph, state, dims)
+        return self.bound[key]
 
     def _make(self, name: GraphName, state: str | None, dims: Dims) -> _Bound:
         tensors = [*self.graphs[name].inputs, *self.graphs[name].outputs]

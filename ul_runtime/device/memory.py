@@ -1,5 +1,6 @@
 """What the loop needs of a device, and the CUDA device, by NVIDIA's own bindings."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -36,6 +37,29 @@ class Memory(Protocol):
 
     def wait(self) -> None:
         """Until all work so far is done."""
+
+
+class Scratch:
+    """Memory for what engines compute on their way, shared by all that run one after the other.
+
+    What was once given out stays where it is, for captured steps hold its address; a larger request gets a new piece.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._pieces: list[tuple[int, int]] = []  # address, size; ascending
+
+    def at_least(self, size: int) -> int:
+        """Address of so many bytes, of which nothing lasts from one run to the next. OutOfMemoryError."""
+        if not self._pieces or self._pieces[-1][1] < size:
+            self._pieces.append((self._memory.allocate(max(1, size)), size))
+        return self._pieces[-1][0]
+
+    def release(self) -> None:
+        """Give all back; nothing may run any more that was given some."""
+        for address, _ in self._pieces:
+            self._memory.free(address)
+        self._pieces.clear()
 
 
 class CudaMemory:
@@ -93,7 +117,12 @@ class CudaMemory:
         graph = self._do(ended)
         executable = self._do(self._cuda.cudaGraphInstantiate(graph, 0))
         self._do(self._cuda.cudaGraphDestroy(graph))
-        return lambda: self._do(self._cuda.cudaGraphLaunch(executable, self.stream))
+
+        def replay() -> None:
+            self._do(self._cuda.cudaGraphLaunch(executable, self.stream))
+
+        weakref.finalize(replay, self._cuda.cudaGraphExecDestroy, executable)
+        return replay
 
     def wait(self) -> None:
         """See Memory."""

@@ -48,6 +48,14 @@ class Plan:
     inputs: Sequence[TensorFormat]
     profile: Profile
     targets: tuple[str, ...]
+    timings: "Timings | None" = None
+
+
+@dataclass
+class Timings:
+    """What the library measured of kernels, as it writes it (empty = nothing yet); a build adds to it."""
+
+    data: bytes = b""
 
 
 def build_engine(library: Library, plan: Plan, control: Control = UNWATCHED) -> bytes:
@@ -106,10 +114,21 @@ def _attempt(
     config.add_optimization_profile(profile)
     if layers is None:
         config.progress_monitor = _monitor(library, control)
+    if plan.timings is not None and layers is None:
+        _give_timings(config, plan.timings)
     library.log.clear()
     engine = builder.build_serialized_network(network, config)
     del parser  # it holds the weights of the network
+    if engine is not None and plan.timings is not None and layers is None:
+        plan.timings.data = bytes(config.get_timing_cache().serialize())
     return None if engine is None else bytes(engine), " ".join(library.log)
+
+
+def _give_timings(config: Any, timings: Timings) -> None:
+    """What does not fit library or card is begun anew."""
+    cache = config.create_timing_cache(timings.data)
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _parse(library: Library, builder: Any, plan: Plan) -> tuple[Any, Any]:

@@ -48,6 +48,27 @@ class Facts:
     flags: str = ""
 
     @property
+    def is_engine(self) -> bool:
+        """False of what a library keeps beside its engines, which belongs to no graph."""
+        return bool(self.graph_sha256)
+
+    def serves(self, wanted: "Facts", batch: int | None) -> bool:
+        """Whether an engine with these facts does for `wanted`: for more architectures, or batches up to `batch`.
+
+        `batch` None = the batches of `wanted`, no others.
+        """
+        targets = set(self.targets.split(","))
+        if replace(self, targets=wanted.targets, profile=wanted.profile) != wanted:
+            return False
+        right = self.profile == wanted.profile if batch is None else batch <= self.most
+        return right and targets >= set(wanted.targets.split(","))
+
+    @property
+    def most(self) -> int:
+        """The largest batch."""
+        return int(self.profile.rpartition(",")[2])
+
+    @property
     def file_name(self) -> str:
         """Readable in front, unique by its end."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -81,16 +102,13 @@ class EngineCache:
             return None
         return engine if found == facts else None
 
-    def find(self, facts: Facts) -> bytes | None:
-        """As `load`, or else the engine that differs only in being for other architectures as well."""
-        if (engine := self.load(facts)) is not None or not facts.targets:
+    def find(self, facts: Facts, batch: int | None = None) -> bytes | None:
+        """As `load`, or else an engine that does for `facts` (see Facts.serves), of the smallest batches."""
+        if (batch is None or batch <= facts.most) and (engine := self.load(facts)) is not None:
             return engine
-        wanted = set(facts.targets.split(","))
-        for entry in self.entries():
-            other = entry.facts
-            if other and replace(other, targets=facts.targets) == facts and wanted <= set(other.targets.split(",")):
-                return self.load(other)
-        return None
+        known = [entry.facts for entry in self.entries() if entry.facts is not None]
+        able = [other for other in known if other.is_engine and other.serves(facts, batch)]
+        return self.load(min(able, key=lambda other: other.most)) if able else None
 
     def store(self, facts: Facts, engine: bytes) -> Path:
         """Keep an engine, whole or not at all. OutputError; UntrustedError: others may write to the folder."""

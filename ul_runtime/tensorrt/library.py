@@ -22,11 +22,15 @@ class Kind:
     extra: str  # of pip install 'unified-latents[...]'
     oldest: tuple[int, ...]
     builds_ahead: bool  # for architectures that it is told, on a machine without a card
+    keeps_timings: bool  # chooses kernels by measuring them, and can be given earlier measurements
+    compiles_late: bool  # compiles kernels when an engine first runs, and can be given what it compiled before
 
 
 KINDS = {
-    "tensorrt": Kind("TensorRT", "tensorrt", "tensorrt", (10, 12), builds_ahead=False),
-    "tensorrt-rtx": Kind("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", (1, 7), builds_ahead=True),
+    "tensorrt": Kind("TensorRT", "tensorrt", "tensorrt", (10, 12), False, keeps_timings=True, compiles_late=False),
+    "tensorrt-rtx": Kind(
+        "TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", (1, 7), True, keeps_timings=False, compiles_late=True
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """Engines of a bundle's step graphs: from the cache where they are valid, built and kept where they are not."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ul_runtime.cards import cards
 from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.manifest import GraphName
 from ul_runtime.onnx_weights import with_weights
-from ul_runtime.tensorrt.build import FLAGS, Plan, Profile, build_engine
+from ul_runtime.tensorrt.build import FLAGS, Plan, Profile, Timings, build_engine
 from ul_runtime.tensorrt.engines import EngineCache, Facts
 from ul_runtime.tensorrt.library import Library, library_on
 from ul_runtime.user_cache import engine_dir
@@ -50,6 +50,11 @@ class Engines:
             flags=FLAGS,
         )
 
+    def kept(self, what: str) -> Facts:
+        """Of what the library keeps beside its engines, whatever their graphs."""
+        targets, card = ",".join(self.targets), "" if self.targets else self.card
+        return Facts("any", what, "", "", self.library.name, self.library.version, targets, card, "")
+
     def engine(
         self,
         bundle: Bundle,
@@ -57,19 +62,31 @@ class Engines:
         say: Callable[[str], None],
         *,
         float32: bool = False,
+        batch: int | None = None,
         control: Control = UNWATCHED,
     ) -> Prepared:
-        """The engine of a graph. One line says why, where it has to be built. Errors are those of `build_engine`."""
+        """The engine of a graph, for batches up to `batch` at least. One line says why, where it has to be built.
+
+        Errors are those of `build_engine`.
+        """
         facts = self.facts(bundle, graph, float32=float32)
-        if (engine := self.cache.find(facts)) is not None:
+        if (engine := self.cache.find(facts, batch)) is not None:
             return Prepared(engine, None)
+        if batch is not None and batch > self.profile.most:
+            larger = replace(self, profile=replace(self.profile, most=batch))
+            return larger.engine(bundle, graph, say, float32=float32, control=control)
         why = self.cache.why(facts)
         say(f"{graph}: building an engine by {self.library.title}: {why}")
         onnx = with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
         inputs = bundle.manifest.graphs[graph].inputs
-        plan = Plan(str(bundle.path), graph, onnx, inputs, self.profile, self.targets)
+        timings, kept = None, self.kept("timings")
+        if self.library.kind.keeps_timings:
+            timings = Timings(self.cache.load(kept) or b"")
+        plan = Plan(str(bundle.path), graph, onnx, inputs, self.profile, self.targets, timings)
         engine = build_engine(self.library, plan, control)
         self.cache.store(facts, engine)
+        if timings is not None:
+            self.cache.store(kept, timings.data)
         return Prepared(engine, why)
 
 
