@@ -1,6 +1,5 @@
 """What ul-export does: averaged weights to ONNX, the proof against torch, one hashed bundle."""
 
-import hashlib
 import os
 import tempfile
 import time
@@ -30,6 +29,7 @@ from ul_train.command import open_splits
 from ul_train.config import Config
 from ul_train.describe import describe
 from ul_train.heldout import from_uint8
+from ul_train.model import weights_sha256
 from ul_train.session import RunInfo, load_networks, load_newest
 
 WEIGHTS = ("fp32", "fp16")
@@ -214,12 +214,3 @@ def check_finite(run: Path, networks: dict[str, nn.Module]) -> None:
                     f"{run}: weight {name}.{key} is not finite; remove the newest checkpoint of its stage, "
                     "go on with ul-train --resume, and export again"
                 )
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """SHA-256 of a network's tensors and their names, whatever graph they are written into."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()

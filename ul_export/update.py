@@ -9,7 +9,7 @@ import onnx
 import torch
 from torch import nn
 
-from ul_export.command import check_finite, proof_in_short, rounded_provenance, weights_sha256
+from ul_export.command import check_finite, proof_in_short, rounded_provenance
 from ul_export.compare import REDUCED
 from ul_export.half_weights import rounded
 from ul_export.onnx_graphs import split_weights, step_graphs
@@ -23,6 +23,7 @@ from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError
 from ul_runtime.manifest import GRAPH_NAMES, BundleInfo
 from ul_train.describe import describe
+from ul_train.model import weights_sha256
 from ul_train.session import load_networks
 
 _SAME = ("image", "latent", "classes", "logsnr_z", "logsnr_x")  # of bundles whose graphs are the same

@@ -1,5 +1,7 @@
 """Unified Latents runtime: samples a bundle without torch (arXiv 2602.17270)."""
 
+import logging
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ def load(
 ) -> "Pipeline":
     """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
 
+    With backend "torch" it is a run of ul-train instead, sampled as it is.
     A name such as "garments-32" opens the model of that name inside the package, None the default one.
     `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
     (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = one per core.
@@ -31,12 +34,21 @@ def load(
     UsageError: a backend that is unknown, not installed or not able to compute in that precision.
     BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
     """
-    from ul_runtime.backends import Backend, open_backend
+    from ul_runtime.backends import TORCH, Backend, open_backend
     from ul_runtime.backends.on_a_card import CardOptions
     from ul_runtime.bundle import Bundle
+    from ul_runtime.errors import UsageError, require_packages
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.shipped import open_bundle
 
+    if backend == TORCH:
+        if path is None or engines is not None:
+            raise UsageError("backend torch samples a run of ul-train: give its folder, and no engines")
+        require_packages("torch", extras="train")
+        torch_device = import_module("ul_train.torch_device")  # which builds on this package, not this one on it
+        lesser_run, say = None if guide is None else Path(guide), logging.getLogger(__name__).warning
+        how = {"precision": precision, "threads": threads, "device": device, "require_graphs": require_graphs}
+        return torch_device.open_run(Path(path), guide=lesser_run, say=say, **how)
     named = device is not None or engines is not None or require_graphs
     card = CardOptions(device or 0, Path(engines) if engines else None, require_graphs) if named else None
 

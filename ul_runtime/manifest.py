@@ -7,7 +7,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -216,6 +217,22 @@ class Manifest(BundleInfo):
                 if file is not None and file not in self.files:
                     raise ValueError(f"graphs.{graph_name}: {file} is not in files")
         return self
+
+
+class Described(Protocol):
+    """What can be sampled: a bundle, or a run of ul-train as it is."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def manifest(self) -> BundleInfo:
+        """What it says of itself."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all that its images depend on."""
 
 
 def interface(graph: GraphName, image: ImageFormat, latent: LatentFormat) -> tuple[dict[str, Shape], dict[str, Shape]]:

@@ -15,13 +15,12 @@ import numpy as np
 from ul_runtime import noise
 from ul_runtime.backends import Backend
 from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
-from ul_runtime.bundle import Bundle
 from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, UsageError
 from ul_runtime.guidance import Inputs, autoguided, check_effective, check_guide, classifier_free, unguided
 from ul_runtime.indices import SEEDS, as_indices, check_seed
 from ul_runtime.loop import Step, run_steps
-from ul_runtime.manifest import LogsnrRange
+from ul_runtime.manifest import Described, LogsnrRange
 from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
@@ -51,7 +50,7 @@ class Encoded:
 
 
 class Pipeline:
-    """A bundle and a backend that runs its graphs; `guide` is another of which the prior guides (autoguidance).
+    """A bundle, or a run as it is, and a backend that runs its graphs; the prior of `guide` guides (autoguidance).
 
     `exact` opens a backend in float32, where `backend` computes in less: images that are not finite are made again on
     it, and their indices noted in `remade`.
@@ -59,7 +58,7 @@ class Pipeline:
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: Described,
         backend: Backend,
         guide: "Pipeline | None" = None,
         exact: Callable[[], Backend] | None = None,

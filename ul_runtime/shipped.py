@@ -23,6 +23,10 @@ def open_bundle(bundle: str | Path | None, *, graphs: Collection[GraphName] = GR
     BadInputError, UntrustedError: see Bundle.open, whose `graphs` these are.
     """
     if bundle is not None and os.path.lexists(bundle):
+        if (Path(bundle) / "checkpoints").is_dir():
+            raise BadInputError(
+                f"{bundle}: is a run of ul-train; ul-export makes a bundle of it, --backend torch samples it as it is"
+            )
         return Bundle.open(Path(bundle), graphs=graphs)
     name = DEFAULT if bundle is None else str(bundle)
     names = shipped_names()

@@ -70,7 +70,7 @@ def torch_pipeline(
 ) -> Pipeline:
     """The runtime's own pipeline over torch networks; `prior` is the base, or the prior of stage 1 for its bits."""
     backend = TorchBackend(encoder, prior, decoder, device, precision)
-    pipeline = Pipeline(SimpleNamespace(manifest=info), backend)  # type: ignore[arg-type]
+    pipeline = Pipeline(SimpleNamespace(manifest=info), backend)
     pipeline.default_batch_size = min(64, max(1, 2**16 // info.image.size**2))  # a GPU gains from more than a CPU does
     return pipeline
 

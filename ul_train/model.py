@@ -1,5 +1,7 @@
 """The four networks of a recipe, and a backend that runs their step graphs in torch."""
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import nn
@@ -52,6 +54,15 @@ def make_base(config: Config, num_classes: int) -> LatentViT:
 def joint_networks(config: Config) -> dict[str, nn.Module]:
     """The networks of stage 1 by name, freshly initialised in this order."""
     return {"encoder": make_encoder(config), "prior": make_prior(config), "decoder": make_decoder(config)}
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 of a network's tensors and their names, whatever graph they are written into."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Moments(nn.Module):

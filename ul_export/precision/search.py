@@ -44,7 +44,7 @@ class Calibration:
         return self._over(in_memory(self.info, models, self.threads))
 
     def _over(self, backend: Backend) -> Pipeline:
-        return Pipeline(SimpleNamespace(manifest=self.info), backend)  # type: ignore[arg-type]
+        return Pipeline(SimpleNamespace(manifest=self.info), backend)
 
     @cached_property
     def largest(self) -> dict[GraphName, dict[str, float]]:

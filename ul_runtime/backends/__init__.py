@@ -13,11 +13,12 @@ from ul_runtime.errors import BadInputError, ULError, UsageError, require_packag
 if TYPE_CHECKING:
     from ul_runtime.backends.on_a_card import CardOptions
     from ul_runtime.bundle import Bundle
-    from ul_runtime.manifest import GraphName
+    from ul_runtime.manifest import Described, GraphName
 
 _LOG = logging.getLogger(__name__)
 ON_A_CARD = ("tensorrt", "ort-cuda")  # the fastest first
-BACKENDS = ("auto", "ort-cpu", "openvino", *ON_A_CARD)
+TORCH = "torch"  # of runs, not of bundles
+BACKENDS = ("auto", "ort-cpu", "openvino", *ON_A_CARD, TORCH)
 PRECISIONS = ("fp32", "bf16")
 NO_BF16 = "this processor has no bfloat16 (AVX512-BF16 or AMX)"
 _THREADS_ANYWHERE = 8  # allowed on any machine, for jobs that were begun on a larger one
@@ -92,19 +93,19 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"the number of threads is {threads}; expected at most {most}, for {processors} processors")
 
 
-def bundle_precision(bundle: "Bundle") -> str:
+def bundle_precision(bundle: "Described") -> str:
     """Precision of the graphs that make images, in which ul-export proved them: one for both, or "prior+decoder"."""
     graphs = bundle.manifest.graphs
     return "+".join(dict.fromkeys(graphs[name].precision for name in ("prior_step", "decoder_step")))
 
 
-def has_float32(bundle: "Bundle") -> bool:
+def has_float32(bundle: "Described") -> bool:
     """Whether the bundle's images can be computed in float32."""
     graphs = bundle.manifest.graphs
     return all(graph.precision == "fp32" or graph.float32_file is not None for graph in graphs.values())
 
 
-def cpu_precision(bundle: "Bundle") -> str:
+def cpu_precision(bundle: "Described") -> str:
     """What the bundle computes in on a CPU: its own precision, or float32 if it has graphs for that beside others."""
     precisions = {graph.precision for graph in bundle.manifest.graphs.values() if graph.float32_file is not None}
     return "fp32" if precisions - {"int8"} else bundle_precision(bundle)
@@ -118,7 +119,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose_backend(bundle: "Bundle", precision: str | None) -> Choice:
+def choose_backend(bundle: "Described", precision: str | None) -> Choice:
     """The fastest on a processor that was proved; for a bundle in bf16 it depends on machine and installation."""
     typed = bundle_precision(bundle)
     if precision in (None, typed) and typed == cpu_precision(bundle):
@@ -134,7 +135,7 @@ def choose_backend(bundle: "Bundle", precision: str | None) -> Choice:
     return Choice("openvino", precision, why)
 
 
-def _lacks_bf16(bundle: "Bundle") -> str | None:
+def _lacks_bf16(bundle: "Described") -> str | None:
     """Why a bundle in bf16 is not computed in it on this machine; None if it can be."""
     proof = bundle.manifest.parity.get("bf16")
     if not (isinstance(proof, dict) and proof.get("openvino")):
@@ -146,7 +147,7 @@ def _lacks_bf16(bundle: "Bundle") -> str | None:
     return None if has_bf16() else NO_BF16
 
 
-def in_another(bundle: "Bundle", precision: str) -> str:
+def in_another(bundle: "Described", precision: str) -> str:
     """What to say where a backend computes in `precision` and the bundle is of another."""
     return f"computes in {precision} with the {bundle_precision(bundle)} bundle's weights"
 
@@ -168,6 +169,8 @@ def open_backend(
     """
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; expected one of {', '.join(BACKENDS)}")
+    if name == TORCH:
+        raise UsageError(f"backend torch samples a run of ul-train as it is; {bundle.path} is a bundle: leave it out")
     if name in ON_A_CARD or name == "auto":
         from ul_runtime.backends.on_a_card import CardOptions, first_that_works, open_on_a_card
 

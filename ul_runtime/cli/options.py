@@ -15,7 +15,7 @@ _BUNDLES = "the bundle's"
 _SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2, heun"
 _GRIDS = "uniform, cosine, karras, flow, mix or mix:RHO,CENTRE,WIDTH"
 
-_BUNDLE = "Bundle of ul-export (a folder), or the name of a model inside the package: garments-32."
+_BUNDLE = "Bundle of ul-export (a folder), or a model inside the package: garments-32. With --backend torch a run."
 BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help=_BUNDLE)]
 OptionalBundle: TypeAlias = Annotated[
     Path | None, typer.Argument(metavar="BUNDLE", help=_BUNDLE, show_default="garments-32")
@@ -49,7 +49,8 @@ Spinning: TypeAlias = Annotated[
     typer.Option("--spinning/--no-spinning", help="Threads wait busily (ort-cpu): faster, rude on a shared machine."),
 ]
 BackendName: TypeAlias = Annotated[
-    str, typer.Option("--backend", metavar="auto|ort-cpu|openvino|ort-cuda|tensorrt", help="What runs the graphs.")
+    str,
+    typer.Option("--backend", metavar="auto|ort-cpu|openvino|tensorrt|ort-cuda|torch", help="What runs the graphs."),
 ]
 Devices: TypeAlias = Annotated[
     str | None,

@@ -1,0 +1,241 @@
+"""A run sampled by torch as it is, without an export: on an NVIDIA card each step is captured once and replayed."""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ul_runtime.device.loop import DeviceLoop, Dims, Engine
+from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.guidance import Inputs
+from ul_runtime.manifest import BundleInfo, Graph, GraphName
+from ul_runtime.pipeline import Pipeline
+from ul_runtime.walk import Walk
+from ul_train.describe import describe
+from ul_train.model import TorchBackend, weights_sha256
+from ul_train.session import load_networks
+
+PRECISIONS = ("fp32", "bf16")
+_OPSET = 20  # of a description that is never exported
+
+
+class TorchMemory:
+    """Memory of a torch device, and a stream of its own on a card."""
+
+    def __init__(self, device: torch.device) -> None:
+        """UsageError: there is no such device."""
+        self.device, self.kind = device, device.type
+        self._pieces: dict[int, Tensor] = {}
+        try:
+            torch.empty(1, device=device)
+            self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"device {device} cannot be used: {' '.join(str(error).split())[:200]}") from error
+
+    def ordered(self) -> AbstractContextManager[object]:
+        """Within it, torch's work is in this memory's order."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def allocate(self, size: int) -> int:
+        """See Memory."""
+        try:
+            piece = torch.empty(size, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"device {self.device} has no memory left; give a smaller --batch-size") from error
+        self._pieces[piece.data_ptr()] = piece
+        return piece.data_ptr()
+
+    def free(self, address: int) -> None:
+        """See Memory."""
+        del self._pieces[address]
+
+    def at(self, address: int, size: int) -> Tensor:
+        """The bytes there, uint8."""
+        starts = sorted(self._pieces)
+        start = starts[bisect_right(starts, address) - 1]
+        return self._pieces[start][address - start : address - start + size]
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """See Memory."""
+        with self.ordered():
+            self.at(address, array.nbytes).copy_(_bytes(array), non_blocking=True)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """See Memory."""
+        with self.ordered():
+            _bytes(array).copy_(self.at(address, array.nbytes), non_blocking=True)
+
+    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
+        """See Memory."""
+        with self.ordered():
+            if rows == 1:
+                self.at(to, size).copy_(self.at(source, size))
+            else:
+                self._rows(to, rows, size, to_pitch).copy_(self._rows(source, rows, size, pitch))
+
+    def _rows(self, address: int, rows: int, size: int, pitch: int) -> Tensor:
+        return self.at(address, (rows - 1) * pitch + size).as_strided((rows, size), (pitch, 1))
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See Memory. ULError: something that `work` does cannot be captured, or this is no card."""
+        if self.stream is None:
+            raise ULError(f"device {self.device} has no CUDA graphs")
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                work()
+        except RuntimeError as error:
+            raise ULError(f"torch cannot capture a step: {' '.join(str(error).split())[:200]}") from error
+
+        def replay() -> None:
+            with self.ordered():
+                graph.replay()
+
+        return replay
+
+    def wait(self) -> None:
+        """See Memory."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
+def _bytes(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))
+
+
+class TorchDeviceBackend:
+    """Torch networks behind the loop that stays on a device."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        graphs: dict[GraphName, Graph],
+        device: torch.device,
+        say: Callable[[str], None],
+        *,
+        precision: str = "fp32",
+        require_graphs: bool = False,
+    ) -> None:
+        """`networks`: encoder, prior (the base), decoder. UsageError: no such device."""
+        self._memory, self._graphs = TorchMemory(device), graphs
+        on_device = {name: network.eval().to(device) for name, network in networks.items()}
+        self._by_name = TorchBackend(on_device["encoder"], on_device["prior"], on_device["decoder"], device, precision)
+        self.precision = precision
+        self.threads = torch.get_num_threads() if device.type == "cpu" else None
+        on_card = device.type == "cuda"
+        self.loop = DeviceLoop(self._memory, graphs, self._bind, say, captures=on_card, require_graphs=require_graphs)
+
+    def run(self, graph_name: GraphName, inputs: Inputs) -> Inputs:
+        """See Backend.run."""
+        return self.loop.run(graph_name, inputs)
+
+    def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
+        """See Walker.walk."""
+        return self.loop.walk(walk, stop, advance)
+
+    def _bind(self, graph: GraphName, dims: Dims, addresses: dict[str, int]) -> Engine:
+        entry = self._graphs[graph]
+        tensors = {}
+        for tensor in (*entry.inputs, *entry.outputs):
+            shape = [d if isinstance(d, int) else dims[d] for d in tensor.shape]
+            kind = getattr(torch, tensor.dtype)
+            size = int(np.prod(shape)) * kind.itemsize
+            tensors[tensor.name] = self._memory.at(addresses[tensor.name], size).view(kind).view(shape)
+        inputs = {tensor.name: tensors[tensor.name] for tensor in entry.inputs}
+        outputs = [tensors[name] for name in self._by_name.outputs[graph]]
+        module = self._by_name.graphs[graph]
+        return _BoundModule(module, inputs, outputs, self._memory, self.precision)
+
+
+@dataclass(frozen=True)
+class _BoundModule:
+    """A step graph as a torch module, with its tensors."""
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: list[Tensor]
+    memory: TorchMemory
+    precision: str
+
+    @torch.inference_mode()
+    def enqueue(self) -> None:
+        """See Engine."""
+        kind = self.memory.device.type
+        try:
+            with self.memory.ordered(), torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16"):
+                made = self.module(**self.inputs)
+                for output, result in zip(self.outputs, made if isinstance(made, tuple) else (made,), strict=True):
+                    output.copy_(result)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"device {self.memory.device} has no memory left for this batch") from error
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """What the pipeline asks of a bundle, of a run."""
+
+    path: Path
+    manifest: BundleInfo
+    hash: str
+
+    @classmethod
+    def load(cls, run: Path) -> "tuple[RunModel, dict[str, nn.Module]]":
+        """(description, averaged networks) of a run whose base has begun. BadInputError."""
+        config, info, networks, step = load_networks(run)
+        sums = {name: weights_sha256(network) for name, network in sorted(networks.items())}
+        data = info.data_fingerprint
+        described = describe(config, info.class_names, info.run_id, data, step, _OPSET, sums["encoder"])
+        digest = hashlib.sha256((described.model_dump_json() + "".join(sums.values())).encode())
+        return cls(run, described, digest.hexdigest()), networks
+
+
+def open_run(
+    run: Path,
+    *,
+    guide: Path | None,
+    precision: str | None,
+    threads: int | None,
+    device: int | None,
+    require_graphs: bool,
+    say: Callable[[str], None],
+) -> Pipeline:
+    """The pipeline over a run and, for autoguidance, another: on card `device`, or None = the first if there is one.
+
+    BadInputError: no run, or a stage is missing. UsageError: no such card or precision.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise UsageError(f"backend torch computes in {' or '.join(PRECISIONS)}, not {precision!r}")
+    if threads:
+        torch.set_num_threads(threads)
+    on_card = device is not None or (threads is None and torch.cuda.is_available())
+    where = torch.device("cuda", device or 0) if on_card else torch.device("cpu")
+    if require_graphs and not on_card:
+        raise UsageError("--require-graphs: torch finds no NVIDIA card, and a processor has no CUDA graphs")
+    lesser = None
+    if guide is not None:
+        lesser = open_run(
+            guide,
+            guide=None,
+            precision=precision,
+            threads=threads,
+            device=device,
+            require_graphs=require_graphs,
+            say=say,
+        )
+    model, networks = RunModel.load(run)
+
+    def backend(precision: str) -> TorchDeviceBackend:
+        return TorchDeviceBackend(
+            networks, dict(model.manifest.graphs), where, say, precision=precision, require_graphs=require_graphs
+        )
+
+    exact = None if precision in (None, "fp32") else lambda: backend("fp32")
+    return Pipeline(model, backend(precision or "fp32"), lesser, exact)
