@@ -13,23 +13,10 @@ from torch import nn
 
 from ul_train import checkpoint as ckpt
 from ul_train.config import Config, config_hash, load_config
-from ul_train.model import make_base, make_decoder, make_encoder, make_prior
+from ul_train.model import make_base, make_decoder, make_encoder, make_prior, randomise
 from ul_train.session import create_run
 
 DIGITS = tuple("0123456789")
-
-
-def randomise(network: nn.Module, seed: int) -> nn.Module:
-    """Matrices and kernels at the scale that keeps variance, all else moved away from where it starts."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            noise = torch.randn(weight.shape, generator=draw)
-            if weight.dim() >= 2 and name.endswith("weight"):
-                weight.copy_(noise * weight[0].numel() ** -0.5)
-            else:
-                weight.add_(0.1 * noise)
-    return network
 
 
 def save(run: Path, config: Config, stage: str, networks: dict[str, nn.Module], encoder: str | None = None) -> str:

@@ -102,30 +102,34 @@ class UserLoop:
     prior: nn.Module
     decoder: nn.Module
     precision: str
+    device: torch.device = _CPU
 
     @torch.inference_mode()
     def images(self, batch: int, control: Control = UNWATCHED) -> np.ndarray:
         """uint8 `b h w c`."""
         latent, image, num_classes = self.info.latent, self.info.image, len(self.info.classes)
-        label = torch.arange(batch) % max(1, num_classes)
+        label = torch.arange(batch, device=self.device) % max(1, num_classes)
         no_label = torch.full_like(label, num_classes)
         low, high = self.settings.guidance_interval or (-np.inf, np.inf)
         w = self.settings.guidance
 
         def prior(z: Tensor, logsnr: float) -> Tensor:
             if w == 1.0 or not low <= logsnr <= high:
-                return self.prior(z, torch.full((batch,), logsnr), label)
-            both = torch.full((2 * batch,), logsnr)
+                return self.prior(z, torch.full((batch,), logsnr, device=self.device), label)
+            both = torch.full((2 * batch,), logsnr, device=self.device)
             v, v_0 = self.prior(torch.cat([z, z]), both, torch.cat([label, no_label])).chunk(2)
             return w * v + (1.0 - w) * v_0
 
-        z = torch.randn(batch, latent.channels, latent.size, latent.size)
-        x = torch.randn(batch, image.channels, image.size, image.size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+        z = torch.randn(batch, latent.channels, latent.size, latent.size, device=self.device)
+        x = torch.randn(batch, image.channels, image.size, image.size, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             z = _sample(prior, _table(self.settings.prior, self.info.logsnr_z, ends_clean=False), z, control)
             table = _table(self.settings.decoder, self.info.logsnr_x, ends_clean=True)
-            x = _sample(lambda x, logsnr: self.decoder(x, torch.full((batch,), logsnr), z), table, x, control)
-        return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            x = _sample(self._decoder(z), table, x, control)
+        return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _decoder(self, z_0: Tensor) -> Callable[[Tensor, float], Tensor]:
+        return lambda x, logsnr: self.decoder(x, torch.full((len(x),), logsnr, device=self.device), z_0)
 
 
 def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> Tensor:

@@ -56,6 +56,22 @@ def joint_networks(config: Config) -> dict[str, nn.Module]:
     return {"encoder": make_encoder(config), "prior": make_prior(config), "decoder": make_decoder(config)}
 
 
+def randomise(network: nn.Module, seed: int) -> nn.Module:
+    """Weights of no meaning, none of them zero, for tests and measurements; returns the network.
+
+    Matrices and kernels are at the scale that keeps variance, all else is moved away from where it starts.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            noise = torch.randn(weight.shape, generator=draw)
+            if weight.dim() >= 2 and name.endswith("weight"):
+                weight.copy_(noise * weight[0].numel() ** -0.5)
+            else:
+                weight.add_(0.1 * noise)
+    return network
+
+
 def weights_sha256(network: nn.Module) -> str:
     """SHA-256 of a network's tensors and their names, whatever graph they are written into."""
     digest = hashlib.sha256()

@@ -32,6 +32,7 @@ def cuda_providers(memory: CudaMemory) -> list[Any]:
         raise UsageError(
             f"onnxruntime {ort.__version__} has no {_PROVIDER}; pip uninstall onnxruntime, pip install onnxruntime-gpu"
         )
+    ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's Python packages, where these are installed
     options = {"device_id": memory.device, "user_compute_stream": str(memory.stream), "enable_cuda_graph": "1"}
     return [(_PROVIDER, options | {"use_tf32": "0"})]
 
