@@ -17,7 +17,7 @@ class HostMemory:
     def __init__(self, *, limit: int | None = None, refuses_capture: bool = False) -> None:
         self.held: dict[int, np.ndarray] = {}
         self.limit, self.refuses_capture = limit, refuses_capture
-        self.allocations = self.waits = self.replays = 0
+        self.allocations = self.waits = self.replays = self.largest_download = 0
         self._recorded: list[Callable[[], None]] | None = None
 
     def allocate(self, size: int) -> int:
@@ -44,6 +44,7 @@ class HostMemory:
 
     def download(self, address: int, array: np.ndarray) -> None:
         assert array.flags.c_contiguous
+        self.largest_download = max(self.largest_download, array.nbytes)
         self.submit(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))  # type: ignore[arg-type, return-value]
 
     def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:

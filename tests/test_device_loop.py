@@ -4,17 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from exported_run import PLAIN, exported_run
 from host_memory import HostMemory
+from pixels_graph import pixels_onnx
 
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
+from ul_runtime.batches import to_uint8
 from ul_runtime.bundle import Bundle
 from ul_runtime.control import Control
+from ul_runtime.device import pixels
 from ul_runtime.device.loop import bucket_of
 from ul_runtime.device.memory import Scratch
-from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
+from ul_runtime.errors import NonFiniteError, OutOfMemoryError, StoppedError, ULError, UsageError
 from ul_runtime.pipeline import Pipeline
 
 # what is drawn -> overrides of the bundle's settings
@@ -56,6 +60,50 @@ def test_pictures_are_those_of_the_host_byte_for_byte(bundle, name, captured):
         assert np.isfinite(expected).all()
         assert pictures(device(bundle, memory, captured=captured), images, **options).tobytes() == expected.tobytes()
     assert (memory.replays > 0) == captured
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_the_device_makes_the_hosts_pictures_in_uint8_itself(bundle, captured):
+    host = Pipeline(Bundle.open(bundle), OrtCpuBackend(Bundle.open(bundle), threads=1))
+    memory = HostMemory()
+    there = device(bundle, memory, captured=captured)
+    for _ in range(3):
+        options = {"seed": 4, "steps": 3, "batch_size": 4}
+        expected = np.concatenate([each.images for each in host.generate(6, **options)])
+        batches = list(there.generate(6, keep_x=False, **options))
+        assert np.concatenate([each.images for each in batches]).tobytes() == expected.tobytes()
+    assert 20 < expected.std() < 128
+    assert memory.largest_download <= 4 * max(np.prod(there.image_shape), 4 * np.prod(there.latent_shape))
+    with pytest.raises(UsageError, match="made with keep_x=False"):
+        _ = batches[0].x
+    (decoded,) = there.decode(np.zeros((2, *there.latent_shape), np.float32), keep_x=False)
+    (exact,) = host.decode(np.zeros((2, *there.latent_shape), np.float32))
+    assert decoded.images.tobytes() == exact.images.tobytes()
+
+
+def test_what_is_not_finite_is_known_without_x(bundle):
+    there = device(bundle, HostMemory())
+    z_0 = np.zeros((3, *there.latent_shape), np.float32)
+    z_0[1] = np.inf
+    batches = there.decode(z_0, keep_x=False, batch_size=3)
+    (left,) = [next(batches)]
+    assert left.indices.tolist() == [0, 2]
+    with pytest.raises(NonFiniteError, match="1 of 3 images"):
+        next(batches)
+
+
+def test_the_graph_of_the_pixels_is_what_onnx_builds():
+    assert pixels_onnx() == pixels.ONNX
+    x = np.random.default_rng(0).normal(0, 1, (5, 3, 8, 8)).astype(np.float32)
+    x[:, 0, 0, :7] = np.float32([-2, -1, 1, 2, 0.5 / 127.5, 1.5 / 127.5, -0.0])
+    session = onnxruntime.InferenceSession(pixels.ONNX, providers=["CPUExecutionProvider"])
+    images, total = session.run(None, {"x": x})
+    assert images.tobytes() == to_uint8(x).tobytes()
+    assert np.isfinite(total).all()
+    for value in (np.nan, np.inf, -np.inf):
+        broken = x.copy()
+        broken[2, 1, 3, 4] = value
+        assert np.isfinite(session.run(None, {"x": broken})[1]).tolist() == [True, True, False, True, True]
 
 
 def test_encoder_and_bits_are_those_of_the_host(bundle):

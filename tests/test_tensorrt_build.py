@@ -10,8 +10,9 @@ from onnx import TensorProto, helper
 
 from ul_runtime.bundle import Bundle
 from ul_runtime.control import Control
+from ul_runtime.device import pixels
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
-from ul_runtime.manifest import GRAPH_NAMES, TensorFormat
+from ul_runtime.manifest import GRAPH_NAMES, ImageFormat, TensorFormat
 from ul_runtime.onnx_weights import with_weights
 from ul_runtime.tensorrt import library as libraries
 from ul_runtime.tensorrt.build import Plan, Profile, Timings, _Phases, build_engine
@@ -60,6 +61,11 @@ def test_measurements_of_kernels_can_be_given_and_come_back(library):
     assert build_engine(library, plan) == engine
     plan.timings.data = b"of another library"
     assert build_engine(library, plan) == engine
+
+
+def test_the_graph_that_makes_pixels_builds(library):
+    tensors = pixels.PixelGraph.of(ImageFormat(channels=3, size=16, background="#ffffff", fit="crop")).inputs
+    assert build_engine(library, Plan("bundle", pixels.NAME, pixels.ONNX, tensors, Profile(16, 4), TARGETS))
 
 
 def test_an_operator_that_the_library_does_not_have_is_named_with_its_module(library):

@@ -46,6 +46,13 @@ def test_the_loop_on_the_device_is_the_hosts_byte_for_byte(exported):
         assert pictures(run, 4, **options).tobytes() == pictures(host, 4, **options).tobytes()
 
 
+def test_pictures_in_uint8_are_the_hosts_without_x(exported):
+    run = ul_runtime.load(exported.run, backend="torch", threads=1)
+    kept, bare = (list(run.generate(3, steps=3, keep_x=keep)) for keep in (True, False))
+    assert bare[0].images.tobytes() == kept[0].images.tobytes()
+    assert bare[0].kept_x is None
+
+
 def test_bfloat16_is_another_precision_and_said(exported):
     exact, half = (ul_runtime.load(exported.run, backend="torch", threads=1, precision=p) for p in (None, "bf16"))
     assert half.computed_by == {"backend": "torch", "precision": "bf16", "threads": 1}

@@ -10,10 +10,10 @@ import pytest
 from exported_run import PLAIN, exported_run
 
 import ul_runtime
+from ul_runtime.batches import Images
 from ul_runtime.cli.devices import by_workers
 from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError
-from ul_runtime.pipeline import Images
 from ul_runtime.workers import Workers
 
 OPTIONS = {"seed": 3, "labels": [1, "none"], "steps": 3, "guidance": 1.5}

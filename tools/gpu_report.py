@@ -290,7 +290,7 @@ def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Mad
     assert model.networks is not None
     networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
     if contender in ("torch-graphs", "torch-no-graphs"):
-        backend = TorchDeviceBackend(networks, dict(model.info.graphs), device, said.append, precision="bf16")
+        backend = TorchDeviceBackend(networks, model.info, device, said.append, precision="bf16")
         backend.loop.captures &= contender == "torch-graphs"
         described = RunModel(Path(model.name), model.info, "")
         return Made("bf16", _images(Pipeline(described, backend)), backend.loop, said)
@@ -305,7 +305,7 @@ def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Mad
 
 
 def _images(pipeline: Any) -> Callable[[int], "np.ndarray"]:
-    return lambda batch: next(iter(pipeline.generate(batch, batch_size=batch))).images
+    return lambda batch: next(iter(pipeline.generate(batch, batch_size=batch, keep_x=False))).images
 
 
 def table(report: dict[str, Any]) -> str:

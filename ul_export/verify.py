@@ -10,10 +10,11 @@ import numpy as np
 
 from ul_export.compare import FP32, Difference, Tolerance, Tolerances, compare, compare_outputs, image_psnr_db
 from ul_runtime.backends import Backend, InFront
+from ul_runtime.batches import Images, to_uint8
 from ul_runtime.errors import BadInputError, NonFiniteError
 from ul_runtime.manifest import GraphName, interface
 from ul_runtime.noise_process import alpha, sigma
-from ul_runtime.pipeline import Images, Pipeline, to_uint8
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress
 from ul_runtime.samplers import ALPHA, LOGSNR, SIGMA
 

@@ -4,7 +4,6 @@ Image i depends only on (bundle, seed, i, its label, settings, backend): not on 
 Image indices are 0 to 2^63 - 1 (int64), seeds 0 to 2^64 - 1.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -14,9 +13,10 @@ import numpy as np
 
 from ul_runtime import noise
 from ul_runtime.backends import Backend
+from ul_runtime.batches import Drawn, Images, finite, in_batches
 from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
 from ul_runtime.control import UNWATCHED, Control
-from ul_runtime.errors import NonFiniteError, OutOfMemoryError, UsageError
+from ul_runtime.errors import UsageError
 from ul_runtime.guidance import Inputs, autoguided, check_effective, check_guide, classifier_free, unguided
 from ul_runtime.indices import SEEDS, as_indices, check_seed
 from ul_runtime.loop import Step, run_steps
@@ -26,19 +26,8 @@ from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
 from ul_runtime.walk import Walk, Walker
 
-_LOG = logging.getLogger(__name__)
 _PIXELS_A_BATCH, _MOST_A_BATCH = 2**15, 16  # of one default batch: 16 images of 32 px, 8 of 64 px, 1 of 256 px
 _GOLDEN = (5**0.5 - 1) / 2
-
-
-@dataclass(frozen=True)
-class Images:
-    """One batch of finished images, all finite."""
-
-    indices: np.ndarray  # int64 b
-    labels: np.ndarray  # int64 b; len(classes) = no label
-    images: np.ndarray  # uint8 b h w c
-    x: np.ndarray  # float32 b c h w, before clipping to [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -115,6 +104,7 @@ class Pipeline:
         seed: int = 0,
         labels: Label | Sequence[Label] | None = None,
         batch_size: int | None = None,
+        keep_x: bool = True,
         control: Control = UNWATCHED,
         **overrides: Unpack[Overrides],
     ) -> Iterator[Images]:
@@ -124,6 +114,7 @@ class Pipeline:
         `guidance` w: pred = w pred(label) + (1 - w) u where logsnr is in `guidance_interval`; u is the prediction of
         the pipeline's guide or, without one, of this bundle for no label. `guidance_rescale` in [0, 1], 0 = off, draws
         the guided prediction's standard deviation, of each image, back to that of pred(label).
+        With `keep_x` False they have no x: a device then converts them to uint8 itself, and no more leaves it.
         Images that are not finite, in float32 either, are left out; after the last batch they raise NonFiniteError.
         Else UsageError, StoppedError.
         """
@@ -137,11 +128,11 @@ class Pipeline:
         calls = len(self.prior_table(settings.prior)) + len(self.decoder_table(settings.decoder))
         per_step = _per_step(control, calls)
 
-        def draw(by: Pipeline, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def draw(by: Pipeline, part: np.ndarray) -> Drawn:
             label = cycle[indices[part] % len(cycle)]
             z_0 = by.sample_z_0(indices[part], label, seed, settings, per_step)
-            x = by.sample_x(z_0, indices[part], seed, settings.decoder, per_step)
-            return label, np.where(_finite(z_0)[:, None, None, None], x, np.float32(np.nan))
+            drawn = by._draw_images(z_0, indices[part], label, seed, settings.decoder, keep_x, per_step)
+            return replace(drawn, finite=drawn.finite & finite(z_0))
 
         return self._batches(indices, batch_size, draw)
 
@@ -154,6 +145,7 @@ class Pipeline:
         labels: np.ndarray | None = None,
         mean_of: int = 1,
         batch_size: int | None = None,
+        keep_x: bool = True,
         control: Control = UNWATCHED,
         **overrides: Unpack[Overrides],
     ) -> Iterator[Images]:
@@ -173,11 +165,13 @@ class Pipeline:
         label = np.full(len(at), self.num_classes) if labels is None else np.asarray(labels)
         per_step = _per_step(control, len(self.decoder_table(sampler)) * mean_of)
 
-        def draw(by: Pipeline, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def draw(by: Pipeline, part: np.ndarray) -> Drawn:
+            if mean_of == 1:
+                return by._draw_images(z_0[part], at[part], label[part], seed, sampler, keep_x, per_step)
             total = by.sample_x(z_0[part], at[part], seed, sampler, per_step)
             for k in range(1, mean_of):
                 total = total + by.sample_x(z_0[part], at[part], (seed + k) % SEEDS, sampler, per_step)
-            return label[part], total / np.float32(mean_of)
+            return Drawn.of(label[part], total / np.float32(mean_of))
 
         return self._batches(at, batch_size, draw)
 
@@ -283,15 +277,8 @@ class Pipeline:
         self, z_0: np.ndarray, indices: np.ndarray, seed: int, sampler: SamplerSettings, control: Control = UNWATCHED
     ) -> np.ndarray:
         """x `b c h w` from noise and z_0 `b c h w`: ends clean, not clipped."""
-        table = self.decoder_table(sampler)
-        start = noise.normals(seed, indices, noise.DECODER_START, self.image_shape)
-
-        def fresh(k: int) -> np.ndarray:
-            return noise.normals(seed, indices, noise.decoder_step(k), self.image_shape)
-
+        walk = self._decoding(z_0, indices, seed, sampler)
         if isinstance(self.backend, Walker):
-            condition = {"z_0": z_0}
-            walk = Walk("decoder_step", "x", table, start, fresh, lambda k: condition)
             return self.backend.walk(walk, control.stop, control.progress)
 
         def step(x: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -300,65 +287,51 @@ class Pipeline:
             control.progress(len(x))
             return out["x_next"], out["pred"]
 
-        return run_steps(step, table, start, fresh, control.stop)
+        return run_steps(step, walk.table, walk.start, walk.noise, control.stop)
+
+    def _decoding(self, z_0: np.ndarray, indices: np.ndarray, seed: int, sampler: SamplerSettings) -> Walk:
+        """The decoder's loop as data."""
+        start, condition = noise.normals(seed, indices, noise.DECODER_START, self.image_shape), {"z_0": z_0}
+
+        def fresh(k: int) -> np.ndarray:
+            return noise.normals(seed, indices, noise.decoder_step(k), self.image_shape)
+
+        return Walk("decoder_step", "x", self.decoder_table(sampler), start, fresh, lambda k: condition)
+
+    def _draw_images(
+        self,
+        z_0: np.ndarray,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        seed: int,
+        sampler: SamplerSettings,
+        keep_x: bool,
+        control: Control,
+    ) -> Drawn:
+        """Images from z_0; on a device without x, unless it is to be kept."""
+        if keep_x or not isinstance(self.backend, Walker):
+            return Drawn.of(labels, self.sample_x(z_0, indices, seed, sampler, control))
+        walk = self._decoding(z_0, indices, seed, sampler)
+        images, good = self.backend.walk_to_images(walk, control.stop, control.progress)
+        return Drawn(labels, images, good, None)
 
     def _batches(
-        self,
-        indices: np.ndarray,
-        batch_size: int | None,
-        draw: Callable[["Pipeline", np.ndarray], tuple[np.ndarray, np.ndarray]],
+        self, indices: np.ndarray, batch_size: int | None, draw: Callable[["Pipeline", np.ndarray], Drawn]
     ) -> Iterator[Images]:
-        """Checks now, yields later: the finite images of `draw`, batch by batch, then the error for the others.
-
-        `draw(pipeline, positions in indices)`: labels and images; again in float32 for those that are not finite.
-        """
+        """Checks now, yields later. `draw(pipeline, positions in indices)`: this pipeline, or the one in float32."""
         size = self.default_batch_size if batch_size is None else batch_size
         if size < 1:
             raise UsageError(f"the batch size is {size}; expected 1 or more")
 
-        def run() -> Iterator[Images]:
-            failed: list[int] = []
-            first, most = 0, size
-            while first < len(indices):
-                part = np.arange(first, min(first + most, len(indices)))
-                try:
-                    label, x = draw(self, part)
-                except OutOfMemoryError as error:
-                    if len(part) == 1:
-                        raise
-                    most = len(part) // 2
-                    _LOG.warning("%s; going on with batches of %d, which make the same images", error, most)
-                    continue
-                first += len(part)
-                finite = _finite(x)
-                if not finite.all() and (exact := self.in_float32) is not None:
-                    self.remade += indices[part[~finite]].tolist()
-                    x = x.copy()
-                    x[~finite] = draw(exact, part[~finite])[1]
-                    finite = _finite(x)
-                failed += indices[part][~finite].tolist()
-                if finite.any():
-                    x = x[finite]
-                    yield Images(indices[part][finite], label[finite], to_uint8(x), x)
-            if failed:
-                names = ", ".join(map(str, failed[:10])) + (" ..." if len(failed) > 10 else "")
-                message = f"{len(failed)} of {len(indices)} images are not finite and were left out: {names}"
-                raise NonFiniteError(f"{message}; lower the guidance, or check the bundle with ul-export")
+        def by(in_float32: bool, part: np.ndarray) -> Drawn:
+            pipeline = self.in_float32 if in_float32 else self
+            assert pipeline is not None
+            return draw(pipeline, part)
 
-        return run()
+        return in_batches(indices, size, by, self._exact is not None, self.remade)
 
 
 _ONE_STEP = SamplerSettings("ddim", "uniform", 1), SamplerSettings("ddim", "uniform", 1)
-
-
-def to_uint8(x: np.ndarray) -> np.ndarray:
-    """x `b c h w`, finite, clipped to [-1, 1] -> uint8 `b h w c`: round((x + 1) * 127.5)."""
-    return np.rint((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def _finite(array: np.ndarray) -> np.ndarray:
-    """Which rows of `b ...` have no NaN or Inf."""
-    return np.isfinite(array).reshape(len(array), -1).all(axis=1)
 
 
 @lru_cache(maxsize=32)

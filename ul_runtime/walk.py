@@ -32,3 +32,8 @@ class Walker(Protocol):
 
     def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
         """The state `b c h w` float32 after the last row; `advance` gets images after each. StoppedError."""
+
+    def walk_to_images(
+        self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of the decoder's walk: images `b h w c` as batches.to_uint8 makes them, and which are finite, bool b."""

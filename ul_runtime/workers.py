@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from ul_runtime.batches import Images
 from ul_runtime.control import Control
 from ul_runtime.errors import NonFiniteError, StoppedError, ULError
-from ul_runtime.pipeline import Images
 
 _ASK_S = 0.2  # between two questions whether to stop
 _END_S = 10.0  # for a process to end by itself

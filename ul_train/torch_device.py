@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ul_runtime.device.backend import DeviceBackend
 from ul_runtime.device.loop import DeviceLoop, Dims, Engine
+from ul_runtime.device.pixels import graphs_of
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
-from ul_runtime.guidance import Inputs
-from ul_runtime.manifest import BundleInfo, Graph, GraphName
+from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.walk import Walk
 from ul_train.describe import describe
 from ul_train.model import TorchBackend, weights_sha256
 from ul_train.session import load_networks
@@ -109,7 +109,7 @@ def _bytes(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.reshape(-1).view(np.uint8))
 
 
-class TorchDeviceBackend:
+class TorchDeviceBackend(DeviceBackend):
     """Torch networks behind the loop that stays on a device."""
 
     name = "torch"
@@ -117,7 +117,7 @@ class TorchDeviceBackend:
     def __init__(
         self,
         networks: dict[str, nn.Module],
-        graphs: dict[GraphName, Graph],
+        described: BundleInfo,
         device: torch.device,
         say: Callable[[str], None],
         *,
@@ -125,23 +125,17 @@ class TorchDeviceBackend:
         require_graphs: bool = False,
     ) -> None:
         """`networks`: encoder, prior (the base), decoder. UsageError: no such device."""
-        self._memory, self._graphs = TorchMemory(device), graphs
+        self._memory, self._graphs = TorchMemory(device), graphs_of(described)
         on_device = {name: network.eval().to(device) for name, network in networks.items()}
         self._by_name = TorchBackend(on_device["encoder"], on_device["prior"], on_device["decoder"], device, precision)
         self.precision = precision
         self.threads = torch.get_num_threads() if device.type == "cpu" else None
         on_card = device.type == "cuda"
-        self.loop = DeviceLoop(self._memory, graphs, self._bind, say, captures=on_card, require_graphs=require_graphs)
+        self.loop = DeviceLoop(
+            self._memory, self._graphs, self._bind, say, captures=on_card, require_graphs=require_graphs
+        )
 
-    def run(self, graph_name: GraphName, inputs: Inputs) -> Inputs:
-        """See Backend.run."""
-        return self.loop.run(graph_name, inputs)
-
-    def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
-        """See Walker.walk."""
-        return self.loop.walk(walk, stop, advance)
-
-    def _bind(self, graph: GraphName, dims: Dims, addresses: dict[str, int]) -> Engine:
+    def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
         entry = self._graphs[graph]
         tensors = {}
         for tensor in (*entry.inputs, *entry.outputs):
@@ -150,9 +144,18 @@ class TorchDeviceBackend:
             size = int(np.prod(shape)) * kind.itemsize
             tensors[tensor.name] = self._memory.at(addresses[tensor.name], size).view(kind).view(shape)
         inputs = {tensor.name: tensors[tensor.name] for tensor in entry.inputs}
-        outputs = [tensors[name] for name in self._by_name.outputs[graph]]
-        module = self._by_name.graphs[graph]
+        outputs = [tensors[name] for name in self._by_name.outputs.get(graph, ("images", "sum"))]
+        module = self._by_name.graphs.get(graph, Pixels())
         return _BoundModule(module, inputs, outputs, self._memory, self.precision)
+
+
+class Pixels(nn.Module):
+    """The graph of ul_runtime.device.pixels."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, sum)."""
+        images = x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+        return images.permute(0, 2, 3, 1), x.abs().sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def open_run(
 
     def backend(precision: str) -> TorchDeviceBackend:
         return TorchDeviceBackend(
-            networks, dict(model.manifest.graphs), where, say, precision=precision, require_graphs=require_graphs
+            networks, model.manifest, where, say, precision=precision, require_graphs=require_graphs
         )
 
     exact = None if precision in (None, "fp32") else lambda: backend("fp32")

@@ -11,17 +11,18 @@ import onnxruntime as ort
 
 from ul_runtime.backends import bundle_precision, one_line
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, load_session, session_options
+from ul_runtime.device import pixels
+from ul_runtime.device.backend import DeviceBackend
 from ul_runtime.device.loop import DeviceLoop, Dims, Engine
 from ul_runtime.device.memory import CudaMemory, Memory
+from ul_runtime.device.pixels import graphs_of
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.manifest import GRAPH_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ul_runtime.bundle import Bundle
-    from ul_runtime.guidance import Inputs
-    from ul_runtime.manifest import GraphName
-    from ul_runtime.walk import Walk
 
 _PROVIDER = "CUDAExecutionProvider"
 
@@ -37,7 +38,7 @@ def cuda_providers(memory: CudaMemory) -> list[Any]:
     return [(_PROVIDER, options | {"use_tf32": "0"})]
 
 
-class OrtDeviceBackend:
+class OrtDeviceBackend(DeviceBackend):
     """Runs a bundle's graphs in a device's memory. A session is built when its graph is first run."""
 
     name = "ort-cuda"
@@ -56,21 +57,14 @@ class OrtDeviceBackend:
         self.precision = precision or bundle_precision(bundle)
         self._float32 = precision == "fp32"
         self._bundle, self._memory, self._providers = bundle, memory, providers
-        self._sessions: dict[GraphName, ort.InferenceSession] = {}
+        self._sessions: dict[str, ort.InferenceSession] = {}
         self._values: list[ort.OrtValue] = []
         self._bindings = 0
-        self.loop = DeviceLoop(memory, bundle.manifest.graphs, self._bind, say, captures=False)
+        self._graphs = graphs_of(bundle.manifest)
+        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, captures=False)
 
-    def run(self, graph_name: "GraphName", inputs: "Inputs") -> "Inputs":
-        """See Backend.run."""
-        return self.loop.run(graph_name, inputs)
-
-    def walk(self, walk: "Walk", stop: "Callable[[], bool]", advance: "Callable[[int], None]") -> np.ndarray:
-        """See Walker.walk."""
-        return self.loop.walk(walk, stop, advance)
-
-    def _bind(self, graph: "GraphName", dims: Dims, addresses: dict[str, int]) -> Engine:
-        session, entry, kind = self._session(graph), self._bundle.manifest.graphs[graph], self._memory.kind
+    def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
+        session, entry, kind = self._session(graph), self._graphs[graph], self._memory.kind
         binding = session.io_binding()
         for tensors, bind in ((entry.inputs, binding.bind_input), (entry.outputs, binding.bind_output)):
             for tensor in tensors:
@@ -79,18 +73,25 @@ class OrtDeviceBackend:
         self._bindings += 1
         return _BoundSession(session, binding, self._bindings, f"{graph} {dims}")
 
-    def _session(self, graph: "GraphName") -> ort.InferenceSession:
+    def _session(self, graph: str) -> ort.InferenceSession:
         if graph not in self._sessions:
             options = session_options(None)
             wanted = self._providers[0] if isinstance(self._providers[0], str) else self._providers[0][0]
             if wanted == _PROVIDER:
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            session, values = load_session(self._bundle, graph, self._float32, options, self._providers)
+            session = self._load(graph, options)
             if (given := session.get_providers()[0]) != wanted:
                 raise ULError(f"{graph}: ONNX Runtime took {given} in place of {wanted}; ul-doctor says why")
-            self._values += values
             self._sessions[graph] = session
         return self._sessions[graph]
+
+    def _load(self, graph: str, options: ort.SessionOptions) -> ort.InferenceSession:
+        for name in GRAPH_NAMES:
+            if name == graph:
+                session, values = load_session(self._bundle, name, self._float32, options, self._providers)
+                self._values += values
+                return session
+        return ort.InferenceSession(pixels.ONNX, options, providers=self._providers)
 
 
 class _BoundSession:

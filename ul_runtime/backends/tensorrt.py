@@ -3,25 +3,23 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ul_runtime.backends import bundle_precision
+from ul_runtime.device.backend import DeviceBackend
 from ul_runtime.device.loop import DeviceLoop, Dims, Engine
 from ul_runtime.device.memory import CudaMemory
+from ul_runtime.device.pixels import graphs_of
 from ul_runtime.errors import OutOfMemoryError, ULError
-from ul_runtime.tensorrt.prepare import Engines
+from ul_runtime.manifest import GRAPH_NAMES
+from ul_runtime.tensorrt.prepare import Engines, Prepared
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
-    from ul_runtime.guidance import Inputs
-    from ul_runtime.manifest import GraphName
-    from ul_runtime.walk import Walk
 
 
 _COMPILED = "kernels"  # of the graphs that were run, in the cache of engines
 
 
-class TensorRtBackend:
+class TensorRtBackend(DeviceBackend):
     """Runs a bundle's graphs as engines. An engine is loaded, or built, when its graph is first run."""
 
     name = "tensorrt"
@@ -42,28 +40,17 @@ class TensorRtBackend:
         self._float32 = precision == "fp32"
         self._bundle, self._engines, self._memory, self._say = bundle, engines, memory, say
         self._runtime = engines.library.api.Runtime(engines.library.logger)
-        self._loaded: dict[GraphName, Any] = {}
+        self._loaded: dict[str, Any] = {}
         self._compiled: Any = None  # the library's cache of kernels, where it compiles late
-        self.loop = DeviceLoop(memory, bundle.manifest.graphs, self._bind, say, require_graphs=require_graphs)
+        self._graphs = graphs_of(bundle.manifest)
+        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, require_graphs=require_graphs)
 
-    def run(self, graph_name: "GraphName", inputs: "Inputs") -> "Inputs":
-        """See Backend.run. BadInputError: the library cannot build the graph. ULError: it fails."""
-        return self.loop.run(graph_name, inputs)
-
-    def walk(self, walk: "Walk", stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
-        """See Walker.walk. Errors as for `run`."""
-        bound = len(self.loop.bound)
-        result = self.loop.walk(walk, stop, advance)
-        if len(self.loop.bound) != bound:
-            self._keep_compiled()
-        return result
-
-    def _bind(self, graph: "GraphName", dims: Dims, addresses: dict[str, int]) -> Engine:
+    def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
         engine = self._engine(graph, dims["b"])
         context = self._context(engine)
         if context is None:
             raise OutOfMemoryError(f"{graph}: no memory for a batch of {dims['b']}: {self._last()}")
-        for tensor in self._bundle.manifest.graphs[graph].inputs:
+        for tensor in self._graphs[graph].inputs:
             shape = tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
             if not context.set_input_shape(tensor.name, shape):
                 raise ULError(f"{graph}: {tensor.name} cannot be of shape {list(shape)}: {self._last()}")
@@ -73,6 +60,12 @@ class TensorRtBackend:
         size = int(context.update_device_memory_size_for_shapes())
         context.set_device_memory(self.loop.scratch.at_least(size), size)
         return _BoundContext(context, self._memory.stream, graph, self._last)
+
+    def _prepared(self, graph: str, batch: int) -> Prepared:
+        for name in GRAPH_NAMES:
+            if name == graph:
+                return self._engines.engine(self._bundle, name, self._say, float32=self._float32, batch=batch)
+        return self._engines.pixels(self._bundle, self._say, batch=batch)
 
     def _context(self, engine: Any) -> Any:
         """An execution context that is given its memory; None: there is not enough."""
@@ -89,18 +82,18 @@ class TensorRtBackend:
         config.set_runtime_cache(self._compiled)
         return engine.create_execution_context(config)
 
-    def _keep_compiled(self) -> None:
-        """Kernels that were compiled by now, for the next process."""
-        if self._compiled is not None:
+    def _walked(self, bound_more: bool) -> None:
+        """Keep the kernels that were compiled for it, for the next process."""
+        if bound_more and self._compiled is not None:
             facts, now = self._engines.kept(_COMPILED), bytes(self._compiled.serialize())
             if now != self._engines.cache.load(facts):
                 self._engines.cache.store(facts, now)
 
-    def _engine(self, graph: "GraphName", batch: int) -> Any:
+    def _engine(self, graph: str, batch: int) -> Any:
         """The engine of a graph that takes such a batch; one that takes less stays with the contexts that it has."""
-        loaded, batched = self._loaded.get(graph), self._bundle.manifest.graphs[graph].inputs[0].name
+        loaded, batched = self._loaded.get(graph), self._graphs[graph].inputs[0].name
         if loaded is None or loaded.get_tensor_profile_shape(batched, 0)[2][0] < batch:
-            prepared = self._engines.engine(self._bundle, graph, self._say, float32=self._float32, batch=batch)
+            prepared = self._prepared(graph, batch)
             loaded = self._runtime.deserialize_cuda_engine(prepared.engine)
             if loaded is None:
                 raise ULError(f"{graph}: {self._engines.library.title} cannot load its engine: {self._last()}")

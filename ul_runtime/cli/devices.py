@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ul_runtime.batches import Images
 from ul_runtime.control import Control
-from ul_runtime.pipeline import Images, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.workers import Workers
 
 

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from ul_runtime.background import Background
+from ul_runtime.batches import Images
 from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
 from ul_runtime.image_folder import ImageFolder, open_image_folder
 from ul_runtime.indices import check_seed
-from ul_runtime.pipeline import Images, Pipeline
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress
 from ul_runtime.provenance import Job
 from ul_runtime.settings import NO_LABEL

@@ -13,7 +13,8 @@ from ul_runtime.errors import UsageError, run_command
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ul_runtime.pipeline import Images, Pipeline
+    from ul_runtime.batches import Images
+    from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Overrides, Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -100,7 +101,7 @@ def _generate(
         num_images,
         pipeline,
         lambda missing, control: generate(
-            missing, seed=seed, labels=label or None, batch_size=batch_size, control=control, **overrides
+            missing, seed=seed, labels=label or None, batch_size=batch_size, keep_x=False, control=control, **overrides
         ),
         _title(pipeline, seed, settings, names),
         names if len(names) > 1 else (),

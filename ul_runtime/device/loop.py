@@ -5,7 +5,7 @@ steps are ever captured; table, noise, labels and guidance are data, so that non
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ul_runtime.device.memory import Memory, Scratch
+from ul_runtime.device.pixels import NAME as PIXELS
 from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
 from ul_runtime.guidance import Inputs
-from ul_runtime.manifest import Graph, GraphName, TensorFormat
 from ul_runtime.samplers import S
 from ul_runtime.walk import Walk
 
@@ -29,8 +29,36 @@ class Engine(Protocol):
         """Run it on the tensors it was bound to, in the device's order of work. ULError."""
 
 
+class Tensor(Protocol):
+    """An input or output; see TensorFormat."""
+
+    @property
+    def name(self) -> str:
+        """As the graph calls it."""
+
+    @property
+    def dtype(self) -> str:
+        """As numpy calls it."""
+
+    @property
+    def shape(self) -> tuple[int | str, ...]:
+        """A string is a dynamic dimension, b or g."""
+
+
+class Interface(Protocol):
+    """What goes into a graph and comes out."""
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """In no order that matters."""
+
+    @property
+    def outputs(self) -> Sequence[Tensor]:
+        """Likewise."""
+
+
 # (graph, sizes, tensor name -> address) -> the graph bound to these addresses
-Bind = Callable[[GraphName, Dims, dict[str, int]], Engine]
+Bind = Callable[[str, Dims, dict[str, int]], Engine]
 
 
 def bucket_of(batch: int) -> int:
@@ -49,21 +77,21 @@ class _Bound:
 
 @dataclass
 class DeviceLoop:
-    """Loops over the graphs of one bundle.
+    """Loops over the graphs of one bundle, and over pixels.NAME, which `graphs` holds as well.
 
     `captures`: whether steps are captured here; engines that do it themselves want False. A capture that fails is said,
     and its step enqueued as before, or with `require_graphs` ends the loop. `captured` counts the others.
     """
 
     memory: Memory
-    graphs: Mapping[GraphName, Graph]
+    graphs: Mapping[str, Interface]
     bind: Bind
     say: Callable[[str], None]
     captures: bool = True
     require_graphs: bool = False
     captured: int = 0
     scratch: Scratch = field(init=False)
-    bound: dict[tuple[GraphName, str | None, int, int], _Bound] = field(default_factory=dict)
+    bound: dict[tuple[str, str | None, int, int], _Bound] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Engines take from `scratch` what they need on their way."""
@@ -71,6 +99,20 @@ class DeviceLoop:
 
     def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
         """See Walker.walk."""
+        (result,) = self._walk(walk, stop, advance, pixels=False)
+        return result
+
+    def walk_to_images(
+        self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See Walker.walk_to_images."""
+        images, total = self._walk(walk, stop, advance, pixels=True)
+        return images, np.isfinite(total)
+
+    def _walk(
+        self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None], pixels: bool
+    ) -> list[np.ndarray]:
+        """The last state, or its pixels and the sums of its magnitudes."""
         batch = len(walk.start)
         bucket = bucket_of(batch)
         rows = walk.table.astype(np.float32)
@@ -108,15 +150,29 @@ class DeviceLoop:
                 bound.step()
                 advance(batch)
             assert last is not None
-            result = np.empty_like(held[0])
-            memory.download(last.addresses[walk.state], result)
+            results = self._results(last, walk.state, bucket, pixels)
         except OutOfMemoryError:
             self.release()
             raise
         finally:
             memory.wait()
             memory.free(region)
-        return result[:batch]
+        return [result[:batch] for result in results]
+
+    def _results(self, last: _Bound, state: str, bucket: int, pixels: bool) -> list[np.ndarray]:
+        """What leaves the device, on its way."""
+        source, names = last, [state]
+        if pixels:
+            source = self._bound_for(PIXELS, None, bucket, {})
+            names = [tensor.name for tensor in self.graphs[PIXELS].outputs]
+            size = _bytes(last.shapes[state], np.float32)
+            self.memory.copy(source.addresses["x"], last.addresses[state], size)
+            source.step()
+        dtypes = {tensor.name: tensor.dtype for tensor in self.graphs[PIXELS].outputs} if pixels else {}
+        results = [np.empty(source.shapes[name], dtypes.get(name, "float32")) for name in names]
+        for name, result in zip(names, results, strict=True):
+            self.memory.download(source.addresses[name], result)
+        return results
 
     def release(self) -> None:
         """Give back the memory of all steps: a batch that does not fit leaves room for a smaller one."""
@@ -146,7 +202,7 @@ class DeviceLoop:
             self.memory.upload(bound.addresses[name], array)
         return list(padded.values())
 
-    def run(self, graph: GraphName, inputs: Inputs) -> Inputs:
+    def run(self, graph: str, inputs: Inputs) -> Inputs:
         """One call of a graph: its outputs by name, in float32. Errors are those of the engine."""
         batch = len(next(iter(inputs.values())))
         bound = self._bound_for(graph, None, bucket_of(batch), inputs)
@@ -161,7 +217,7 @@ class DeviceLoop:
         del held
         return {name: array[:batch] for name, array in outputs.items()}
 
-    def _bound_for(self, graph: GraphName, state: str | None, bucket: int, inputs: Inputs) -> _Bound:
+    def _bound_for(self, graph: str, state: str | None, bucket: int, inputs: Inputs) -> _Bound:
         """The graph bound for these sizes; with a `state`, its step ends by making outputs the next inputs."""
         dims: Dims = {"b": bucket}
         for tensor in self.graphs[graph].inputs:
@@ -172,7 +228,7 @@ class DeviceLoop:
             self.bound[key] = self._make(graph, state, dims)
         return self.bound[key]
 
-    def _make(self, name: GraphName, state: str | None, dims: Dims) -> _Bound:
+    def _make(self, name: str, state: str | None, dims: Dims) -> _Bound:
         tensors = [*self.graphs[name].inputs, *self.graphs[name].outputs]
         shapes = {tensor.name: _shape(tensor, dims) for tensor in tensors}
         addresses: dict[str, int] = {}
@@ -233,7 +289,7 @@ def _shift(
     return shift
 
 
-def _shape(tensor: TensorFormat, dims: Dims) -> tuple[int, ...]:
+def _shape(tensor: Tensor, dims: Dims) -> tuple[int, ...]:
     return tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ul_runtime.control import UNWATCHED, Control
+from ul_runtime.device.loop import Tensor
 from ul_runtime.errors import BadInputError, UsageError
-from ul_runtime.manifest import TensorFormat
 from ul_runtime.tensorrt.library import Library
 
 _BRANCHES = (1, 2, 2)  # of guidance: least, likeliest, most
@@ -29,7 +29,7 @@ class Profile:
         if not 1 <= self.likely <= self.most <= _MOST_BATCH:
             raise UsageError(f"batches of {self.likely} and at most {self.most}: expected 1 to {_MOST_BATCH}, in order")
 
-    def shapes(self, tensor: TensorFormat) -> list[tuple[int, ...]]:
+    def shapes(self, tensor: Tensor) -> list[tuple[int, ...]]:
         """Its smallest, likeliest and largest shape."""
         sizes = {"b": (1, self.likely, self.most), "g": _BRANCHES}
         return [tuple(d if isinstance(d, int) else sizes[d][k] for d in tensor.shape) for k in range(3)]
@@ -45,7 +45,7 @@ class Plan:
     where: str
     name: str
     onnx: bytes
-    inputs: Sequence[TensorFormat]
+    inputs: Sequence[Tensor]
     profile: Profile
     targets: tuple[str, ...]
     timings: "Timings | None" = None

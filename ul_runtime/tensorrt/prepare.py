@@ -1,6 +1,7 @@
 """Engines of a bundle's step graphs: from the cache where they are valid, built and kept where they are not."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,8 @@ from typing import NamedTuple
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import cards
 from ul_runtime.control import UNWATCHED, Control
+from ul_runtime.device import pixels
+from ul_runtime.device.loop import Tensor
 from ul_runtime.manifest import GraphName
 from ul_runtime.onnx_weights import with_weights
 from ul_runtime.tensorrt.build import FLAGS, Plan, Profile, Timings, build_engine
@@ -33,6 +36,11 @@ class Engines:
     targets: tuple[str, ...] = ()
     card: str = ""
 
+    @property
+    def batches(self) -> str:
+        """As Facts.profile."""
+        return f"1,{self.profile.likely},{self.profile.most}"
+
     def facts(self, bundle: Bundle, graph: GraphName, *, float32: bool = False) -> Facts:
         """What the engine of a graph depends on."""
         entry, files = bundle.manifest.graphs[graph], bundle.manifest.files
@@ -46,7 +54,7 @@ class Engines:
             version=self.library.version,
             targets=",".join(self.targets),
             card="" if self.targets else self.card,
-            profile=f"1,{self.profile.likely},{self.profile.most}",
+            profile=self.batches,
             flags=FLAGS,
         )
 
@@ -69,20 +77,45 @@ class Engines:
 
         Errors are those of `build_engine`.
         """
-        facts = self.facts(bundle, graph, float32=float32)
+
+        def onnx() -> bytes:
+            return with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
+
+        facts, inputs = self.facts(bundle, graph, float32=float32), bundle.manifest.graphs[graph].inputs
+        return self._engine(facts, str(bundle.path), onnx, inputs, batch, say, control)
+
+    def pixels(self, bundle: Bundle, say: Callable[[str], None], *, batch: int) -> Prepared:
+        """As `engine`, of the graph of device.pixels for the bundle's images."""
+        image = bundle.manifest.image
+        sizes = f"{image.channels} {image.size}"
+        like = self.facts(bundle, "decoder_step")
+        facts = replace(like, graph=pixels.NAME, graph_sha256=hashlib.sha256(pixels.ONNX).hexdigest())
+        facts = replace(facts, weights_sha256=hashlib.sha256(sizes.encode()).hexdigest())  # no weights, but sizes
+        inputs = pixels.PixelGraph.of(image).inputs
+        return self._engine(facts, str(bundle.path), lambda: pixels.ONNX, inputs, batch, say, UNWATCHED)
+
+    def _engine(
+        self,
+        facts: Facts,
+        where: str,
+        onnx: Callable[[], bytes],
+        inputs: Sequence[Tensor],
+        batch: int | None,
+        say: Callable[[str], None],
+        control: Control,
+    ) -> Prepared:
         if (engine := self.cache.find(facts, batch)) is not None:
             return Prepared(engine, None)
         if batch is not None and batch > self.profile.most:
             larger = replace(self, profile=replace(self.profile, most=batch))
-            return larger.engine(bundle, graph, say, float32=float32, control=control)
+            wider = replace(facts, profile=larger.batches)
+            return larger._engine(wider, where, onnx, inputs, None, say, control)
         why = self.cache.why(facts)
-        say(f"{graph}: building an engine by {self.library.title}: {why}")
-        onnx = with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
-        inputs = bundle.manifest.graphs[graph].inputs
+        say(f"{facts.graph}: building an engine by {self.library.title}: {why}")
         timings, kept = None, self.kept("timings")
         if self.library.kind.keeps_timings:
             timings = Timings(self.cache.load(kept) or b"")
-        plan = Plan(str(bundle.path), graph, onnx, inputs, self.profile, self.targets, timings)
+        plan = Plan(where, facts.graph, onnx(), inputs, self.profile, self.targets, timings)
         engine = build_engine(self.library, plan, control)
         self.cache.store(facts, engine)
         if timings is not None:
