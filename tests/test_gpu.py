@@ -5,32 +5,42 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported_run import PLAIN, exported_run
+import torch
+from exported_run import PLAIN, Exported, exported_run
 
+import ul_runtime
 from ul_export.compare import FP32, image_psnr_db
 from ul_runtime.backends import ON_A_CARD, open_backend
+from ul_runtime.backends.on_a_card import check_step
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import cards
 from ul_runtime.errors import UsageError
 from ul_runtime.pipeline import Pipeline
+from ul_train.torch_device import TorchMemory
 
 pytestmark = pytest.mark.gpu
 GUIDED = {"steps": 8, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_run(PLAIN, tmp_path_factory).bundle
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported_run(PLAIN, tmp_path_factory)
 
 
-@pytest.fixture(params=ON_A_CARD)
-def pipeline(request: pytest.FixtureRequest, bundle: Path, tmp_path_factory, monkeypatch) -> Pipeline:
+@pytest.fixture(scope="module")
+def bundle(exported: Exported) -> Path:
+    return exported.bundle
+
+
+@pytest.fixture(params=[*ON_A_CARD, "torch"])
+def pipeline(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory, monkeypatch) -> Pipeline:
     monkeypatch.setenv("UL_CACHE", str(tmp_path_factory.getbasetemp()))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         if not cards():
             pytest.skip("this machine has no NVIDIA card")
-        opened = Bundle.open(bundle)
-        return Pipeline(opened, open_backend(request.param, opened))
+        where = exported.run if request.param == "torch" else exported.bundle
+        return ul_runtime.load(where, backend=request.param, device=0)
     except UsageError as error:
         pytest.skip(str(error))
 
@@ -51,7 +61,7 @@ def test_pictures_are_those_of_the_cpu_within_the_published_tolerance(pipeline, 
 def test_replays_equal_steps_that_are_enqueued_byte_for_byte(pipeline):
     replayed = pictures(pipeline, **GUIDED)
     loop = pipeline.backend.loop  # type: ignore[attr-defined]
-    if pipeline.backend.name == "tensorrt":
+    if pipeline.backend.name != "ort-cuda":  # which captures by itself
         assert loop.captured == 3
     loop.release()
     loop.captures = False
@@ -76,9 +86,63 @@ def test_changed_settings_capture_nothing_anew_and_change_the_pictures(pipeline)
 
 
 def test_buckets_can_be_interleaved_and_an_image_is_the_same_bytes_in_a_bucket(pipeline):
-    alone = {n: pictures(pipeline, n, batch_size=n, **GUIDED) for n in (1, 2, 8)}
+    alone = {n: pictures(pipeline, n, batch_size=n, labels="none", **GUIDED) for n in (1, 2, 8)}
     for n in (8, 1, 2, 1, 8):
-        assert pictures(pipeline, n, batch_size=n, **GUIDED).tobytes() == alone[n].tobytes()
+        assert pictures(pipeline, n, batch_size=n, labels="none", **GUIDED).tobytes() == alone[n].tobytes()
+    assert image_psnr_db(alone[8], pictures(pipeline, 8, batch_size=2, labels="none", **GUIDED)) > FP32.least_psnr_db
     backwards = pictures(pipeline, [7, 6, 5, 4, 3, 2, 1, 0], batch_size=8, labels="none", **GUIDED)
     forwards = pictures(pipeline, 8, batch_size=8, labels="none", **GUIDED)
     assert backwards[::-1].tobytes() == forwards.tobytes()
+
+
+def test_pictures_in_uint8_are_those_of_x(pipeline):
+    kept, bare = (list(pipeline.generate(3, keep_x=keep, **GUIDED)) for keep in (True, False))  # type: ignore[misc]
+    assert bare[0].images.tobytes() == kept[0].images.tobytes()
+
+
+def test_nothing_is_allocated_or_waited_for_inside_the_loop(pipeline, monkeypatch):
+    pictures(pipeline, 2, **GUIDED)
+    memory: Any = pipeline.backend.loop.memory  # type: ignore[attr-defined]
+    counts = dict.fromkeys(("allocate", "wait"), 0)
+
+    def counted(name: str) -> Any:
+        method = getattr(memory, name)
+
+        def call(*arguments: Any) -> Any:
+            counts[name] += 1
+            return method(*arguments)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(memory, name, counted(name))
+    found = []
+    for steps in (4, 12):
+        counts |= {"allocate": 0, "wait": 0}
+        pictures(pipeline, 2, **(GUIDED | {"steps": steps}))
+        found.append(dict(counts))
+    assert found[0] == found[1] == {"allocate": 2, "wait": 2}
+
+
+def test_auto_takes_a_card_and_its_step_is_the_processors(pipeline, bundle):
+    opened = Bundle.open(bundle)
+    assert check_step(pipeline.backend, opened) < 1e-3
+    assert open_backend("auto", opened).name in ON_A_CARD
+
+
+def test_two_runs_of_one_captured_step_with_other_inputs_differ():
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no NVIDIA card")
+    memory = TorchMemory(torch.device("cuda"))
+    at = memory.allocate(64)
+    to = memory.allocate(64)
+    replay = memory.capture(lambda: memory.copy(to, at, 64))
+    found = []
+    for value in (1, 2):
+        memory.upload(at, np.full(64, value, np.uint8))
+        replay()
+        out = np.empty(64, np.uint8)
+        memory.download(to, out)
+        memory.wait()
+        found.append(out[0])
+    assert found == [1, 2]

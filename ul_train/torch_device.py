@@ -220,6 +220,7 @@ def open_run(
         torch.set_num_threads(threads)
     on_card = device is not None or (threads is None and torch.cuda.is_available())
     where = torch.device("cuda", device or 0) if on_card else torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     if require_graphs and not on_card:
         raise UsageError("--require-graphs: torch finds no NVIDIA card, and a processor has no CUDA graphs")
     lesser = None
