@@ -44,6 +44,8 @@ def test_tensorrt_has_what_the_backend_calls():
         assert called, class_
         assert called <= set(dir(getattr(api, class_))), class_
     assert hasattr(api.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(api.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(api.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
 
 
 @pytest.mark.parametrize("name", ON_A_CARD)

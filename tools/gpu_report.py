@@ -200,16 +200,21 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each batch size: images/s, ms of each step, share of the ceiling, what the host adds; or why not."""
     rows: list[dict[str, Any]] = []
-    try:
-        made = None
-        for batch in sizes:
-            if time.monotonic() > deadline:
-                rows.append({"batch_size": batch, "skipped": "no time left"})
-                continue
+    made = None
+    for batch in sizes:
+        if time.monotonic() > deadline:
+            rows.append({"batch_size": batch, "skipped": "no time left"})
+            continue
+        try:
             made = made or make(model, contender, device)
             rows.append({"batch_size": batch, **_measured(model, made, batch, repeats, device)})
-    except (ULError, RuntimeError) as error:  # of torch and its compiler
-        rows.append({"batch_size": batch, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+        except (ULError, RuntimeError) as error:  # of torch and its compiler
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            rows.append({"batch_size": batch, "failed": why})
+            if made is None:
+                break
+    if made is not None and made.loop is not None:
+        made.loop.release()
     return rows
 
 

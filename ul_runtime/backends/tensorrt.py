@@ -74,6 +74,8 @@ class TensorRtBackend(DeviceBackend):
             return engine.create_execution_context(strategy)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
+        eager = self._engines.library.api.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager  # later ones would not get into a captured step
         if self._compiled is None:
             self._compiled = config.create_runtime_cache()
             kept = self._engines.cache.load(self._engines.kept(_COMPILED))
