@@ -62,6 +62,20 @@ def test_an_engine_of_larger_batches_serves_smaller_ones_and_the_smallest_is_tak
     assert cache.find(replace(FACTS, profile="1,8,16")) is None
 
 
+def test_an_engine_whose_weights_can_be_replaced_serves_as_any_and_is_found_for_others(cache):
+    refittable = replace(FACTS, flags="no TF32, refittable", weights_sha256="c" * 64)
+    cache.store(refittable, ENGINE)
+    assert cache.find(replace(FACTS, weights_sha256="c" * 64)) == ENGINE
+    assert cache.find(FACTS) is None
+    assert cache.with_other_weights(FACTS, "refittable") == refittable
+    assert cache.with_other_weights(FACTS, "refittable", 32) == refittable
+    assert cache.with_other_weights(FACTS, "refittable", 65) is None
+    assert cache.with_other_weights(replace(FACTS, graph_sha256="d" * 64), "refittable") is None
+    cache.store(FACTS, ENGINE)
+    assert cache.with_other_weights(replace(FACTS, weights_sha256="e" * 64), "refittable") == refittable
+    assert cache.find(replace(refittable, weights_sha256=FACTS.weights_sha256)) is None, "that one is not refittable"
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -1,15 +1,22 @@
 """ul-export --tensorrt: engines of a finished bundle, built ahead for named architectures and built once."""
 
+import inspect
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from analytic_bundle import write_analytic_bundle
 
 from ul_export.cli import main
+from ul_export.engines import open_engines
 from ul_runtime import cards
+from ul_runtime.bundle import Bundle
 from ul_runtime.cards import Card
 from ul_runtime.errors import UsageError
+from ul_runtime.tensorrt import refit
 from ul_runtime.tensorrt.engines import EngineCache
+from ul_runtime.tensorrt.prepare import engines_for_card
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
 
@@ -41,6 +48,7 @@ def test_new_weights_build_anew(tmp_path, command):
 def test_misuse_is_refused_before_any_work(analytic_bundle, tmp_path, command):
     command.fails(main, 2, "give that too", analytic_bundle, "--target", "sm89")
     command.fails(main, 2, "does not build for 'sm1'", analytic_bundle, "--tensorrt", "--target", "sm1")
+    command.fails(main, 2, "leave out --target", analytic_bundle, "--tensorrt", "--refittable", "--target", "sm89")
     command.fails(main, 2, "is a bundle", analytic_bundle, "--tensorrt", "--target", "sm89", "--fp16")
     engines = tmp_path / "engines"
     engines.mkdir()
@@ -59,6 +67,38 @@ def test_without_a_card_and_an_architecture_the_way_out_is_said(analytic_bundle,
     command.fails(main, 2, "--target sm89 builds ahead", analytic_bundle, "--tensorrt")
     monkeypatch.setattr("ul_export.engines.cards", list)
     command.fails(main, 2, "this machine has no NVIDIA card; --target sm89", analytic_bundle, "--tensorrt")
+
+
+def test_what_is_built_for_this_machines_card_is_what_its_backend_looks_for(analytic_bundle, tmp_path, monkeypatch):
+    card = [Card(0, "Test card", "sm89", 2**30)]
+    monkeypatch.setattr("ul_export.engines.cards", lambda: card)
+    monkeypatch.setattr("ul_runtime.tensorrt.prepare.cards", lambda: card)
+    built, wanted = open_engines([], 32, tmp_path), engines_for_card(0, tmp_path)
+    bundle = Bundle.open(analytic_bundle)
+    built.cache.store(built.facts(bundle, "prior_step"), b"engine")
+    assert wanted.cache.find(wanted.facts(bundle, "prior_step"), 4) == b"engine"
+
+
+def test_weights_that_cannot_be_replaced_are_said_and_the_engine_is_built(analytic_bundle, tmp_path):
+    """Really: without a card the library cannot even load an engine."""
+    bundle, said = Bundle.open(analytic_bundle), list[str]()
+    engines = replace(open_engines(["sm89"], 8, tmp_path / "engines"), card="a card")
+    facts = engines.facts(bundle, "encoder")
+    other = replace(facts, weights_sha256="c" * 64, flags=f"{facts.flags}, refittable")
+    engines.cache.store(other, b"no engine at all")
+    prepared = engines.engine(bundle, "encoder", said.append)
+    assert "the weights have changed" in str(prepared.built_because)
+    assert engines.cache.load(facts) == prepared.engine != b"no engine at all"
+    assert said[0].startswith("encoder: new weights into the engine that is there, by TensorRT-RTX")
+    assert "has to be built, its weights cannot be replaced" in said[1]
+
+
+def test_the_library_has_what_replacing_weights_calls():
+    api = pytest.importorskip("tensorrt_rtx")
+    source = inspect.getsource(refit)
+    assert set(re.findall(r"refitter\.(\w+)\(", source)) <= set(dir(api.Refitter))
+    assert hasattr(api.OnnxParserRefitter, "refit_from_bytes")
+    assert hasattr(api.BuilderFlag, "REFIT")
 
 
 def test_the_bindings_have_what_the_cards_are_asked_for():

@@ -37,6 +37,9 @@ Target = Annotated[
     typer.Option(metavar="SM", help="Build for this architecture (sm89); repeatable.", show_default="this card's"),
 ]
 MaxBatch = Annotated[int, typer.Option(metavar="IMAGES", min=1, help="Largest batch that the engines take.")]
+Refittable = Annotated[
+    bool, typer.Option("--refittable", help="Engines that take newer weights in seconds; may run slower.")
+]
 EngineFolder = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where engines are kept: a folder of your own.", show_default="the user's cache"),
@@ -62,6 +65,7 @@ def export(
     tensorrt: Tensorrt = False,
     target: Target = None,
     max_batch: MaxBatch = 64,
+    refittable: Refittable = False,
     engines: EngineFolder = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if not given.")
@@ -71,7 +75,7 @@ def export(
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
-    build = _engine_builder(tensorrt, target, max_batch, engines)
+    build = _engine_builder(tensorrt, target, max_batch, engines, refittable)
     kind = _precision(fp16, bf16, int8)
     changed = kind != "fp32" or opset is not None or weights != "fp32" or calibrate is not None
     if build is not None and _is_bundle(run):
@@ -115,17 +119,17 @@ def _precision(fp16: bool, bf16: bool, int8: bool) -> Any:
 
 
 def _engine_builder(
-    tensorrt: bool, target: list[str] | None, max_batch: int, engines: Path | None
+    tensorrt: bool, target: list[str] | None, max_batch: int, engines: Path | None, refittable: bool
 ) -> Callable[[Path], dict[str, Any]] | None:
     """What builds the engines of a bundle, checked before any work; None without --tensorrt."""
     if not tensorrt:
-        if target or engines is not None:
-            raise UsageError("--target and --engines are for --tensorrt; give that too")
+        if target or engines is not None or refittable:
+            raise UsageError("--target, --engines and --refittable are for --tensorrt; give that too")
         return None
     from ul_export.engines import build_engines, open_engines
     from ul_train.command import print_line
 
-    opened = open_engines(target or [], max_batch, engines)
+    opened = open_engines(target or [], max_batch, engines, refittable)
     return lambda bundle: build_engines(opened, bundle, print_line)
 
 

@@ -1,6 +1,7 @@
 """TensorRT engines of a bundle, built ahead of their first use."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,33 @@ from ul_runtime.signals import stop_on_signal
 from ul_runtime.tensorrt.build import Profile
 from ul_runtime.tensorrt.engines import EngineCache
 from ul_runtime.tensorrt.library import library_for
-from ul_runtime.tensorrt.prepare import Engines
+from ul_runtime.tensorrt.prepare import Engines, engines_for_card
 from ul_runtime.user_cache import engine_dir
 
 _LIKELY_BATCH = 8
 
 
-def open_engines(targets: list[str], most: int, folder: Path | None) -> Engines:
+def open_engines(targets: list[str], most: int, folder: Path | None, refittable: bool = False) -> Engines:
     """Where and for what engines are built: for `targets`, or for this machine's first card, batches up to `most`.
 
-    UsageError: no library for that, an architecture that it does not know, no card.
+    `refittable`: their weights can be replaced by newer ones. UsageError: no library for that, an architecture that it
+    does not know, no card.
     """
-    library = library_for(tuple(targets))
-    card = ""
-    if not targets:
-        ahead = "; --target sm89 builds ahead for that architecture, without a card" if library.targets() else ""
-        try:
-            found = cards()
-        except UsageError as error:
-            raise UsageError(f"{error}{ahead}") from error
-        if not found:
-            raise UsageError(f"this machine has no NVIDIA card{ahead}")
-        card = f"{found[0].name}, {found[0].architecture}"
+    if refittable and targets:
+        raise UsageError("--refittable: such engines are built where they run; leave out --target")
     profile = Profile(most, min(_LIKELY_BATCH, most))
-    return Engines(library, EngineCache(engine_dir(folder)), profile, tuple(dict.fromkeys(targets)), card)
+    if targets:
+        library = library_for(tuple(targets))
+        return Engines(library, EngineCache(engine_dir(folder)), profile, tuple(dict.fromkeys(targets)))
+    able = library_for(()).targets()
+    ahead = "; --target sm89 builds ahead for that architecture, without a card" if able else ""
+    try:
+        found = cards()
+    except UsageError as error:
+        raise UsageError(f"{error}{ahead}") from error
+    if not found:
+        raise UsageError(f"this machine has no NVIDIA card{ahead}")
+    return replace(engines_for_card(found[0].number, folder), profile=profile, refittable=refittable)
 
 
 def build_engines(engines: Engines, bundle: Path, say: Callable[[str], None]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ul_runtime.device.memory import CudaMemory
 from ul_runtime.device.pixels import graphs_of
 from ul_runtime.errors import OutOfMemoryError, ULError
 from ul_runtime.manifest import GRAPH_NAMES
+from ul_runtime.tensorrt.library import Library
 from ul_runtime.tensorrt.prepare import Engines, Prepared
 
 if TYPE_CHECKING:
@@ -49,17 +50,17 @@ class TensorRtBackend(DeviceBackend):
         engine = self._engine(graph, dims["b"])
         context = self._context(engine)
         if context is None:
-            raise OutOfMemoryError(f"{graph}: no memory for a batch of {dims['b']}: {self._last()}")
+            raise OutOfMemoryError(f"{graph}: no memory for a batch of {dims['b']}: {self._engines.library.last}")
         for tensor in self._graphs[graph].inputs:
             shape = tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
             if not context.set_input_shape(tensor.name, shape):
-                raise ULError(f"{graph}: {tensor.name} cannot be of shape {list(shape)}: {self._last()}")
+                raise ULError(f"{graph}: {tensor.name} cannot be of shape {list(shape)}: {self._engines.library.last}")
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
-                raise ULError(f"{graph}: {name} cannot be bound: {self._last()}")
+                raise ULError(f"{graph}: {name} cannot be bound: {self._engines.library.last}")
         size = int(context.update_device_memory_size_for_shapes())
         context.set_device_memory(self.loop.scratch.at_least(size), size)
-        return _BoundContext(context, self._memory.stream, graph, self._last)
+        return _BoundContext(context, self._memory.stream, graph, self._engines.library)
 
     def _prepared(self, graph: str, batch: int) -> Prepared:
         for name in GRAPH_NAMES:
@@ -80,7 +81,7 @@ class TensorRtBackend(DeviceBackend):
             self._compiled = config.create_runtime_cache()
             kept = self._engines.cache.load(self._engines.kept(_COMPILED))
             if kept is not None and not self._compiled.deserialize(kept):
-                self._say(f"kernels are compiled anew, those that were kept do not fit: {self._last()}")
+                self._say(f"kernels are compiled anew, those that were kept do not fit: {self._engines.library.last}")
         config.set_runtime_cache(self._compiled)
         return engine.create_execution_context(config)
 
@@ -98,22 +99,20 @@ class TensorRtBackend(DeviceBackend):
             prepared = self._prepared(graph, batch)
             loaded = self._runtime.deserialize_cuda_engine(prepared.engine)
             if loaded is None:
-                raise ULError(f"{graph}: {self._engines.library.title} cannot load its engine: {self._last()}")
+                raise ULError(
+                    f"{graph}: {self._engines.library.title} cannot load its engine: {self._engines.library.last}"
+                )
             self._loaded[graph] = loaded
         return loaded
-
-    def _last(self) -> str:
-        log = self._engines.library.log
-        return log[-1] if log else "no reason given"
 
 
 class _BoundContext:
     """An execution context whose shapes and addresses are set."""
 
-    def __init__(self, context: Any, stream: int, graph: str, last: Callable[[], str]) -> None:
-        self._context, self._stream, self._graph, self._last = context, stream, graph, last
+    def __init__(self, context: Any, stream: int, graph: str, library: Library) -> None:
+        self._context, self._stream, self._graph, self._library = context, stream, graph, library
 
     def enqueue(self) -> None:
         """See Engine. A refusal records nothing in a capture, so it must never pass unseen."""
         if not self._context.execute_async_v3(self._stream):
-            raise ULError(f"{self._graph}: the engine refused to run: {self._last()}")
+            raise ULError(f"{self._graph}: the engine refused to run: {self._library.last}")

@@ -15,6 +15,7 @@ from ul_runtime.tensorrt.library import Library
 _BRANCHES = (1, 2, 2)  # of guidance: least, likeliest, most
 _MOST_BATCH = 65536
 FLAGS = "no TF32"  # what `build_engine` sets
+REFITTABLE = "refittable"  # beside these, where asked for
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Plan:
     profile: Profile
     targets: tuple[str, ...]
     timings: "Timings | None" = None
+    refittable: bool = False  # weights can be replaced; the library then optimises less around them
 
 
 @dataclass
@@ -108,6 +110,8 @@ def _attempt(
         for number, target in enumerate(plan.targets):
             config.set_compute_capability(getattr(library.api.ComputeCapability, target.upper()), number)
     config.clear_flag(library.api.BuilderFlag.TF32)  # float32 is float32
+    if plan.refittable:
+        config.set_flag(library.api.BuilderFlag.REFIT)
     profile = builder.create_optimization_profile()
     for tensor in plan.inputs:
         profile.set_shape(tensor.name, *plan.profile.shapes(tensor))

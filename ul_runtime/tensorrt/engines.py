@@ -53,12 +53,14 @@ class Facts:
         return bool(self.graph_sha256)
 
     def serves(self, wanted: "Facts", batch: int | None) -> bool:
-        """Whether an engine with these facts does for `wanted`: for more architectures, or batches up to `batch`.
+        """Whether an engine with these facts does for `wanted`: with more architectures and flags, or larger batches.
 
-        `batch` None = the batches of `wanted`, no others.
+        The batches that it has to take are up to `batch`, or, None, exactly those of `wanted`.
         """
-        targets = set(self.targets.split(","))
-        if replace(self, targets=wanted.targets, profile=wanted.profile) != wanted:
+        targets, flags = set(self.targets.split(",")), set(self.flags.split(", "))
+        if replace(self, targets=wanted.targets, profile=wanted.profile, flags=wanted.flags) != wanted:
+            return False
+        if not flags >= set(wanted.flags.split(", ")):
             return False
         right = self.profile == wanted.profile if batch is None else batch <= self.most
         return right and targets >= set(wanted.targets.split(","))
@@ -109,6 +111,16 @@ class EngineCache:
         known = [entry.facts for entry in self.entries() if entry.facts is not None]
         able = [other for other in known if other.is_engine and other.serves(facts, batch)]
         return self.load(min(able, key=lambda other: other.most)) if able else None
+
+    def with_other_weights(self, facts: Facts, flag: str, batch: int | None = None) -> Facts | None:
+        """Of an engine that would do for `facts` with its own weights, and was built with `flag`."""
+        for entry in self.entries():
+            other = entry.facts
+            if other is None or not other.is_engine or flag not in other.flags.split(", "):
+                continue
+            if replace(other, weights_sha256=facts.weights_sha256).serves(facts, batch):
+                return other
+        return None
 
     def store(self, facts: Facts, engine: bytes) -> Path:
         """Keep an engine, whole or not at all. OutputError; UntrustedError: others may write to the folder."""

@@ -64,6 +64,11 @@ class Library:
         """Name and version, for messages."""
         return f"{self.kind.title} {self.version}"
 
+    @property
+    def last(self) -> str:
+        """What it last complained of."""
+        return self.log[-1] if self.log else "no reason given"
+
     def targets(self) -> list[str]:
         """The architectures that it can be told to build for; none where it builds for the machine's card alone."""
         if not self.kind.builds_ahead:

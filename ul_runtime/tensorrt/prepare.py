@@ -11,11 +11,13 @@ from ul_runtime.cards import cards
 from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.device import pixels
 from ul_runtime.device.loop import Tensor
+from ul_runtime.errors import ULError
 from ul_runtime.manifest import GraphName
 from ul_runtime.onnx_weights import with_weights
-from ul_runtime.tensorrt.build import FLAGS, Plan, Profile, Timings, build_engine
+from ul_runtime.tensorrt.build import FLAGS, REFITTABLE, Plan, Profile, Timings, build_engine
 from ul_runtime.tensorrt.engines import EngineCache, Facts
 from ul_runtime.tensorrt.library import Library, library_on
+from ul_runtime.tensorrt.refit import refit_engine
 from ul_runtime.user_cache import engine_dir
 
 
@@ -35,6 +37,7 @@ class Engines:
     profile: Profile
     targets: tuple[str, ...] = ()
     card: str = ""
+    refittable: bool = False
 
     @property
     def batches(self) -> str:
@@ -55,7 +58,7 @@ class Engines:
             targets=",".join(self.targets),
             card="" if self.targets else self.card,
             profile=self.batches,
-            flags=FLAGS,
+            flags=f"{FLAGS}, {REFITTABLE}" if self.refittable else FLAGS,
         )
 
     def kept(self, what: str) -> Facts:
@@ -110,17 +113,35 @@ class Engines:
             larger = replace(self, profile=replace(self.profile, most=batch))
             wider = replace(facts, profile=larger.batches)
             return larger._engine(wider, where, onnx, inputs, None, say, control)
+        if self.card and (refitted := self._refitted(facts, where, onnx, batch, say)) is not None:
+            return Prepared(refitted, "the weights have changed")
         why = self.cache.why(facts)
         say(f"{facts.graph}: building an engine by {self.library.title}: {why}")
         timings, kept = None, self.kept("timings")
         if self.library.kind.keeps_timings:
             timings = Timings(self.cache.load(kept) or b"")
-        plan = Plan(where, facts.graph, onnx(), inputs, self.profile, self.targets, timings)
+        plan = Plan(where, facts.graph, onnx(), inputs, self.profile, self.targets, timings, self.refittable)
         engine = build_engine(self.library, plan, control)
         self.cache.store(facts, engine)
         if timings is not None:
             self.cache.store(kept, timings.data)
         return Prepared(engine, why)
+
+    def _refitted(
+        self, facts: Facts, where: str, onnx: Callable[[], bytes], batch: int | None, say: Callable[[str], None]
+    ) -> bytes | None:
+        """An engine that is there with these weights put in, and kept; None, said why, where that does not work."""
+        other = self.cache.with_other_weights(facts, REFITTABLE, batch)
+        if other is None or (old := self.cache.load(other)) is None:
+            return None
+        say(f"{facts.graph}: new weights into the engine that is there, by {self.library.title}")
+        try:
+            engine = refit_engine(self.library, old, onnx(), where)
+        except ULError as error:
+            say(f"{facts.graph}: it has to be built, its weights cannot be replaced: {error}")
+            return None
+        self.cache.store(replace(other, weights_sha256=facts.weights_sha256), engine)
+        return engine
 
 
 def engines_for_card(number: int, folder: Path | None = None) -> Engines:
