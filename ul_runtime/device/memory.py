@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ul_runtime.cards import has_bindings
+from ul_runtime.cards import cards
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
 
 
@@ -69,8 +69,10 @@ class CudaMemory:
 
     def __init__(self, device: int = 0) -> None:
         """UsageError: no bindings, or no such card."""
-        if not has_bindings():
-            raise UsageError("cuda-bindings is not installed; pip install 'unified-latents[gpu]'")
+        if device >= (found := len(cards())):
+            raise UsageError(
+                f"there is no NVIDIA card {device} here, but {found}, counted from 0; ul-doctor lists them"
+            )
         from cuda.bindings import runtime
 
         self._cuda = runtime
