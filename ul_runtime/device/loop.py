@@ -5,13 +5,14 @@ steps are ever captured; table, noise, labels and guidance are data, so that non
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from ul_runtime.device.interface import Interface, Tensor
 from ul_runtime.device.memory import Memory, Scratch
 from ul_runtime.device.pixels import NAME as PIXELS
 from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
@@ -27,34 +28,6 @@ class Engine(Protocol):
 
     def enqueue(self) -> None:
         """Run it on the tensors it was bound to, in the device's order of work. ULError."""
-
-
-class Tensor(Protocol):
-    """An input or output; see TensorFormat."""
-
-    @property
-    def name(self) -> str:
-        """As the graph calls it."""
-
-    @property
-    def dtype(self) -> str:
-        """As numpy calls it."""
-
-    @property
-    def shape(self) -> tuple[int | str, ...]:
-        """A string is a dynamic dimension, b or g."""
-
-
-class Interface(Protocol):
-    """What goes into a graph and comes out."""
-
-    @property
-    def inputs(self) -> Sequence[Tensor]:
-        """In no order that matters."""
-
-    @property
-    def outputs(self) -> Sequence[Tensor]:
-        """Likewise."""
 
 
 # (graph, sizes, tensor name -> address) -> the graph bound to these addresses

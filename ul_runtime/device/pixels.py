@@ -1,12 +1,9 @@
 """x to finished pictures on the device: one graph for every bundle, so that uint8 and not float32 leaves a card."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ul_runtime.device.interface import Interface
 from ul_runtime.manifest import BundleInfo, ImageFormat
-
-if TYPE_CHECKING:
-    from ul_runtime.device.loop import Interface
 
 NAME = "pixels"
 # round((clip(x, -1, 1) + 1) * 127.5) as uint8, channels last; and the sum of the magnitudes of x, finite where x is.
@@ -55,7 +52,7 @@ class PixelGraph:
         return cls((x,), (images, PixelTensor("sum", "float32", ("b",))))
 
 
-def graphs_of(manifest: BundleInfo) -> "dict[str, Interface]":
+def graphs_of(manifest: BundleInfo) -> dict[str, Interface]:
     """All graphs that a device runs for a bundle: its own and, as NAME, this one."""
     graphs: dict[str, Interface] = {str(name): graph for name, graph in manifest.graphs.items()}
     return graphs | {NAME: PixelGraph.of(manifest.image)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ul_runtime.control import UNWATCHED, Control
-from ul_runtime.device.loop import Tensor
+from ul_runtime.device.interface import Tensor
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.tensorrt.library import Library
 

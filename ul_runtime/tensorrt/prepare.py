@@ -10,7 +10,7 @@ from ul_runtime.bundle import Bundle
 from ul_runtime.cards import cards
 from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.device import pixels
-from ul_runtime.device.loop import Tensor
+from ul_runtime.device.interface import Tensor
 from ul_runtime.errors import ULError
 from ul_runtime.manifest import GraphName
 from ul_runtime.onnx_weights import with_weights
