@@ -45,6 +45,8 @@ EngineFolder = Annotated[
     typer.Option(metavar="DIR", help="Where engines are kept: a folder of your own.", show_default="the user's cache"),
 ]
 
+_ENGINES_ONLY = "give --tensorrt and its options only"
+
 
 @app.command(epilog="Example: ul-export runs/fashion --out fashion.bundle")
 def export(
@@ -76,13 +78,11 @@ def export(
 ) -> None:
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
     build = _engine_builder(tensorrt, target, max_batch, engines, refittable)
-    kind = _precision(fp16, bf16, int8)
+    kind = _precision({"fp16": fp16, "bf16": bf16, "int8": int8})
     changed = kind != "fp32" or opset is not None or weights != "fp32" or calibrate is not None
     if build is not None and _is_bundle(run):
         if changed or check or update is not None or out is not None or overwrite:
-            raise UsageError(
-                f"{run} is a bundle, whose engines are built as it is; give --tensorrt and its options only"
-            )
+            raise UsageError(f"{run} is a bundle, whose engines are built as it is; {_ENGINES_ONLY}")
         return _say(build(run), json_)
     require_packages("torch", "onnx", "onnxscript", "matplotlib", extras="train,export")
     from ul_export.command import ExportOptions, export_bundle
@@ -110,9 +110,9 @@ def export(
     _say(figures | (build(out) if build is not None else {}), json_)
 
 
-def _precision(fp16: bool, bf16: bool, int8: bool) -> Any:
+def _precision(given: dict[str, bool]) -> Any:
     """The one that is asked for, or fp32."""
-    asked = [kind for kind, given in (("fp16", fp16), ("bf16", bf16), ("int8", int8)) if given]
+    asked = [kind for kind, wanted in given.items() if wanted]
     if len(asked) > 1:
         raise UsageError(f"--{asked[0]} and --{asked[1]}: give one of them")
     return asked[0] if asked else "fp32"
