@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from random_run import write_run
 from test_precision_export import calm
@@ -16,6 +17,7 @@ from ul_export.cli import main
 from ul_export.compare import REDUCED
 from ul_export.weight_names import name_weights, replace_weights
 from ul_runtime.bundle import Bundle
+from ul_runtime.errors import BadInputError
 from ul_runtime.manifest import GRAPH_NAMES
 
 KINDS = {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8",), "weights in fp16": ("--weights", "fp16")}
@@ -43,7 +45,8 @@ def test_an_updated_bundle_has_the_weights_of_an_export_of_the_newer_run(kind, r
     for run, name in ((old, "updated"), (new, "exported")):
         assert command(main, run, "--out", tmp_path / name, *words(kind, run)).code == 0
     before = Bundle.open(tmp_path / "updated").hash
-    result = command(main, new, "--update", tmp_path / "updated", "--threads", 1)
+    images = words(kind, new)[1:-2] if kind in ("fp16", "int8") else ()
+    result = command(main, new, "--update", tmp_path / "updated", *images, "--threads", 1)
     assert result.code == 0, result.err
     updated, exported = (Bundle.open(tmp_path / name) for name in ("updated", "exported"))
     assert updated.manifest.provenance == exported.manifest.provenance
@@ -53,6 +56,10 @@ def test_an_updated_bundle_has_the_weights_of_an_export_of_the_newer_run(kind, r
         own, of_export = updated.manifest.parity[kind], exported.manifest.parity[kind]
         assert own["flops_share"].keys() == own["pinned"].keys() == set(GRAPH_NAMES)
         assert own["on_this_machine"].keys() == of_export["on_this_machine"].keys()
+        assert own["images"].keys() == of_export["images"].keys() == {"largest_difference"}
+        assert "lowered_image_psnr_db" in result.out
+        assert "worst_graph_difference" not in result.out, "that is of float32"
+        assert "precision.html is left out" in result.out + result.err
         assert own["batch 16, guidance 1"]["image_psnr_db"] > REDUCED[kind].least_psnr_db
     for graph in GRAPH_NAMES:
         given, expected = updated.initializers(graph), exported.initializers(graph)
@@ -74,7 +81,13 @@ def test_a_weight_that_stays_old_fails_the_proof_and_leaves_the_bundle_alone(run
     replace = updating.replace_weights
 
     def forget_one(model, given, constants):
-        replace(model, {name: value for name, value in given.items() if not name.endswith("mlp.0.weight")}, constants)
+        stale = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer if not each.external_data}
+        stale |= constants
+        replace(
+            model,
+            {name: stale.get(name, value) if "mlp.0" in name else value for name, value in given.items()},
+            constants,
+        )
 
     monkeypatch.setattr(updating, "replace_weights", forget_one)
     result = command(main, new, "--update", bundle, "--threads", 1)
@@ -95,12 +108,55 @@ def test_a_run_of_other_networks_is_refused(runs, command, tmp_path):
     assert result.code == 65
     assert "its latent is channels=3" in result.err
     assert "export without --update" in result.err
-    write_run(tmp_path / "deep", "base.blocks=[1,2]")
-    result = command(main, tmp_path / "deep", "--update", tmp_path / "bundle", "--threads", 1)
-    assert result.code == 65
+    for change, message in (
+        ("base.blocks=[1,1]", "its base is {'widths'"),
+        ("encoder.blocks=[2,1]", "its encoder is"),
+        ("decoder.middle_blocks=2", "its decoder is"),
+    ):
+        write_run(tmp_path / change, change)
+        result = command(main, tmp_path / change, "--update", tmp_path / "bundle", "--threads", 1)
+        assert result.code == 65
+        assert message in result.err, result.err
 
 
-@pytest.mark.parametrize("given", [("--fp16",), ("--opset", 20), ("--weights", "fp16"), ("--calibrate", "x")])
+def test_no_weight_of_either_side_may_stay_behind():
+    names = ("first.weight", "second.weight")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    weights = {name: np.ones((2, 2), np.float32) for name in names}
+
+    def graph() -> onnx.ModelProto:
+        stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+        return helper.make_model(helper.make_graph([], "g", [x], [], stored))
+
+    replace_weights(graph(), weights, {})
+    with pytest.raises(BadInputError, match=r"the bundle has a weight second\.weight and the run has not"):
+        replace_weights(graph(), {"first.weight": weights["first.weight"]}, {})
+    with pytest.raises(BadInputError, match=r"does not have 1 weights of the run, such as third\.bias"):
+        replace_weights(graph(), weights | {"third.bias": np.ones(2, np.float32)}, {})
+
+
+@pytest.mark.slow
+def test_an_encoder_that_leaves_its_scales_fails_on_real_images(runs, command, monkeypatch, tmp_path):
+    old, new = runs
+    bundle = tmp_path / "bundle"
+    assert command(main, old, "--out", bundle, *words("int8", old)).code == 0
+    before, load = contents(bundle), updating.load_networks
+
+    def grown(run):
+        config, info, networks, step = load(run)
+        with torch.no_grad():
+            next(networks["encoder"].parameters()).mul_(8.0)
+        return config, info, networks, step
+
+    monkeypatch.setattr(updating, "load_networks", grown)
+    result = command(main, new, "--update", bundle, "--calibrate", new.parent / "images.npz", "--threads", 1)
+    assert result.code == 65, result.out
+    assert "encoder, z_clean, images" in result.err
+    assert "export without --update finds new ones" in result.err
+    assert contents(bundle) == before
+
+
+@pytest.mark.parametrize("given", [("--fp16",), ("--opset", 20), ("--weights", "fp16")])
 def test_an_update_keeps_precision_and_opset(given, command, tmp_path):
     command.fails(main, 2, "--update keeps the bundle's precision", tmp_path, "--update", tmp_path, *given)
 

@@ -96,15 +96,15 @@ def export(
 
         return _say(check_export(run, threads, print_line), json_)
     if update is not None:
-        if changed:
-            raise UsageError("--update keeps the bundle's precision and opset; leave out all but --out and --threads")
+        if kind != "fp32" or opset is not None or weights != "fp32":
+            raise UsageError("--update keeps the bundle's precision and opset; leave them out")
         from ul_export.update import update_bundle
 
-        out = update if out is None else out
-        figures = update_bundle(run, update, out, threads, print_line)
+        out = out or update
+        figures = update_bundle(run, update, out, threads, print_line, calibrate=calibrate, cache=cache_dir(cache))
+    elif out is None:
+        raise UsageError("--out is missing; see ul-export --help")
     else:
-        if out is None:
-            raise UsageError("--out is missing; see ul-export --help")
         options = ExportOptions(opset, kind, weights, calibrate, cache_dir(cache), threads, overwrite)
         figures = export_bundle(run, out, options, print_line)
     _say(figures | (build(out) if build is not None else {}), json_)

@@ -78,7 +78,11 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     started = time.monotonic()
     config, info, networks, step = load_networks(run)
     check_finite(run, networks)
-    x, which = (None, {}) if options.precision == "fp32" else _calibration_images(run, config, info, options)
+    x, which = (
+        (None, {})
+        if options.precision == "fp32"
+        else calibration_images(run, config, info, options.calibrate, options.cache, say)
+    )
     if threads:
         torch.set_num_threads(threads)
     encoder = weights_sha256(networks["encoder"])
@@ -117,7 +121,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
         "hash": final.hash,
         "megabytes": sum(entry.size for entry in final.manifest.files.values()) / 1e6,
         "opset": opset,
-        **_reduced_in_short(reduced),
+        **reduced_in_short(reduced),
         **proof_in_short(proof),
         **({"rounded_weights_psnr_db": by_rounding["image_psnr_db"]} if by_rounding else {}),
         "seconds": time.monotonic() - started,
@@ -155,37 +159,41 @@ def proof_in_short(proof: Proof) -> dict[str, Any]:
     }
 
 
-def _calibration_images(
-    run: Path, config: Config, info: RunInfo, options: ExportOptions
+def calibration_images(
+    run: Path, config: Config, info: RunInfo, calibrate: str | None, cache: Path, say: Callable[[str], None]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """(images `b c h w` in [-1, 1] for the encoder's ranges and proof, which they are). BadInputError, UsageError.
 
-    The first held-out ones of the run, or the first of --calibrate: all of these may be used.
+    The first held-out ones of the run, or the first of the source `calibrate`: all of these may be used.
     """
-    source, heldout = (info.data, info.heldout) if options.calibrate is None else (options.calibrate, None)
+    source, heldout = (info.data, info.heldout) if calibrate is None else (calibrate, None)
     try:
-        splits = open_splits(config.image, source, heldout, options.cache, never)
+        splits = open_splits(config.image, source, heldout, cache, never)
     except BadInputError as error:
-        if options.calibrate is not None:
+        if calibrate is not None:
             raise
         raise BadInputError(
             f"{run}: {error}; the ranges of the encoder need images, give others by --calibrate"
         ) from None
-    parts = [splits.heldout] if options.calibrate is None else [splits.heldout, splits.train]
+    parts = [splits.heldout] if calibrate is None else [splits.heldout, splits.train]
     pixels = np.concatenate([part.batch(np.arange(min(CALIBRATION_IMAGES, len(part))))[0] for part in parts])
     x = from_uint8(pixels[:CALIBRATION_IMAGES])
-    which = "the run's held-out images" if options.calibrate is None else "--calibrate"
+    which = "the run's held-out images" if calibrate is None else "--calibrate"
+    if len(x) < CALIBRATION_IMAGES:
+        few = f"the encoder is proved on only {len(x)} images ({which})"
+        say(f"{few}; {CALIBRATION_IMAGES} show its range better")
     return x, {"images": len(x), "source": which, "data_fingerprint": parts[0].fingerprint}
 
 
-def _reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
+def reduced_in_short(reduced: dict[str, Any]) -> dict[str, Any]:
     """Of the proof in a lower precision, what ul-export prints."""
     if not reduced:
         return {}
     paths = [each for each in reduced.values() if isinstance(each, dict) and "z_0" in each]
+    pinned, shares = reduced.get("pinned"), reduced.get("flops_share")  # bundles of older versions have neither
     return {
-        "pinned_nodes": sum(map(len, reduced["pinned"].values())),
-        "least_share_of_flops": min(reduced["flops_share"].values()),
+        **({"pinned_nodes": sum(map(len, pinned.values()))} if pinned is not None else {}),
+        **({"least_share_of_flops": min(shares.values())} if shares else {}),
         "lowered_z_0_difference": max(each["z_0"] for each in paths),
         "lowered_image_psnr_db": min(each["image_psnr_db"] for each in paths),
     }

@@ -19,8 +19,9 @@ _INT8 = re.compile(r"(?P<weight>.+)/axis(?P<axis>\d)\.(?P<part>int8|scale)")
 
 
 def parameters(module: nn.Module) -> dict[str, np.ndarray]:
-    """Float32 arrays of a module's parameters by name."""
-    return {name: value.detach().cpu().float().numpy() for name, value in module.named_parameters()}
+    """Float32 arrays of a module's parameters and buffers by name."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: value.detach().cpu().float().numpy() for name, value in named}
 
 
 def name_weights(model: ModelProto, module: nn.Module) -> None:
@@ -61,22 +62,32 @@ def _source(array: np.ndarray, given: Mapping[str, np.ndarray], users: list[str]
 def replace_weights(model: ModelProto, given: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]) -> None:
     """Put these parameters into the initializers named after them, in the precision that they have there.
 
-    `constants`: of initializers that lie outside of the graph and are no parameters. A parameter that the graph has in
-    another way keeps its old values there, which the proof then finds. BadInputError: another number of values.
+    `constants`: of initializers that lie outside of the graph and are no parameters. BadInputError: another number of
+    values, or not the same parameters on both sides: none may keep its old values.
     """
+    used: set[str] = set()
     for tensor in model.graph.initializer:
         half, int8 = _HALF.fullmatch(tensor.name), _INT8.fullmatch(tensor.name)
         stem = _AGAIN.sub("", (half or int8 or {"weight": tensor.name})["weight"])
         source = stem.removesuffix(_TRANSPOSED)
         if source not in given:
+            if "." in source:  # a parameter's name, which no constant has
+                raise BadInputError(f"the bundle has a weight {source} and the run has not; export without --update")
             if tensor.external_data:
                 tensor.CopyFrom(numpy_helper.from_array(constants[tensor.name], tensor.name))
             continue
+        used.add(source)
         value = given[source].T if stem.endswith(_TRANSPOSED) else given[source]
         if int8 is not None:
             values, scale = by_channel(value, int(int8["axis"]))
             value = values if int8["part"] == "int8" else scale
         if value.size != int(np.prod(tensor.dims)):
-            raise BadInputError(f"{source} has {value.size} values, the bundle {list(tensor.dims)}; export again")
+            raise BadInputError(
+                f"{source} has {value.size} values, the bundle {list(tensor.dims)}; export without --update"
+            )
         new = numpy_helper.from_array(np.ascontiguousarray(value.reshape(tuple(tensor.dims))), tensor.name)
         tensor.CopyFrom(half_tensor(new, tensor.data_type) if half else new)
+    if left := sorted(given.keys() - used):
+        raise BadInputError(
+            f"the graph does not have {len(left)} weights of the run, such as {left[0]}; export without --update"
+        )

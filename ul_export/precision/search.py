@@ -110,7 +110,7 @@ def reduce(calibration: Calibration, kind: Kind, say: Callable[[str], None]) -> 
         if not reduced.proof.failures:
             break
         graph = reduced.proof.worst_graph
-        failed = f"{kind}: not within tolerance yet: {reduced.proof.failures[0]}"
+        failed = f"{kind}: searching for what has to stay in float32 ({reduced.proof.failures[0]})"
         if graph not in searches:
             say(f"{failed}; ranking the nodes of {graph} by what their rounding does")
             searches[graph] = _Search(calibration, kind, graph, pins[graph], ranking(calibration, reduced))
