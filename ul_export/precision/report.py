@@ -210,7 +210,7 @@ def _graph_row(graph: str, each: Mapping[str, Any], pins: list[tuple[str, str, s
         f"{stored / each['weight_bytes_float32']:.0%}",
         str(len(each["nodes"])),
         str(sum(pin[0] == graph for pin in pins)),
-        *(f"{each['ms'][name]:.2f}" if name in each["ms"] else "" for name in ("fp32", "int8")),
+        *(f"{each['ms'][name]:.2f}" if name in each["ms"] else "not on a CPU" for name in ("fp32", "int8")),
     ]
 
 
@@ -268,7 +268,7 @@ def drift_plot(figures: list[tuple[str, Mapping[str, Any]]]) -> bytes:
         axes.set(xlabel="step", ylabel=f"difference of {state}", title=graph)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")  # over no line
     return figure_png(figure, 110)
 
 
@@ -286,8 +286,8 @@ def headroom_plot(record: Mapping[str, Any]) -> bytes:
         if record["precision"] == "fp16":
             axes.axhline(LARGEST_FLOAT16, color="red", label="largest float16")
             axes.axhline(LARGEST_FLOAT16 / 2**LEAST_HEADROOM_BITS, color="red", linestyle=":", label="pinned above")
-        axes.set(xlabel="node", title=graph)
+        axes.set(xlabel="node, in the graph's order", title=graph)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("largest magnitude")
-    figure.axes[-1].legend(fontsize=8)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure_png(figure, 110)
