@@ -3,17 +3,18 @@
 import inspect
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 from analytic_bundle import write_analytic_bundle
 
 from ul_export.cli import main
-from ul_export.engines import open_engines
+from ul_export.engines import build_engines, open_engines
 from ul_runtime import cards
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import Card
-from ul_runtime.errors import UsageError
+from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.tensorrt import refit
 from ul_runtime.tensorrt.engines import EngineCache
 from ul_runtime.tensorrt.prepare import engines_for_card
@@ -34,6 +35,20 @@ def test_engines_are_built_once_and_the_reason_of_each_build_is_said(analytic_bu
     other = command(main, analytic_bundle, *options, "--target", "sm120")
     assert json.loads(other.out)["engines_built"] == 3
     assert other.err.count("it was built for other architectures (sm89, now sm89,sm120)") == 3
+
+
+def test_a_stop_says_what_is_kept(analytic_bundle, tmp_path, monkeypatch):
+    engines = open_engines(["sm89"], 8, tmp_path / "engines")
+    made: list[str] = []
+
+    @contextmanager
+    def after_the_first():
+        yield lambda: len(list(engines.cache.entries())) == 1
+
+    monkeypatch.setattr("ul_export.engines.stop_on_signal", after_the_first)
+    with pytest.raises(StoppedError, match=r"1 of 3 engines are in .*engines; run the same command again to go on"):
+        build_engines(engines, analytic_bundle, made.append)
+    assert len(list(engines.cache.entries())) == 1
 
 
 def test_new_weights_build_anew(tmp_path, command):

@@ -8,7 +8,7 @@ from typing import Any
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import cards
 from ul_runtime.control import Control
-from ul_runtime.errors import UsageError
+from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES
 from ul_runtime.progress import progress
 from ul_runtime.shipped import open_bundle
@@ -54,7 +54,11 @@ def build_engines(engines: Engines, bundle: Path, say: Callable[[str], None]) ->
     built, size = [], 0
     with stop_on_signal() as stop, progress("building engines", len(GRAPH_NAMES), "graphs") as advance:
         for graph in GRAPH_NAMES:
-            prepared = engines.engine(opened, graph, say, control=Control(stop, advance))
+            try:
+                prepared = engines.engine(opened, graph, say, control=Control(stop, advance))
+            except StoppedError:
+                done = f"{GRAPH_NAMES.index(graph)} of {len(GRAPH_NAMES)} engines are in {engines.cache.folder}"
+                raise StoppedError(f"stopped; {done}; run the same command again to go on") from None
             built += [graph] if prepared.built_because else []
             size += len(prepared.engine)
     return {
