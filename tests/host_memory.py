@@ -13,12 +13,16 @@ class HostMemory:
     """Memory whose work is done at once, or recorded while it is captured. `limit` in bytes, None = none."""
 
     kind = "cpu"
+    number = 0
 
     def __init__(self, *, limit: int | None = None, refuses_capture: bool = False) -> None:
         self.held: dict[int, np.ndarray] = {}
         self.limit, self.refuses_capture = limit, refuses_capture
-        self.allocations = self.waits = self.replays = self.largest_download = 0
+        self.uses = self.allocations = self.waits = self.replays = self.largest_download = 0
         self._recorded: list[Callable[[], None]] | None = None
+
+    def use(self) -> None:
+        self.uses += 1
 
     def allocate(self, size: int) -> int:
         used = sum(array.nbytes for array in self.held.values())

@@ -62,5 +62,5 @@ def test_a_backend_on_a_card_says_why_it_cannot_be(name, analytic_bundle):
 
 def test_onnx_runtime_without_its_cuda_provider_says_what_to_install(monkeypatch):
     monkeypatch.setattr(ort_cuda.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(UsageError, match="pip install onnxruntime-gpu"):
+    with pytest.raises(UsageError, match="pip install 'onnxruntime-gpu"):
         ort_cuda.cuda_providers(None)  # type: ignore[arg-type]

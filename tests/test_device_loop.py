@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -202,6 +203,56 @@ def test_out_of_memory_halves_the_batch_and_makes_the_same_images(bundle, caplog
     assert [record.message.split("; ")[1] for record in caplog.records] == [
         "going on with batches of 4, which make the same images"
     ]
+
+
+def image_shape(backend: Any) -> tuple[int, ...]:
+    """Of x, without the batch."""
+    return backend.loop.graphs["pixels"].inputs[0].shape[1:]
+
+
+def test_noise_that_does_not_fit_releases_the_steps_of_the_larger_batch(bundle):
+    """Many steps of noise need more than the steps themselves, so the region is what fails, with all steps bound."""
+    memory = HostMemory()
+    pipeline = device(bundle, memory)
+    pictures(pipeline, 8, steps=4, batch_size=8)
+    held = sum(array.nbytes for array in memory.held.values())
+    memory.limit = held + 1000
+    made = pictures(pipeline, 8, steps=40, sampler="ancestral", batch_size=8)
+    assert len(made) == 8
+    assert sum(array.nbytes for array in memory.held.values()) < held
+
+
+def test_a_call_that_does_not_fit_leaves_nothing_behind(bundle):
+    memory = HostMemory(limit=5000)
+    backend = device(bundle, memory).backend
+    with pytest.raises(OutOfMemoryError):
+        backend.loop.run("pixels", {"x": np.zeros((64, *image_shape(backend)), np.float32)})  # type: ignore[attr-defined]
+    assert memory.held == {}
+
+
+def test_the_first_error_is_told_where_the_device_fails_again_afterwards(bundle, monkeypatch):
+    memory = HostMemory()
+    pipeline = device(bundle, memory)
+
+    def failing(*_: object) -> None:
+        raise ULError("the first")
+
+    def failing_again() -> None:
+        raise ULError("the second")
+
+    monkeypatch.setattr(memory, "copy", failing)
+    monkeypatch.setattr(memory, "wait", failing_again)
+    with pytest.raises(ULError, match="the first"):
+        pictures(pipeline, 1, steps=4)
+
+
+def test_each_entry_makes_its_device_the_current_one(bundle):
+    memory = HostMemory()
+    pipeline = device(bundle, memory)
+    for entry in (lambda: pictures(pipeline, 1, steps=4), pipeline.backend.loop.release):  # type: ignore[attr-defined]
+        before = memory.uses
+        entry()
+        assert memory.uses > before
 
 
 def test_where_not_even_one_image_fits_it_is_an_error(bundle):

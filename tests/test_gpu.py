@@ -125,6 +125,8 @@ def test_nothing_is_allocated_or_waited_for_inside_the_loop(pipeline, monkeypatc
 
 
 def test_auto_takes_a_card_and_its_step_is_the_processors(pipeline, bundle):
+    if pipeline.backend.name == "torch":
+        pytest.skip("torch samples runs, and auto bundles")
     opened = Bundle.open(bundle)
     assert check_step(pipeline.backend, opened) < 1e-3
     assert open_backend("auto", opened).name in ON_A_CARD

@@ -8,10 +8,10 @@ from host_memory import HostMemory
 from ul_runtime.backends import on_a_card, open_backend
 from ul_runtime.backends.on_a_card import MOST_DIFFERENCE, CardOptions, check_step
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
-from ul_runtime.backends.ort_cuda import OrtDeviceBackend
+from ul_runtime.backends.ort_cuda import OrtDeviceBackend, _BoundSession, ran_out_of_memory
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import Card
-from ul_runtime.errors import ULError, UsageError
+from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
 from ul_runtime.samplers import A
 
 
@@ -55,6 +55,53 @@ def test_a_step_of_a_backend_that_works_is_the_processors(bundle):
 def test_a_step_with_a_wrong_input_is_seen(bundle):
     with pytest.raises(ULError, match="differs from the processor's by"):
         check_step(Wrong(bundle), bundle)
+
+
+def test_a_decoder_that_fails_is_seen(bundle):
+    backend = working(bundle)
+    run = backend.run
+    backend.run = lambda name, inputs: {
+        key: value * (2 if name == "decoder_step" else 1) for key, value in run(name, inputs).items()
+    }
+    with pytest.raises(ULError, match="a step of the decoder differs"):
+        check_step(backend, bundle)
+
+
+def test_a_backend_that_is_refused_leaves_the_memory_of_its_card(bundle, card):
+    memory = HostMemory()
+    refused = OrtDeviceBackend(bundle, memory, ["CPUExecutionProvider"], print)
+    run = refused.run
+    refused.run = lambda name, inputs: {key: value * 2 for key, value in run(name, inputs).items()}
+    card["ort-cuda"] = refused
+    assert open_backend("auto", bundle).name == "ort-cpu"
+    assert memory.allocations > 0
+    assert memory.held == {}
+    assert refused._sessions == {}
+
+
+def test_onnx_runtimes_failures_for_want_of_memory_are_told_from_others():
+    long = "Error in execution: Non-zero status code returned while running Conv node. " + "x" * 300
+    assert ran_out_of_memory(RuntimeError(f"{long} Failed to allocate memory for requested buffer of size 8"))
+    assert ran_out_of_memory(RuntimeError("CUDA failure 2: out of memory"))
+    assert not ran_out_of_memory(RuntimeError(f"{long} cuDNN is unavailable"))
+    assert not ran_out_of_memory(None)
+
+
+class Bound:
+    """What a session's run raises: RuntimeError, not one of ONNX Runtime's own errors."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def run_with_iobinding(self, *_: object) -> None:
+        raise RuntimeError(self.text)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("Failed to allocate", OutOfMemoryError), ("no kernel", ULError)])
+def test_a_bound_run_that_fails_is_an_error_of_ours(text, kind):
+    with pytest.raises(ULError, match=f"decoder: ONNX Runtime failed: {text}") as caught:
+        _BoundSession(Bound(text), None, 1, "decoder").enqueue()  # type: ignore[arg-type]
+    assert type(caught.value) is kind
 
 
 def test_a_step_that_is_not_finite_is_seen(bundle):

@@ -30,13 +30,18 @@ class TorchMemory:
 
     def __init__(self, device: torch.device) -> None:
         """UsageError: there is no such device."""
-        self.device, self.kind = device, device.type
+        self.device, self.kind, self.number = device, device.type, device.index or 0
         self._pieces: dict[int, Tensor] = {}
         try:
             torch.empty(1, device=device)
             self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"device {device} cannot be used: {' '.join(str(error).split())[:200]}") from error
+
+    def use(self) -> None:
+        """See Memory."""
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)
 
     def ordered(self) -> AbstractContextManager[object]:
         """Within it, torch's work is in this memory's order."""
@@ -177,8 +182,10 @@ class _BoundModule:
                 made = self.module(**self.inputs)
                 for output, result in zip(self.outputs, made if isinstance(made, tuple) else (made,), strict=True):
                     output.copy_(result)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"device {self.memory.device} has no memory left for this batch") from error
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):  # of cuBLAS and cuDNN
+                raise OutOfMemoryError(f"device {self.memory.device} has no memory left for this batch") from error
+            raise ULError(f"torch cannot run a step: {' '.join(str(error).split())[:200]}") from error
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The backends of an NVIDIA card: opened by name, and for `auto` tried against the processor before one is taken."""
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +12,11 @@ import numpy as np
 from ul_runtime import noise
 from ul_runtime.backends import ON_A_CARD, Backend, bundle_precision, has_float32
 from ul_runtime.cards import Card, cards, has_bindings
+from ul_runtime.device import pixels
+from ul_runtime.device.backend import DeviceBackend
 from ul_runtime.errors import ULError, UsageError
-from ul_runtime.guidance import unguided
+from ul_runtime.guidance import Inputs, unguided
+from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.noise_process import alpha, sigma
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 # of a step, root mean square, relative: above all that precisions do to one, below what a wrong tensor does
 MOST_DIFFERENCE = 0.1
 _SEED = 0
+_STEPS: dict[GraphName, str] = {"prior_step": "prior", "decoder_step": "decoder"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ def first_that_works(
     if card is None:
         return None
     for name in ON_A_CARD:
+        opened: Backend | None = None
         try:
             if name == "tensorrt":
                 _require_engines(bundle, precision, options)
@@ -75,9 +82,18 @@ def first_that_works(
             check_step(opened, bundle)
         except ULError as error:
             say(f"backend auto: not {name} on card {card.number} ({card.name}): {error}")
+            _close(opened)
         else:
             return opened
     return None
+
+
+def _close(backend: Backend | None) -> None:
+    """Leave the card's memory to the next; at once, and not while that one captures."""
+    if isinstance(backend, DeviceBackend):
+        with suppress(ULError):  # it may be why the backend was refused
+            backend.loop.release()
+    gc.collect()
 
 
 def _card(number: int) -> Card | None:
@@ -109,26 +125,44 @@ def _require_engines(bundle: "Bundle", precision: str | None, options: CardOptio
 
 
 def check_step(backend: Backend, bundle: "Bundle") -> float:
-    """Relative difference of a step of the prior from the processor's. ULError: more than any precision explains.
+    """Largest relative difference of a step from the processor's. ULError: more than any precision explains, or a failure.
 
     It tells a backend that works from one that does not; how exact a precision is, ul-export proves.
     """
     from ul_runtime.backends.ort_cpu import OrtCpuBackend
 
-    manifest = bundle.manifest
-    shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
-    z = noise.normals(_SEED, np.arange(2), noise.PRIOR_START, shape)
-    logsnr = (manifest.logsnr_z.min + manifest.logsnr_z.max) / 2
-    row = np.array([[logsnr, alpha(logsnr), sigma(logsnr), 0.5, 0.5, 0.25, 0.125, 0.0]], np.float32)
-    labels = np.arange(2) % (len(manifest.classes) + 1)
-    history = np.stack([z, -z], axis=1)
-    inputs = {"z": z, "history": history, "noise": np.zeros_like(z), "row": row.repeat(2, axis=0)}
-    inputs |= unguided(labels, z)
-    expected, given = (each.run("prior_step", dict(inputs)) for each in (OrtCpuBackend(bundle), backend))
-    worst = max(_relative(expected[name], given[name]) for name in expected)
-    if not worst <= MOST_DIFFERENCE:
-        raise ULError(f"a step of the prior differs from the processor's by {100 * worst:.3g} %; it is not used")
+    processor, worst = OrtCpuBackend(bundle), 0.0
+    for graph, what in _STEPS.items():
+        inputs = _inputs(bundle.manifest, graph)
+        expected, given = (each.run(graph, dict(inputs)) for each in (processor, backend))
+        difference = max(_relative(expected[name], given[name]) for name in expected)
+        if not difference <= MOST_DIFFERENCE:
+            raise ULError(
+                f"a step of the {what} differs from the processor's by {100 * difference:.3g} %; it is not used"
+            )
+        worst = max(worst, difference)
+    if isinstance(backend, DeviceBackend):
+        image = bundle.manifest.image
+        backend.loop.run(pixels.NAME, {"x": np.zeros((2, image.channels, image.size, image.size), np.float32)})
     return worst
+
+
+def _inputs(manifest: BundleInfo, graph: GraphName) -> Inputs:
+    """Of a step in the middle of its noise levels, for two images; of the prior, not guided."""
+    state, levels = ("z", manifest.logsnr_z) if graph == "prior_step" else ("x", manifest.logsnr_x)
+    shapes = {tensor.name: tensor.shape[1:] for tensor in manifest.graphs[graph].inputs}
+
+    def normals(name: str) -> np.ndarray:
+        sizes = tuple(int(size) for size in shapes[name])
+        return noise.normals(_SEED, np.arange(2), noise.PRIOR_START, sizes)
+
+    logsnr = (levels.min + levels.max) / 2
+    row = np.array([[logsnr, alpha(logsnr), sigma(logsnr), 0.5, 0.5, 0.25, 0.125, 0.0]], np.float32)
+    x = normals(state)
+    inputs = {state: x, "history": np.stack([x, -x], axis=1), "noise": np.zeros_like(x), "row": row.repeat(2, axis=0)}
+    if graph == "prior_step":
+        return inputs | unguided(np.arange(2) % (len(manifest.classes) + 1), x)
+    return inputs | {"z_0": normals("z_0")}
 
 
 def _relative(expected: np.ndarray, given: np.ndarray) -> float:

@@ -124,7 +124,7 @@ def load_session(
     try:
         model = bundle.graph(graph_name, float32=float32)
         session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS)
-    except (*ORT_ERRORS, ValueError) as error:
+    except (*ORT_ERRORS, ValueError, RuntimeError) as error:
         raise cannot_load(bundle, graph_name, error, "export again with ul-export, or update onnxruntime") from error
     return session, values
 

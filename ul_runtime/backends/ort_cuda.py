@@ -4,6 +4,8 @@ It captures CUDA graphs itself, one for each graph number, and does not verify t
 addresses: so a number is given to one binding and never to another.
 """
 
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from ul_runtime.device.backend import DeviceBackend
 from ul_runtime.device.loop import DeviceLoop, Dims, Engine
 from ul_runtime.device.memory import CudaMemory, Memory
 from ul_runtime.device.pixels import graphs_of
-from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES
 
 if TYPE_CHECKING:
@@ -25,16 +27,18 @@ if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
 
 _PROVIDER = "CUDAExecutionProvider"
+_INSTALL = "pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas"
+_NO_MEMORY = ("out of memory", "Failed to allocate", "CUDA failure 2:", "ALLOC_FAILED")  # in its messages
 
 
 def cuda_providers(memory: CudaMemory) -> list[Any]:
     """The provider on the memory's card and stream, capturing its runs, in full float32. UsageError: not there."""
     if _PROVIDER not in ort.get_available_providers():
-        raise UsageError(
-            f"onnxruntime {ort.__version__} has no {_PROVIDER}; pip uninstall onnxruntime, pip install onnxruntime-gpu"
-        )
-    ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's Python packages, where these are installed
-    options = {"device_id": memory.device, "user_compute_stream": str(memory.stream), "enable_cuda_graph": "1"}
+        raise UsageError(f"onnxruntime {ort.__version__} has no {_PROVIDER}; pip uninstall onnxruntime, {_INSTALL}")
+    ort.set_default_logger_severity(3)  # it warns of every session
+    with redirect_stdout(sys.stderr):
+        ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's Python packages, where these are installed
+    options = {"device_id": memory.number, "user_compute_stream": str(memory.stream), "enable_cuda_graph": "1"}
     return [(_PROVIDER, options | {"use_tf32": "0"})]
 
 
@@ -61,15 +65,21 @@ class OrtDeviceBackend(DeviceBackend):
         self._values: list[ort.OrtValue] = []
         self._bindings = 0
         self._graphs = graphs_of(bundle.manifest)
-        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, captures=False)
+        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, captures=False, on_release=self._close)
+
+    def _close(self) -> None:
+        """Sessions hold the memory of what they ran and captured as long as they live."""
+        self._sessions.clear()
+        self._values.clear()
 
     def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
         session, entry, kind = self._session(graph), self._graphs[graph], self._memory.kind
+        number = self._memory.number  # of another, ONNX Runtime would copy the inputs once, and later ones never
         binding = session.io_binding()
         for tensors, bind in ((entry.inputs, binding.bind_input), (entry.outputs, binding.bind_output)):
             for tensor in tensors:
                 shape = [d if isinstance(d, int) else dims[d] for d in tensor.shape]
-                bind(tensor.name, kind, 0, np.dtype(tensor.dtype).type, shape, addresses[tensor.name])
+                bind(tensor.name, kind, number, np.dtype(tensor.dtype).type, shape, addresses[tensor.name])
         self._bindings += 1
         return _BoundSession(session, binding, self._bindings, f"{graph} {dims}")
 
@@ -77,21 +87,28 @@ class OrtDeviceBackend(DeviceBackend):
         if graph not in self._sessions:
             options = session_options(None)
             wanted = self._providers[0] if isinstance(self._providers[0], str) else self._providers[0][0]
-            if wanted == _PROVIDER:
-                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            # A few int64 nodes compute sizes on the processor; enable_cuda_graph refuses all others there.
             session = self._load(graph, options)
             if (given := session.get_providers()[0]) != wanted:
-                raise ULError(f"{graph}: ONNX Runtime took {given} in place of {wanted}; ul-doctor says why")
+                raise ULError(f"{graph}: ONNX Runtime took {given} in place of {wanted}: {_INSTALL}")
             self._sessions[graph] = session
         return self._sessions[graph]
 
     def _load(self, graph: str, options: ort.SessionOptions) -> ort.InferenceSession:
         for name in GRAPH_NAMES:
             if name == graph:
-                session, values = load_session(self._bundle, name, self._float32, options, self._providers)
+                try:
+                    session, values = load_session(self._bundle, name, self._float32, options, self._providers)
+                except BadInputError as error:
+                    if ran_out_of_memory(error.__cause__):
+                        raise OutOfMemoryError(f"{graph}: no memory left to load it") from error
+                    raise
                 self._values += values
                 return session
-        return ort.InferenceSession(pixels.ONNX, options, providers=self._providers)
+        try:
+            return ort.InferenceSession(pixels.ONNX, options, providers=self._providers)
+        except (*ORT_ERRORS, ValueError, RuntimeError) as error:
+            raise _failed(f"{graph}: ONNX Runtime cannot load it", error) from error
 
 
 class _BoundSession:
@@ -107,7 +124,15 @@ class _BoundSession:
         """See Engine."""
         try:
             self._session.run_with_iobinding(self._binding, self._options)
-        except (*ORT_ERRORS, ValueError) as error:
-            text = one_line(error)
-            kind = OutOfMemoryError if "out of memory" in text or "Failed to allocate" in text else ULError
-            raise kind(f"{self._what}: ONNX Runtime failed: {text}") from error
+        except (*ORT_ERRORS, ValueError, RuntimeError) as error:  # RuntimeError: what a bound run raises
+            raise _failed(f"{self._what}: ONNX Runtime failed", error) from error
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether ONNX Runtime failed for want of memory, which its message tells, often far into it."""
+    return any(word in str(error) for word in _NO_MEMORY)
+
+
+def _failed(what: str, error: Exception) -> ULError:
+    kind = OutOfMemoryError if ran_out_of_memory(error) else ULError
+    return kind(f"{what}: {one_line(error)}")

@@ -8,7 +8,7 @@ from ul_runtime.device.backend import DeviceBackend
 from ul_runtime.device.loop import DeviceLoop, Dims, Engine
 from ul_runtime.device.memory import CudaMemory
 from ul_runtime.device.pixels import graphs_of
-from ul_runtime.errors import OutOfMemoryError, ULError
+from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES
 from ul_runtime.tensorrt.library import Library
 from ul_runtime.tensorrt.prepare import Engines, Prepared
@@ -40,7 +40,10 @@ class TensorRtBackend(DeviceBackend):
         self.precision = precision or bundle_precision(bundle)
         self._float32 = precision == "fp32"
         self._bundle, self._engines, self._memory, self._say = bundle, engines, memory, say
-        self._runtime = engines.library.api.Runtime(engines.library.logger)
+        try:
+            self._runtime = engines.library.api.Runtime(engines.library.logger)
+        except TypeError as error:  # its factory gave nothing
+            raise UsageError(f"{engines.library.title} does not run here: {engines.library.last}") from error
         self._loaded: dict[str, Any] = {}
         self._compiled: Any = None  # the library's cache of kernels, where it compiles late
         self._graphs = graphs_of(bundle.manifest)

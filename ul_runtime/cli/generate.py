@@ -72,6 +72,7 @@ def generate(
     guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)
     decoder = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
     machine |= {"guide": guide, "backend": pipeline.backend.name}
+    machine["engines"] = engines if pipeline.backend.name == "tensorrt" else None  # auto may have taken another
     with several_devices(pipeline, bundle, cards, **machine) as batches:
         result = _generate(pipeline, batches, out, num_images, seed, label, batch_size, prior | guided | decoder)
     print(json.dumps(result) if as_json else summary(result))

@@ -5,7 +5,8 @@ steps are ever captured; table, noise, labels and guidance are data, so that non
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,6 +64,7 @@ class DeviceLoop:
     captures: bool = True
     require_graphs: bool = False
     captured: int = 0
+    on_release: Callable[[], None] = lambda: None  # the engines give back what they hold beside their tensors
     scratch: Scratch = field(init=False)
     bound: dict[tuple[str, str | None, int, int], _Bound] = field(default_factory=dict)
 
@@ -92,8 +94,7 @@ class DeviceLoop:
         memory, held = self.memory, [_padded(walk.start, bucket)]
         tables = np.repeat(rows[:, None], bucket, axis=1)  # rows bucket 8
         noisy = [k for k in range(len(rows)) if rows[k, S] != 0.0]
-        region = memory.allocate(tables.nbytes + len(noisy) * held[0].nbytes)
-        try:
+        with self._region(tables.nbytes + len(noisy) * held[0].nbytes) as region:
             memory.upload(region, tables)
             noise_at = {k: region + tables.nbytes + n * held[0].nbytes for n, k in enumerate(noisy)}
             for k, at in noise_at.items():
@@ -124,13 +125,28 @@ class DeviceLoop:
                 advance(batch)
             assert last is not None
             results = self._results(last, walk.state, bucket, pixels)
-        except OutOfMemoryError:
-            self.release()
+        return [result[:batch] for result in results]
+
+    @contextmanager
+    def _region(self, size: int) -> Iterator[int]:
+        """Memory for one loop, given back when its work is done. Where memory is short, all steps are released."""
+        memory, region = self.memory, None
+        memory.use()
+        try:
+            region = memory.allocate(size)
+            yield region
+            memory.wait()
+        except BaseException as error:
+            with suppress(ULError):  # a device that failed may fail here again: the first error says why
+                if isinstance(error, OutOfMemoryError):
+                    self.release()
+                else:
+                    memory.wait()
             raise
         finally:
-            memory.wait()
-            memory.free(region)
-        return [result[:batch] for result in results]
+            if region is not None:
+                with suppress(ULError):
+                    memory.free(region)
 
     def _results(self, last: _Bound, state: str, bucket: int, pixels: bool) -> list[np.ndarray]:
         """What leaves the device, on its way."""
@@ -149,12 +165,14 @@ class DeviceLoop:
 
     def release(self) -> None:
         """Give back the memory of all steps: a batch that does not fit leaves room for a smaller one."""
+        self.memory.use()
         self.memory.wait()
         for bound in self.bound.values():
             for address in bound.addresses.values():
                 self.memory.free(address)
         self.bound.clear()
         self.scratch.release()
+        self.on_release()
 
     def _begin(self, bound: _Bound, last: _Bound | None, state: str, held: list[np.ndarray]) -> None:
         """State, history and noise of the first step; or of the step before, where that had other sizes."""
@@ -176,13 +194,21 @@ class DeviceLoop:
         return list(padded.values())
 
     def run(self, graph: str, inputs: Inputs) -> Inputs:
-        """One call of a graph: its outputs by name, in float32. Errors are those of the engine."""
+        """One call of a graph: its outputs by name. Errors are those of the engine."""
+        try:
+            return self._run(graph, inputs)
+        except OutOfMemoryError:
+            self.release()
+            raise
+
+    def _run(self, graph: str, inputs: Inputs) -> Inputs:
+        self.memory.use()
         batch = len(next(iter(inputs.values())))
         bound = self._bound_for(graph, None, bucket_of(batch), inputs)
         held = self._upload(bound, inputs, bucket_of(batch))
         bound.step()
         outputs = {
-            tensor.name: np.empty(bound.shapes[tensor.name], np.float32) for tensor in self.graphs[graph].outputs
+            tensor.name: np.empty(bound.shapes[tensor.name], tensor.dtype) for tensor in self.graphs[graph].outputs
         }
         for name, array in outputs.items():
             self.memory.download(bound.addresses[name], array)

@@ -17,6 +17,13 @@ class Memory(Protocol):
     def kind(self) -> str:
         """What engines call the device, for example cuda."""
 
+    @property
+    def number(self) -> int:
+        """Which device of its kind, from 0."""
+
+    def use(self) -> None:
+        """Make it the calling thread's current device, in which libraries allocate and run. ULError."""
+
     def allocate(self, size: int) -> int:
         """Address of `size` bytes. OutOfMemoryError."""
 
@@ -76,11 +83,13 @@ class CudaMemory:
         from cuda.bindings import runtime
 
         self._cuda = runtime
-        self.device = device
-        error = runtime.cudaSetDevice(device)[0]
-        if error != runtime.cudaError_t.cudaSuccess:
-            raise UsageError(f"NVIDIA card {device} cannot be used: {error.name}; ul-doctor says what is there")
+        self.number = device
+        self.use()
         self.stream = int(self._do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+
+    def use(self) -> None:
+        """See Memory. The current device is a thread's own, and other pipelines and libraries change it."""
+        self._do(self._cuda.cudaSetDevice(self.number))
 
     def allocate(self, size: int) -> int:
         """See Memory."""
@@ -134,7 +143,7 @@ class CudaMemory:
         """The value of a call of the runtime; its error as ours."""
         error, *values = result
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            raise OutOfMemoryError(f"NVIDIA card {self.device} has no memory left; give a smaller --batch-size")
+            raise OutOfMemoryError(f"NVIDIA card {self.number} has no memory left; give a smaller --batch-size")
         if error != self._cuda.cudaError_t.cudaSuccess:
-            raise ULError(f"NVIDIA card {self.device}: {error.name}; ul-doctor says what works here")
+            raise ULError(f"NVIDIA card {self.number}: {error.name}; ul-doctor says what works here")
         return values[0] if values else None

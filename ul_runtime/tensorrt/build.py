@@ -14,8 +14,12 @@ from ul_runtime.tensorrt.library import Library
 
 _BRANCHES = (1, 2, 2)  # of guidance: least, likeliest, most
 _MOST_BATCH = 65536
-FLAGS = "no TF32"  # what `build_engine` sets
 REFITTABLE = "refittable"  # beside these, where asked for
+
+
+def flags(library: Library, *, refittable: bool) -> str:
+    """What `build_engine` sets, in words."""
+    return ", ".join(["no TF32", *["user allocation"] * library.kind.user_allocation, *[REFITTABLE] * refittable])
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def _attempt(
         for number, target in enumerate(plan.targets):
             config.set_compute_capability(getattr(library.api.ComputeCapability, target.upper()), number)
     config.clear_flag(library.api.BuilderFlag.TF32)  # float32 is float32
+    if library.kind.user_allocation:
+        config.set_flag(library.api.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if plan.refittable:
         config.set_flag(library.api.BuilderFlag.REFIT)
     profile = builder.create_optimization_profile()

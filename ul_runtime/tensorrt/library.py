@@ -24,12 +24,29 @@ class Kind:
     builds_ahead: bool  # for architectures that it is told, on a machine without a card
     keeps_timings: bool  # chooses kernels by measuring them, and can be given earlier measurements
     compiles_late: bool  # compiles kernels when an engine first runs, and can be given what it compiled before
+    user_allocation: bool  # has to be told that an engine may allocate nothing as it runs, without which no capture
 
 
 KINDS = {
-    "tensorrt": Kind("TensorRT", "tensorrt", "tensorrt", (10, 12), False, keeps_timings=True, compiles_late=False),
+    "tensorrt": Kind(
+        "TensorRT",
+        "tensorrt",
+        "tensorrt",
+        (10, 12),
+        False,
+        keeps_timings=True,
+        compiles_late=False,
+        user_allocation=False,
+    ),
     "tensorrt-rtx": Kind(
-        "TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", (1, 7), True, keeps_timings=False, compiles_late=True
+        "TensorRT-RTX",
+        "tensorrt_rtx",
+        "tensorrt-rtx",
+        (1, 7),
+        True,
+        keeps_timings=False,
+        compiles_late=True,
+        user_allocation=True,
     ),
 }
 
@@ -95,7 +112,10 @@ def open_library(name: str) -> Library:
     kind = KINDS[name]
     if find_spec(kind.module) is None:
         raise UsageError(f"{kind.title} is not installed; pip install 'unified-latents[{kind.extra}]'")
-    api = importlib.import_module(kind.module)
+    try:
+        api = importlib.import_module(kind.module)
+    except (ImportError, OSError) as error:
+        raise UsageError(f"{kind.title} is installed and cannot be loaded: {error}") from error
     if not hasattr(api, "Builder"):
         raise UsageError(f"the package {kind.module} holds no library; install {kind.title} as its maker says")
     version = tuple(int(part) for part in str(api.__version__).split(".")[:2])

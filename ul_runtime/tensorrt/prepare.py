@@ -14,7 +14,7 @@ from ul_runtime.device.interface import Tensor
 from ul_runtime.errors import ULError
 from ul_runtime.manifest import GraphName
 from ul_runtime.onnx_weights import with_weights
-from ul_runtime.tensorrt.build import FLAGS, REFITTABLE, Plan, Profile, Timings, build_engine
+from ul_runtime.tensorrt.build import REFITTABLE, Plan, Profile, Timings, build_engine, flags
 from ul_runtime.tensorrt.engines import EngineCache, Facts
 from ul_runtime.tensorrt.library import Library, library_on
 from ul_runtime.tensorrt.refit import refit_engine
@@ -58,7 +58,7 @@ class Engines:
             targets=",".join(self.targets),
             card="" if self.targets else self.card,
             profile=self.batches,
-            flags=f"{FLAGS}, {REFITTABLE}" if self.refittable else FLAGS,
+            flags=flags(self.library, refittable=self.refittable),
         )
 
     def kept(self, what: str) -> Facts:
