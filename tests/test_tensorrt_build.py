@@ -166,7 +166,7 @@ def test_batches_that_cannot_be_are_refused(most, likely):
 )
 def test_a_package_that_is_a_stub_or_too_old_is_refused(tmp_path: Path, monkeypatch, source, message):
     monkeypatch.setitem(
-        libraries.KINDS, "other", libraries.Kind("Other", "other_rt", "other", (10, 12), False, False, False)
+        libraries.KINDS, "other", libraries.Kind("Other", "other_rt", "other", (10, 12), False, False, False, False)
     )
     (tmp_path / "other_rt.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

@@ -6,7 +6,7 @@ steps are ever captured; table, noise, labels and guidance are data, so that non
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -130,23 +130,26 @@ class DeviceLoop:
     @contextmanager
     def _region(self, size: int) -> Iterator[int]:
         """Memory for one loop, given back when its work is done. Where memory is short, all steps are released."""
-        memory, region = self.memory, None
+        memory, failed = self.memory, True
         memory.use()
         try:
             region = memory.allocate(size)
+        except OutOfMemoryError:
+            self.release()
+            raise
+        try:
             yield region
             memory.wait()
-        except BaseException as error:
-            with suppress(ULError):  # a device that failed may fail here again: the first error says why
-                if isinstance(error, OutOfMemoryError):
-                    self.release()
-                else:
-                    memory.wait()
+            failed = False
+        except OutOfMemoryError:
+            self.release()
             raise
         finally:
-            if region is not None:
-                with suppress(ULError):
-                    memory.free(region)
+            # a device that failed may fail here again: the first error says why
+            with suppress(ULError) if failed else nullcontext():
+                if failed:
+                    memory.wait()
+                memory.free(region)
 
     def _results(self, last: _Bound, state: str, bucket: int, pixels: bool) -> list[np.ndarray]:
         """What leaves the device, on its way."""
