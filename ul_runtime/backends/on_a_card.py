@@ -125,7 +125,7 @@ def _require_engines(bundle: "Bundle", precision: str | None, options: CardOptio
 
 
 def check_step(backend: Backend, bundle: "Bundle") -> float:
-    """Largest relative difference of a step from the processor's. ULError: it fails, or more than any precision explains.
+    """Largest relative difference of a step from the processor's. ULError: it fails, or no precision explains it.
 
     It tells a backend that works from one that does not; how exact a precision is, ul-export proves.
     """
