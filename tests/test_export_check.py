@@ -17,6 +17,7 @@ from tiny_run import SHORT, tree
 
 from ul_export import command as export_command
 from ul_export.cli import main as export
+from ul_runtime.bundle import Bundle
 from ul_train import checkpoint as ckpt
 from ul_train import session
 from ul_train.cli import main as train
@@ -41,7 +42,9 @@ def test_a_finished_run_is_proved_as_by_an_export_and_nothing_is_written(plain, 
     assert result.code == 0, result
     figures = json.loads(result.out)
     assert set(figures) == FIGURES
-    assert figures["worst_z_0_difference"] == plain.figures["worst_z_0_difference"]
+    parity = Bundle.open(plain.bundle).manifest.parity
+    of_the_same = [path["z_0"] for name, path in parity.items() if name.startswith("batch") and "seed" not in name]
+    assert figures["worst_z_0_difference"] == max(of_the_same), "the export proves more images, of other seeds"
     assert "base step" in result.err
     assert tree(plain.run) == before
 
