@@ -1,8 +1,10 @@
 """What ul-generate and ul-decode share: fill a folder with one job's images, then draw its contact sheet."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,6 +23,7 @@ from ul_runtime.settings import NO_LABEL
 from ul_runtime.signals import stop_on_signal
 
 _MOST_BATCHES = 2  # made and not yet written
+_MOST_WRITERS = 8  # threads
 _MOST_INDICES = 2**14  # in memory: many whole batches
 SomeJob = TypeVar("SomeJob", bound=Job)
 Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
@@ -54,13 +57,14 @@ def fill(
     with stop_on_signal() as stop, open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
         done = folder.done(stop)
         start, made = time.monotonic(), 0
-        writer: Background[Images] = Background(lambda batch: _write(folder, batch, names), _MOST_BATCHES)
+        pool = ThreadPoolExecutor(min(_MOST_WRITERS, len(os.sched_getaffinity(0))))
+        writer: Background[Images] = Background(lambda batch: _write(folder, batch, names, pool), _MOST_BATCHES)
 
         def stopped() -> bool:
             writer.check()
             return stop()
 
-        with progress(job.command.removeprefix("ul-"), num_images - len(done), "images") as advance, writer:
+        with progress(job.command.removeprefix("ul-"), num_images - len(done), "images") as advance, pool, writer:
             for missing in _missing(num_images, done):
                 try:
                     for batch in batches(missing, Control(stopped, advance)):
@@ -94,9 +98,16 @@ def _missing(num_images: int, done: Collection[int]) -> Iterator[np.ndarray]:
             yield np.array(indices, np.int64)
 
 
-def _write(folder: ImageFolder, batch: Images, names: list[str]) -> None:
-    for index, label, image in zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True):
-        folder.write(index, image, names[label])
+def _write(folder: ImageFolder, batch: Images, names: list[str], pool: ThreadPoolExecutor) -> None:
+    """All images of a batch, by several threads: a card makes more of them than one can compress."""
+    pictures = zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
+    pieces = [pool.submit(folder.write, index, image, names[label]) for index, label, image in pictures]
+    try:
+        for piece in pieces:
+            piece.result()
+    finally:
+        for piece in pieces:
+            piece.cancel()  # after an error, what has not begun
 
 
 def summary(result: Mapping[str, Any]) -> str:
