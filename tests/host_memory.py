@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ul_runtime.device.loop import Bind, Engine
+from ul_runtime import noise
+from ul_runtime.device.steps import Bind, Engine
 from ul_runtime.errors import OutOfMemoryError, ULError
 
 
@@ -18,7 +19,7 @@ class HostMemory:
     def __init__(self, *, limit: int | None = None, refuses_capture: bool = False) -> None:
         self.held: dict[int, np.ndarray] = {}
         self.limit, self.refuses_capture = limit, refuses_capture
-        self.uses = self.allocations = self.waits = self.replays = self.largest_download = 0
+        self.uses = self.allocations = self.waits = self.replays = self.largest_download = self.largest_upload = 0
         self._recorded: list[Callable[[], None]] | None = None
 
     def use(self) -> None:
@@ -44,6 +45,7 @@ class HostMemory:
 
     def upload(self, address: int, array: np.ndarray) -> None:
         assert array.flags.c_contiguous
+        self.largest_upload = max(self.largest_upload, array.nbytes)
         self.submit(lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes))  # type: ignore[arg-type, return-value]
 
     def download(self, address: int, array: np.ndarray) -> None:
@@ -55,6 +57,17 @@ class HostMemory:
         def work() -> None:
             for row in range(rows):
                 ctypes.memmove(to + row * to_pitch, source + row * pitch, size)
+
+        self.submit(work)
+
+    def clear(self, address: int, size: int) -> None:
+        self.submit(lambda: ctypes.memset(address, 0, size))  # type: ignore[arg-type, return-value]
+
+    def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
+        def work() -> None:
+            numbers = np.ctypeslib.as_array((ctypes.c_int64 * rows).from_address(indices))
+            made = noise.normals(seed, numbers, stream, (size,))
+            ctypes.memmove(to, made.ctypes.data, made.nbytes)
 
         self.submit(work)
 

@@ -17,8 +17,8 @@ from ul_runtime.batches import to_uint8
 from ul_runtime.bundle import Bundle
 from ul_runtime.control import Control
 from ul_runtime.device import pixels
-from ul_runtime.device.loop import bucket_of
 from ul_runtime.device.memory import Scratch
+from ul_runtime.device.steps import bucket_of
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, StoppedError, ULError, UsageError
 from ul_runtime.pipeline import Pipeline
 
@@ -151,7 +151,7 @@ def test_steps_seed_sampler_grid_guidance_and_labels_capture_nothing_anew(bundle
         assert not np.array_equal(first, again), "replays do not show stale inputs"
     assert np.array_equal(first, pictures(pipeline, 4, steps=6, guidance=2.0))
     assert backend.loop.captured == captured
-    assert memory.allocations == bound + 2 * 8, "a table before each loop"
+    assert memory.allocations == bound + 8, "tables before both loops"
     pictures(pipeline, 3, steps=6, guidance=2.0)
     assert backend.loop.captured == captured, "3 images go into the bucket of 4"
 
@@ -172,7 +172,7 @@ def test_nothing_is_allocated_or_waited_for_inside_the_loop(bundle):
     few = memory.allocations - before[0], memory.waits - before[1]
     before = memory.allocations, memory.waits
     pictures(pipeline, 2, steps=12)
-    assert (memory.allocations - before[0], memory.waits - before[1]) == few == (2, 2)
+    assert (memory.allocations - before[0], memory.waits - before[1]) == few == (1, 1)
 
 
 def test_a_capture_that_fails_is_said_once_and_the_pictures_are_the_same(bundle):
@@ -210,8 +210,8 @@ def image_shape(backend: Any) -> tuple[int, ...]:
     return backend.loop.graphs["pixels"].inputs[0].shape[1:]
 
 
-def test_noise_that_does_not_fit_releases_the_steps_of_the_larger_batch(bundle):
-    """Many steps of noise need more than the steps themselves, so the region is what fails, with all steps bound."""
+def test_tables_that_do_not_fit_release_the_steps_of_the_larger_batch(bundle):
+    """Many steps have larger tables, so that the region is what fails, with all steps bound."""
     memory = HostMemory()
     pipeline = device(bundle, memory)
     pictures(pipeline, 8, steps=4, batch_size=8)
@@ -260,6 +260,17 @@ def test_where_not_even_one_image_fits_it_is_an_error(bundle):
     with pytest.raises(OutOfMemoryError, match="bytes are not left"):
         pictures(device(bundle, memory), 2, steps=4)
     assert memory.held == {}
+
+
+def test_noise_is_made_on_the_device_and_no_image_travels_there(bundle):
+    memory = HostMemory()
+    pipeline = device(bundle, memory)
+    pictures(pipeline, 4, steps=4, sampler="ancestral", decoder_sampler="ancestral")
+    largest = 4 * max(np.prod(pipeline.image_shape), np.prod(pipeline.latent_shape)) * 4
+    assert memory.largest_upload < largest / 2
+    (decoded,) = pipeline.decode(np.ones((4, *pipeline.latent_shape), np.float32))
+    assert memory.largest_upload == 4 * np.prod(pipeline.latent_shape) * 4, "z_0 is what has to"
+    assert len(decoded.indices) == 4
 
 
 def test_a_stop_ends_the_loop_and_gives_its_table_back(bundle):

@@ -121,7 +121,7 @@ def _logarithm(u: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _table() -> tuple[np.ndarray, ...]:
+def quantile_table() -> tuple[np.ndarray, ...]:
     """Coefficients c_0..c_3, each `octave*segment`, of quantile(u) / (2^32 u - 2^31) at Chebyshev nodes.
 
     The cubic's variable is the offset from the middle of the segment in the significand of 2^32 u.
@@ -153,7 +153,7 @@ def words_to_normals(words: np.ndarray) -> np.ndarray:
     bits &= _FRACTION
     bits |= _ONE
     magnitude -= _MIDDLE
-    coefficients = _table()
+    coefficients = quantile_table()
     value = np.take(coefficients[3], index, mode="clip")
     term = np.empty_like(value)
     for coefficient in reversed(coefficients[:3]):

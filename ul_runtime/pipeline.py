@@ -24,9 +24,12 @@ from ul_runtime.manifest import Described, LogsnrRange
 from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
-from ul_runtime.walk import Walk, Walker
+from ul_runtime.walk import Noise, Walk, Walker
 
-_PIXELS_A_BATCH, _MOST_A_BATCH = 2**15, 16  # of one default batch: 16 images of 32 px, 8 of 64 px, 1 of 256 px
+_PIXELS_A_BATCH, _MOST_A_BATCH = (
+    2**15,
+    16,
+)  # of one default batch on a processor: 16 images of 32 px, 8 of 64 px, 1 of 256 px
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -64,7 +67,8 @@ class Pipeline:
         self.num_classes = len(manifest.classes)
         self.image_shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
         self.latent_shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
-        self.default_batch_size = min(_MOST_A_BATCH, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
+        suits = backend.likely_batch if isinstance(backend, Walker) else None
+        self.default_batch_size = suits or min(_MOST_A_BATCH, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
 
     @property
     def guide_hash(self) -> str | None:
@@ -130,7 +134,11 @@ class Pipeline:
 
         def draw(by: Pipeline, part: np.ndarray) -> Drawn:
             label = cycle[indices[part] % len(cycle)]
-            z_0 = by.sample_z_0(indices[part], label, seed, settings, per_step)
+            prior = by._sampling(indices[part], label, seed, settings)
+            if by._walker is not None:
+                decoder = by._decoding(None, indices[part], seed, settings.decoder)
+                return _walked(by._walker, [prior, decoder], label, keep_x, per_step)
+            z_0 = by._prior_loop(prior, label, settings, per_step)
             drawn = by._draw_images(z_0, indices[part], label, seed, settings.decoder, keep_x, per_step)
             return replace(drawn, finite=drawn.finite & finite(z_0))
 
@@ -166,8 +174,10 @@ class Pipeline:
         per_step = _per_step(control, len(self.decoder_table(sampler)) * mean_of)
 
         def draw(by: Pipeline, part: np.ndarray) -> Drawn:
-            if mean_of == 1:
-                return by._draw_images(z_0[part], at[part], label[part], seed, sampler, keep_x, per_step)
+            if mean_of == 1 and isinstance(by.backend, Walker):
+                return _walked(
+                    by.backend, [by._decoding(z_0[part], at[part], seed, sampler)], label[part], keep_x, per_step
+                )
             total = by.sample_x(z_0[part], at[part], seed, sampler, per_step)
             for k in range(1, mean_of):
                 total = total + by.sample_x(z_0[part], at[part], (seed + k) % SEEDS, sampler, per_step)
@@ -247,31 +257,33 @@ class Pipeline:
 
         return step
 
-    def _conditions(
-        self, label: np.ndarray, settings: Settings, rows: np.ndarray, z: np.ndarray
-    ) -> Callable[[int], Inputs]:
-        """Labels and classifier-free guidance at each of `rows`, for states shaped as z."""
+    def _conditions(self, label: np.ndarray, settings: Settings, rows: np.ndarray) -> Callable[[int], Inputs]:
+        """Labels and classifier-free guidance at each of `rows`."""
         low, high = settings.guidance_interval or (-np.inf, np.inf)
-        off = unguided(label, z)
-        on = classifier_free(label, z, self.num_classes, settings.guidance, settings.guidance_rescale)
+        like = np.zeros((len(label), *self.latent_shape), np.float32)
+        off = unguided(label, like)
+        on = classifier_free(label, like, self.num_classes, settings.guidance, settings.guidance_rescale)
         guided = (settings.guidance != 1.0) & (rows[:, LOGSNR] >= low) & (rows[:, LOGSNR] <= high)
         return lambda k: on if guided[k] else off
+
+    @property
+    def _walker(self) -> Walker | None:
+        """The backend, where it runs whole loops of the prior; a guide's are step by step."""
+        return self.backend if self.guide is None and isinstance(self.backend, Walker) else None
 
     def sample_z_0(
         self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings, control: Control = UNWATCHED
     ) -> np.ndarray:
         """z_0 `b c h w` from noise, for `indices` and `label` `b`: ends at the latent's own noise level, not clean."""
-        table = self.prior_table(settings.prior)
-        start = noise.normals(seed, indices, noise.PRIOR_START, self.latent_shape)
+        walk = self._sampling(indices, label, seed, settings)
+        if self._walker is not None:
+            return self._walker.walk([walk], control.stop, control.progress)[0]
+        return self._prior_loop(walk, label, settings, control)
 
-        def fresh(k: int) -> np.ndarray:
-            return noise.normals(seed, indices, noise.prior_step(k), self.latent_shape)
-
-        if self.guide is None and isinstance(self.backend, Walker):
-            given = self._conditions(label, settings, table.astype(np.float32), start)
-            walk = Walk("prior_step", "z", table, start, fresh, given)
-            return self.backend.walk(walk, control.stop, control.progress)
-        return run_steps(self._prior_step(label, settings, control), table, start, fresh, control.stop)
+    def _prior_loop(self, walk: Walk, label: np.ndarray, settings: Settings, control: Control) -> np.ndarray:
+        """z_0, the loop run by the host."""
+        step = self._prior_step(label, settings, control)
+        return run_steps(step, walk.table, walk.noise.at_start(), walk.noise.at_step, control.stop)
 
     def sample_x(
         self, z_0: np.ndarray, indices: np.ndarray, seed: int, sampler: SamplerSettings, control: Control = UNWATCHED
@@ -279,7 +291,7 @@ class Pipeline:
         """x `b c h w` from noise and z_0 `b c h w`: ends clean, not clipped."""
         walk = self._decoding(z_0, indices, seed, sampler)
         if isinstance(self.backend, Walker):
-            return self.backend.walk(walk, control.stop, control.progress)
+            return self.backend.walk([walk], control.stop, control.progress)[0]
 
         def step(x: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             inputs = {"x": x, "history": history, "noise": eps, "row": row, "z_0": z_0}
@@ -287,16 +299,7 @@ class Pipeline:
             control.progress(len(x))
             return out["x_next"], out["pred"]
 
-        return run_steps(step, walk.table, walk.start, walk.noise, control.stop)
-
-    def _decoding(self, z_0: np.ndarray, indices: np.ndarray, seed: int, sampler: SamplerSettings) -> Walk:
-        """The decoder's loop as data."""
-        start, condition = noise.normals(seed, indices, noise.DECODER_START, self.image_shape), {"z_0": z_0}
-
-        def fresh(k: int) -> np.ndarray:
-            return noise.normals(seed, indices, noise.decoder_step(k), self.image_shape)
-
-        return Walk("decoder_step", "x", self.decoder_table(sampler), start, fresh, lambda k: condition)
+        return run_steps(step, walk.table, walk.noise.at_start(), walk.noise.at_step, control.stop)
 
     def _draw_images(
         self,
@@ -308,12 +311,24 @@ class Pipeline:
         keep_x: bool,
         control: Control,
     ) -> Drawn:
-        """Images from z_0; on a device without x, unless it is to be kept."""
-        if keep_x or not isinstance(self.backend, Walker):
-            return Drawn.of(labels, self.sample_x(z_0, indices, seed, sampler, control))
-        walk = self._decoding(z_0, indices, seed, sampler)
-        images, good = self.backend.walk_to_images(walk, control.stop, control.progress)
-        return Drawn(labels, images, good, None)
+        """Images from z_0."""
+        if isinstance(self.backend, Walker):
+            return _walked(self.backend, [self._decoding(z_0, indices, seed, sampler)], labels, keep_x, control)
+        return Drawn.of(labels, self.sample_x(z_0, indices, seed, sampler, control))
+
+    def _sampling(self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings) -> Walk:
+        """The prior's loop as data."""
+        table = self.prior_table(settings.prior)
+        given = self._conditions(label, settings, table.astype(np.float32))
+        drawn = Noise(seed, indices, self.latent_shape, noise.PRIOR_START, noise.prior_step)
+        return Walk("prior_step", "z", table, drawn, given)
+
+    def _decoding(self, z_0: np.ndarray | None, indices: np.ndarray, seed: int, sampler: SamplerSettings) -> Walk:
+        """The decoder's loop as data; z_0 None = what the walk before ends with."""
+        condition: Inputs = {} if z_0 is None else {"z_0": z_0}
+        drawn = Noise(seed, indices, self.image_shape, noise.DECODER_START, noise.decoder_step)
+        takes = "z_0" if z_0 is None else None
+        return Walk("decoder_step", "x", self.decoder_table(sampler), drawn, lambda k: condition, takes)
 
     def _batches(
         self, indices: np.ndarray, batch_size: int | None, draw: Callable[["Pipeline", np.ndarray], Drawn]
@@ -329,6 +344,17 @@ class Pipeline:
             return draw(pipeline, part)
 
         return in_batches(indices, size, by, self._exact is not None, self.remade)
+
+
+def _walked(walker: Walker, walks: Sequence[Walk], labels: np.ndarray, keep_x: bool, control: Control) -> Drawn:
+    """Images of the last of these walks, without x unless it is to be kept."""
+    if keep_x:
+        *states, x = walker.walk(walks, control.stop, control.progress)
+        drawn = Drawn.of(labels, x)
+    else:
+        states, images, good = walker.walk_to_images(walks, control.stop, control.progress)
+        drawn = Drawn(labels, images, good, None)
+    return replace(drawn, finite=np.logical_and.reduce([drawn.finite, *map(finite, states)]))
 
 
 _ONE_STEP = SamplerSettings("ddim", "uniform", 1), SamplerSettings("ddim", "uniform", 1)

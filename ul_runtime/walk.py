@@ -1,39 +1,63 @@
-"""One loop of a step graph as data: what a backend needs to run it from noise to its end without coming back."""
+"""Loops of step graphs as data: what a backend needs to run them from noise to images without coming back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ul_runtime import noise
 from ul_runtime.guidance import Inputs
 from ul_runtime.manifest import GraphName
 
 
 @dataclass(frozen=True)
-class Walk:
-    """A loop over the rows of `table` `[rows, 8]` from `start` `b c h w`.
+class Noise:
+    """The noise of a loop, `b c h w`, by its keys (see noise.normals): a device can make it itself."""
 
-    `noise(k)` `b c h w` is asked only where row k draws noise; `condition(k)` are the graph's other inputs at row k,
-    the same object for all rows that share them.
+    seed: int
+    indices: np.ndarray  # int64 b
+    shape: tuple[int, ...]  # c h w
+    start: int  # its stream
+    step: Callable[[int], int]  # row of the table -> stream
+
+    def at_start(self) -> np.ndarray:
+        """The first state."""
+        return noise.normals(self.seed, self.indices, self.start, self.shape)
+
+    def at_step(self, k: int) -> np.ndarray:
+        """What row k of the table adds."""
+        return noise.normals(self.seed, self.indices, self.step(k), self.shape)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A loop over the rows of `table` `[rows, 8]` from noise.
+
+    `condition(k)` are the graph's other inputs at row k, the same object for all rows that share them; beside them, the
+    input `takes` is the last state of the walk before.
     """
 
     graph: GraphName
     state: str  # its input; the output is {state}_next
     table: np.ndarray
-    start: np.ndarray
-    noise: Callable[[int], np.ndarray]
+    noise: Noise
     condition: Callable[[int], Inputs]
+    takes: str | None = None
 
 
 @runtime_checkable
 class Walker(Protocol):
-    """A backend that runs a whole loop on its device."""
+    """A backend that runs whole loops on its device, one after the other, of the same images."""
 
-    def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
-        """The state `b c h w` float32 after the last row; `advance` gets images after each. StoppedError."""
+    @property
+    def likely_batch(self) -> int | None:
+        """How many images at once suit the device; None: as many as a processor."""
+
+    def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
+        """The states `b c h w` float32 after their last rows; `advance` gets images after each row. StoppedError."""
 
     def walk_to_images(
-        self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Of the decoder's walk: images `b h w c` as batches.to_uint8 makes them, and which are finite, bool b."""
+        self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """(States of all but the last, its images `b h w c` as batches.to_uint8 makes them, finite or not: bool b)."""

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ul_runtime.device.backend import DeviceBackend
-from ul_runtime.device.loop import DeviceLoop, Dims, Engine
+from ul_runtime.device.loop import DeviceLoop
 from ul_runtime.device.pixels import graphs_of
+from ul_runtime.device.steps import Dims, Engine
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
 from ul_train.describe import describe
 from ul_train.model import TorchBackend, weights_sha256
 from ul_train.session import load_networks
+from ul_train.torch_noise import normals
 
 PRECISIONS = ("fp32", "bf16")
+VERSION = str(torch.__version__)
 _OPSET = 20  # of a description that is never exported
 
 
@@ -52,9 +55,12 @@ class TorchMemory:
         try:
             piece = torch.empty(size, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"device {self.device} has no memory left; give a smaller --batch-size") from error
+            raise self._full() from error
         self._pieces[piece.data_ptr()] = piece
         return piece.data_ptr()
+
+    def _full(self) -> OutOfMemoryError:
+        return OutOfMemoryError(f"device {self.device} has no memory left; give a smaller --batch-size")
 
     def free(self, address: int) -> None:
         """See Memory."""
@@ -86,6 +92,20 @@ class TorchMemory:
 
     def _rows(self, address: int, rows: int, size: int, pitch: int) -> Tensor:
         return self.at(address, (rows - 1) * pitch + size).as_strided((rows, size), (pitch, 1))
+
+    def clear(self, address: int, size: int) -> None:
+        """See Memory."""
+        with self.ordered():
+            self.at(address, size).zero_()
+
+    def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
+        """See Memory. OutOfMemoryError."""
+        try:
+            with self.ordered():
+                made = normals(seed, self.at(indices, 8 * rows).view(torch.int64), stream, size)
+                self.at(to, 4 * rows * size).view(torch.float32).view(rows, size).copy_(made)
+        except torch.OutOfMemoryError as error:
+            raise self._full() from error
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Memory. ULError: something that `work` does cannot be captured, or this is no card."""
@@ -205,6 +225,12 @@ class RunModel:
         described = describe(config, info.class_names, info.run_id, data, step, _OPSET, sums["encoder"])
         digest = hashlib.sha256((described.model_dump_json() + "".join(sums.values())).encode())
         return cls(run, described, digest.hexdigest()), networks
+
+
+def product() -> tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+    """(The device that torch takes by itself, the product of two matrices on it), to see whether it works."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    return where, lambda a, b: (torch.from_numpy(a).to(where) @ torch.from_numpy(b).to(where)).cpu().numpy()
 
 
 def open_run(

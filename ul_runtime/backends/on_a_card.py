@@ -82,13 +82,13 @@ def first_that_works(
             check_step(opened, bundle)
         except ULError as error:
             say(f"backend auto: not {name} on card {card.number} ({card.name}): {error}")
-            _close(opened)
+            close(opened)
         else:
             return opened
     return None
 
 
-def _close(backend: Backend | None) -> None:
+def close(backend: Backend | None) -> None:
     """Leave the card's memory to the next; at once, and not while that one captures."""
     if isinstance(backend, DeviceBackend):
         with suppress(ULError):  # it may be why the backend was refused

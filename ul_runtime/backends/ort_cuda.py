@@ -15,9 +15,10 @@ from ul_runtime.backends import bundle_precision, one_line
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, load_session, session_options
 from ul_runtime.device import pixels
 from ul_runtime.device.backend import DeviceBackend
-from ul_runtime.device.loop import DeviceLoop, Dims, Engine
+from ul_runtime.device.loop import DeviceLoop
 from ul_runtime.device.memory import CudaMemory, Memory
 from ul_runtime.device.pixels import graphs_of
+from ul_runtime.device.steps import Dims, Engine
 from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from ul_runtime.backends import bundle_precision
 from ul_runtime.device.backend import DeviceBackend
-from ul_runtime.device.loop import DeviceLoop, Dims, Engine
+from ul_runtime.device.loop import DeviceLoop
 from ul_runtime.device.memory import CudaMemory
 from ul_runtime.device.pixels import graphs_of
-from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.device.steps import Dims, Engine
+from ul_runtime.errors import OutOfMemoryError, ULError
 from ul_runtime.manifest import GRAPH_NAMES
 from ul_runtime.tensorrt.library import Library
 from ul_runtime.tensorrt.prepare import Engines, Prepared
@@ -43,7 +44,7 @@ class TensorRtBackend(DeviceBackend):
         try:
             self._runtime = engines.library.api.Runtime(engines.library.logger)
         except TypeError as error:  # its factory gave nothing
-            raise UsageError(f"{engines.library.title} does not run here: {engines.library.last}") from error
+            raise ULError(f"{engines.library.title} does not run here: {engines.library.last}") from error
         self._loaded: dict[str, Any] = {}
         self._compiled: Any = None  # the library's cache of kernels, where it compiles late
         self._graphs = graphs_of(bundle.manifest)

@@ -1,6 +1,7 @@
 """What all backends on a device share: they are a loop, and the graphs that it binds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -8,6 +9,8 @@ from ul_runtime.device.loop import DeviceLoop
 from ul_runtime.guidance import Inputs
 from ul_runtime.manifest import GraphName
 from ul_runtime.walk import Walk
+
+_LIKELY_BATCH = 64  # fills a card; the batch is halved where its memory is short
 
 
 class DeviceBackend:
@@ -19,21 +22,28 @@ class DeviceBackend:
         """See Backend.run. BadInputError: a graph cannot be loaded or built. ULError: it fails."""
         return self.loop.run(graph_name, inputs)
 
-    def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
+    @property
+    def likely_batch(self) -> int | None:
+        """See Walker.likely_batch."""
+        return _LIKELY_BATCH if self.loop.memory.kind == "cuda" else None
+
+    def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
         """See Walker.walk. Errors as for `run`."""
-        bound = len(self.loop.bound)
-        result = self.loop.walk(walk, stop, advance)
-        self._walked(len(self.loop.bound) != bound)
-        return result
+        with self._watched():
+            return self.loop.walk(walks, stop, advance)
 
     def walk_to_images(
-        self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """See Walker.walk_to_images. Errors as for `run`."""
+        with self._watched():
+            return self.loop.walk_to_images(walks, stop, advance)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
         bound = len(self.loop.bound)
-        result = self.loop.walk_to_images(walk, stop, advance)
+        yield
         self._walked(len(self.loop.bound) != bound)
-        return result
 
     def _walked(self, bound_more: bool) -> None:
         """After a loop; `bound_more`: it ran graphs in sizes that were not run before."""

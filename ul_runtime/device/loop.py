@@ -1,131 +1,138 @@
-"""The loop of every sampler on a device: one step is enqueued, or captured once and replayed, row after row.
+"""The loops of every sampler on a device, from noise to images: one step is enqueued, or replayed, row after row.
 
-The host reads nothing before the last step is done. A batch is padded to its bucket, a power of two, so that few
-steps are ever captured; table, noise, labels and guidance are data, so that none is captured anew for them.
+The host reads nothing before the last step of the last loop is done. Table, noise, labels and guidance are data, so
+that no step is captured anew for them; noise is made on the device, and what one loop ends with the next one takes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import DTypeLike
 
-from ul_runtime.device.interface import Interface, Tensor
-from ul_runtime.device.memory import Memory, Scratch
 from ul_runtime.device.pixels import NAME as PIXELS
+from ul_runtime.device.steps import Bound, DeviceSteps, bucket_of, padded_to
 from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
-from ul_runtime.guidance import Inputs
 from ul_runtime.samplers import S
 from ul_runtime.walk import Walk
 
-Dims = dict[str, int]  # size of each dynamic dimension
-
-
-class Engine(Protocol):
-    """A step graph on the device, for one set of sizes."""
-
-    def enqueue(self) -> None:
-        """Run it on the tensors it was bound to, in the device's order of work. ULError."""
-
-
-# (graph, sizes, tensor name -> address) -> the graph bound to these addresses
-Bind = Callable[[str, Dims, dict[str, int]], Engine]
-
-
-def bucket_of(batch: int) -> int:
-    """The smallest power of two that holds a batch."""
-    return 1 << (batch - 1).bit_length()
+Stop = Callable[[], bool]
+Advance = Callable[[int], None]
 
 
 @dataclass
-class _Bound:
-    """A graph of some sizes: its tensors on the device, and what runs a step and moves its results to its inputs."""
+class _Batch:
+    """The images of one run through all loops; addresses are the device's."""
 
-    addresses: dict[str, int]
-    shapes: dict[str, tuple[int, ...]]
-    step: Callable[[], None]
+    count: int
+    bucket: int
+    indices: int  # address
+    sent: list[np.ndarray]  # what is uploaded, until it is there
+    stop: Stop
+    advance: Advance
 
 
 @dataclass
-class DeviceLoop:
-    """Loops over the graphs of one bundle, and over pixels.NAME, which `graphs` holds as well.
+class _End:
+    """Where a loop ended: the tensor `state` of its last step."""
 
-    `captures`: whether steps are captured here; engines that do it themselves want False. A capture that fails is said,
-    and its step enqueued as before, or with `require_graphs` ends the loop. `captured` counts the others.
-    """
+    step: Bound
+    state: str
 
-    memory: Memory
-    graphs: Mapping[str, Interface]
-    bind: Bind
-    say: Callable[[str], None]
-    captures: bool = True
-    require_graphs: bool = False
-    captured: int = 0
-    on_release: Callable[[], None] = lambda: None  # the engines give back what they hold beside their tensors
-    scratch: Scratch = field(init=False)
-    bound: dict[tuple[str, str | None, int, int], _Bound] = field(default_factory=dict)
+    @property
+    def address(self) -> int:
+        """Of the state."""
+        return self.step.addresses[self.state]
 
-    def __post_init__(self) -> None:
-        """Engines take from `scratch` what they need on their way."""
-        self.scratch = Scratch(self.memory)
 
-    def walk(self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]) -> np.ndarray:
+class DeviceLoop(DeviceSteps):
+    """Loops over bound steps."""
+
+    def walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance) -> list[np.ndarray]:
         """See Walker.walk."""
-        (result,) = self._walk(walk, stop, advance, pixels=False)
-        return result
+        return self._walk(walks, stop, advance, pixels=False)
 
     def walk_to_images(
-        self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None]
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, walks: Sequence[Walk], stop: Stop, advance: Advance
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """See Walker.walk_to_images."""
-        images, total = self._walk(walk, stop, advance, pixels=True)
-        return images, np.isfinite(total)
+        *states, images, total = self._walk(walks, stop, advance, pixels=True)
+        return states, images, np.isfinite(total)
 
-    def _walk(
-        self, walk: Walk, stop: Callable[[], bool], advance: Callable[[int], None], pixels: bool
-    ) -> list[np.ndarray]:
-        """The last state, or its pixels and the sums of its magnitudes."""
-        batch = len(walk.start)
-        bucket = bucket_of(batch)
-        rows = walk.table.astype(np.float32)
-        memory, held = self.memory, [_padded(walk.start, bucket)]
-        tables = np.repeat(rows[:, None], bucket, axis=1)  # rows bucket 8
-        noisy = [k for k in range(len(rows)) if rows[k, S] != 0.0]
-        with self._region(tables.nbytes + len(noisy) * held[0].nbytes) as region:
-            memory.upload(region, tables)
-            noise_at = {k: region + tables.nbytes + n * held[0].nbytes for n, k in enumerate(noisy)}
-            for k, at in noise_at.items():
-                held.append(_padded(walk.noise(k), bucket))
-                memory.upload(at, held[-1])
-            last: _Bound | None = None
-            condition: object = None
-            for k in range(len(rows)):
-                if stop():
-                    raise StoppedError(
-                        f"stopped before step {k + 1} of {len(rows)}; run the same command again to go on"
-                    )
-                inputs = walk.condition(k)
-                bound = self._bound_for(walk.graph, walk.state, bucket, inputs)
-                if inputs is not condition:
-                    held += self._upload(bound, inputs, bucket)
-                    condition = inputs
-                if bound is not last:
-                    self._begin(bound, last, walk.state, held)
-                    last = bound
-                if k in noise_at:
-                    memory.copy(bound.addresses["noise"], noise_at[k], held[0].nbytes)
-                elif k - 1 in noise_at:
-                    held.append(np.zeros_like(held[0]))
-                    memory.upload(bound.addresses["noise"], held[-1])
-                memory.copy(bound.addresses["row"], region + k * tables[0].nbytes, tables[0].nbytes)
-                bound.step()
-                advance(batch)
-            assert last is not None
-            results = self._results(last, walk.state, bucket, pixels)
-        return [result[:batch] for result in results]
+    def _walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance, pixels: bool) -> list[np.ndarray]:
+        """The last states; of the last walk with `pixels` its pixels and the sums of its magnitudes instead."""
+        indices = walks[0].noise.indices
+        bucket = bucket_of(len(indices))
+        sent = [padded_to(bucket, indices)]
+        sent += [np.repeat(walk.table.astype(np.float32)[:, None], bucket, axis=1) for walk in walks]  # rows bucket 8
+        results: list[np.ndarray] = []
+        with self._region(sum(array.nbytes for array in sent)) as region:
+            places = [region + sum(array.nbytes for array in sent[:n]) for n in range(len(sent))]
+            for place, array in zip(places, sent, strict=True):
+                self.memory.upload(place, array)
+            batch = _Batch(len(indices), bucket, places[0], sent, stop, advance)
+            end: _End | None = None
+            for walk, table in zip(walks, places[1:], strict=True):
+                end = self._steps(walk, table, batch, end)
+                if pixels and walk is walks[-1]:
+                    results += self._pixels(end, bucket)
+                else:
+                    results.append(self.leaving(end.step, end.state))
+        return [result[: len(indices)] for result in results]
+
+    def _steps(self, walk: Walk, table: int, batch: _Batch, before: _End | None) -> _End:
+        """All rows of one walk, enqueued. `table` is an address, `before` where the walk before ended."""
+        last: Bound | None = None
+        condition: object = None
+        row_bytes, quiet = batch.bucket * walk.table.shape[1] * 4, False
+        for k in range(len(walk.table)):
+            if batch.stop():
+                raise StoppedError(
+                    f"stopped before step {k + 1} of {len(walk.table)}; run the same command again to go on"
+                )
+            inputs = walk.condition(k)
+            bound = self.bound_for(walk.graph, walk.state, batch.bucket, inputs)
+            if inputs is not condition:
+                batch.sent += self.upload(bound, inputs, batch.bucket)
+                condition = inputs
+            if bound is not last:
+                self._enter(walk, batch, bound, last, before)
+                last, quiet = bound, False
+            if walk.table[k, S] != 0.0:
+                self._draw(walk, batch, bound, "noise", walk.noise.step(k))
+                quiet = False
+            elif not quiet:
+                self.memory.clear(bound.addresses["noise"], bound.size("noise"))
+                quiet = True
+            self.memory.copy(bound.addresses["row"], table + k * row_bytes, row_bytes)
+            bound.step()
+            batch.advance(batch.count)
+        assert last is not None
+        return _End(last, walk.state)
+
+    def _enter(self, walk: Walk, batch: _Batch, bound: Bound, last: Bound | None, before: _End | None) -> None:
+        """Fill what a step goes on from: noise in a walk's first step, else what `last`, of other sizes, left."""
+        if last is None:
+            self._draw(walk, batch, bound, walk.state, walk.noise.start)
+            self.memory.clear(bound.addresses["history"], bound.size("history"))
+        else:
+            for name in (walk.state, "history"):
+                self.memory.copy(bound.addresses[name], last.addresses[name], bound.size(name))
+        if walk.takes is not None and before is not None:
+            self.memory.copy(bound.addresses[walk.takes], before.address, bound.size(walk.takes))
+
+    def _draw(self, walk: Walk, batch: _Batch, bound: Bound, name: str, stream: int) -> None:
+        """Noise into a tensor."""
+        values = math.prod(walk.noise.shape)
+        self.memory.normals(bound.addresses[name], walk.noise.seed, batch.indices, batch.bucket, stream, values)
+
+    def _pixels(self, end: _End, bucket: int) -> list[np.ndarray]:
+        """(Images, sums of magnitudes) of a state, on their way."""
+        source = self.bound_for(PIXELS, None, bucket, {})
+        self.memory.copy(source.addresses["x"], end.address, source.size("x"))
+        source.step()
+        return [self.leaving(source, tensor.name, tensor.dtype) for tensor in self.graphs[PIXELS].outputs]
 
     @contextmanager
     def _region(self, size: int) -> Iterator[int]:
@@ -150,157 +157,3 @@ class DeviceLoop:
                 if failed:
                     memory.wait()
                 memory.free(region)
-
-    def _results(self, last: _Bound, state: str, bucket: int, pixels: bool) -> list[np.ndarray]:
-        """What leaves the device, on its way."""
-        source, names = last, [state]
-        if pixels:
-            source = self._bound_for(PIXELS, None, bucket, {})
-            names = [tensor.name for tensor in self.graphs[PIXELS].outputs]
-            size = _bytes(last.shapes[state], np.float32)
-            self.memory.copy(source.addresses["x"], last.addresses[state], size)
-            source.step()
-        dtypes = {tensor.name: tensor.dtype for tensor in self.graphs[PIXELS].outputs} if pixels else {}
-        results = [np.empty(source.shapes[name], dtypes.get(name, "float32")) for name in names]
-        for name, result in zip(names, results, strict=True):
-            self.memory.download(source.addresses[name], result)
-        return results
-
-    def release(self) -> None:
-        """Give back the memory of all steps: a batch that does not fit leaves room for a smaller one."""
-        self.memory.use()
-        self.memory.wait()
-        for bound in self.bound.values():
-            for address in bound.addresses.values():
-                self.memory.free(address)
-        self.bound.clear()
-        self.scratch.release()
-        self.on_release()
-
-    def _begin(self, bound: _Bound, last: _Bound | None, state: str, held: list[np.ndarray]) -> None:
-        """State, history and noise of the first step; or of the step before, where that had other sizes."""
-        if last is not None:
-            for name in (state, "history"):
-                self.memory.copy(bound.addresses[name], last.addresses[name], _bytes(bound.shapes[name], np.float32))
-        else:
-            self.memory.upload(bound.addresses[state], held[0])
-            held.append(np.zeros(bound.shapes["history"], np.float32))
-            self.memory.upload(bound.addresses["history"], held[-1])
-        held.append(np.zeros(bound.shapes["noise"], np.float32))
-        self.memory.upload(bound.addresses["noise"], held[-1])
-
-    def _upload(self, bound: _Bound, inputs: Inputs, bucket: int) -> list[np.ndarray]:
-        padded = {name: _padded(array, bucket) for name, array in inputs.items()}
-        for name, array in padded.items():
-            assert array.shape == bound.shapes[name], name
-            self.memory.upload(bound.addresses[name], array)
-        return list(padded.values())
-
-    def run(self, graph: str, inputs: Inputs) -> Inputs:
-        """One call of a graph: its outputs by name. Errors are those of the engine."""
-        try:
-            return self._run(graph, inputs)
-        except OutOfMemoryError:
-            self.release()
-            raise
-
-    def _run(self, graph: str, inputs: Inputs) -> Inputs:
-        self.memory.use()
-        batch = len(next(iter(inputs.values())))
-        bound = self._bound_for(graph, None, bucket_of(batch), inputs)
-        held = self._upload(bound, inputs, bucket_of(batch))
-        bound.step()
-        outputs = {
-            tensor.name: np.empty(bound.shapes[tensor.name], tensor.dtype) for tensor in self.graphs[graph].outputs
-        }
-        for name, array in outputs.items():
-            self.memory.download(bound.addresses[name], array)
-        self.memory.wait()
-        del held
-        return {name: array[:batch] for name, array in outputs.items()}
-
-    def _bound_for(self, graph: str, state: str | None, bucket: int, inputs: Inputs) -> _Bound:
-        """The graph bound for these sizes; with a `state`, its step ends by making outputs the next inputs."""
-        dims: Dims = {"b": bucket}
-        for tensor in self.graphs[graph].inputs:
-            if tensor.name in inputs and "g" in tensor.shape:
-                dims["g"] = inputs[tensor.name].shape[tensor.shape.index("g")]
-        key = graph, state, dims.get("g", 0), bucket
-        if key not in self.bound:
-            self.bound[key] = self._make(graph, state, dims)
-        return self.bound[key]
-
-    def _make(self, name: str, state: str | None, dims: Dims) -> _Bound:
-        tensors = [*self.graphs[name].inputs, *self.graphs[name].outputs]
-        shapes = {tensor.name: _shape(tensor, dims) for tensor in tensors}
-        addresses: dict[str, int] = {}
-        try:
-            for tensor in tensors:
-                addresses[tensor.name] = self.memory.allocate(_bytes(shapes[tensor.name], tensor.dtype))
-            engine = self.bind(name, dims, addresses)
-        except ULError:
-            for address in addresses.values():
-                self.memory.free(address)
-            raise
-        if state is None:
-            return _Bound(addresses, shapes, engine.enqueue)
-        shift = _shift(self.memory, state, addresses, shapes)
-
-        def step() -> None:
-            engine.enqueue()
-            shift()
-
-        return _Bound(addresses, shapes, self._captured(f"{name} {dims}", step) if self.captures else step)
-
-    def _captured(self, what: str, step: Callable[[], None]) -> Callable[[], None]:
-        """The step as it is in its first run, in which engines may set themselves up; then by one launch."""
-        runs = 0
-        replay = step
-
-        def run() -> None:
-            nonlocal replay, runs
-            runs += 1
-            if runs == 2:
-                try:
-                    replay = self.memory.capture(step)
-                    self.captured += 1
-                except OutOfMemoryError:
-                    raise
-                except ULError as error:
-                    if self.require_graphs:
-                        raise
-                    self.say(f"{what} is enqueued step by step, it could not be captured: {error}")
-            replay()
-
-        return run
-
-
-def _shift(
-    memory: Memory, state: str, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]
-) -> Callable[[], None]:
-    """What makes the outputs of a step the inputs of the next: state, and history = [pred, history[:, 0]]."""
-    batch = shapes[state][0]
-    one = _bytes(shapes[state][1:], np.float32)  # of one image
-    history, both = addresses["history"], 2 * one
-
-    def shift() -> None:
-        memory.copy(history + one, history, one, rows=batch, to_pitch=both, pitch=both)
-        memory.copy(history, addresses["pred"], one, rows=batch, to_pitch=both, pitch=one)
-        memory.copy(addresses[state], addresses[f"{state}_next"], batch * one)
-
-    return shift
-
-
-def _shape(tensor: Tensor, dims: Dims) -> tuple[int, ...]:
-    return tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
-
-
-def _bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize
-
-
-def _padded(array: np.ndarray, bucket: int) -> np.ndarray:
-    """The batch of a bucket: the last image again for those that are missing, so that nothing is not finite there."""
-    missing = bucket - len(array)
-    filled = array if missing == 0 else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-    return np.ascontiguousarray(filled)

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ul_runtime.cards import cards
+from ul_runtime.device.cuda_noise import NoiseKernel
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.noise import quantile_table
 
 
 class Memory(Protocol):
@@ -38,6 +40,12 @@ class Memory(Protocol):
 
     def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
         """`rows` pieces of `size` bytes each, `to_pitch` and `pitch` bytes apart, within the device."""
+
+    def clear(self, address: int, size: int) -> None:
+        """Make so many bytes zero."""
+
+    def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
+        """Noise `rows size` float32 to there, the bytes of noise.normals; `indices` int64 `rows` are there as well."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """What repeats all that `work` enqueues, addresses and sizes as they are; nothing is run. ULError."""
@@ -86,6 +94,7 @@ class CudaMemory:
         self.number = device
         self.use()
         self.stream = int(self._do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+        self._noise: NoiseKernel | None = None
 
     def use(self) -> None:
         """See Memory. The current device is a thread's own, and other pipelines and libraries change it."""
@@ -116,6 +125,20 @@ class CudaMemory:
             self._do(self._cuda.cudaMemcpyAsync(to, source, size, kind, self.stream))
         else:
             self._do(self._cuda.cudaMemcpy2DAsync(to, to_pitch, source, pitch, size, rows, kind, self.stream))
+
+    def clear(self, address: int, size: int) -> None:
+        """See Memory."""
+        self._do(self._cuda.cudaMemsetAsync(address, 0, size, self.stream))
+
+    def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
+        """See Memory. ULError: the driver does not take the kernel."""
+        if self._noise is None:
+            table = np.stack(quantile_table())
+            at = self.allocate(table.nbytes)  # as long as this memory
+            self.upload(at, table)
+            self.wait()
+            self._noise = NoiseKernel(at)
+        self._noise.enqueue(to, seed, indices, rows, stream, size, self.stream)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Memory. ULError: something that `work` does cannot be captured."""

@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""What the host does for a batch of images beside a device: the sampling path over a device that takes no time.
+
+    python tools/host_cost.py --out tools/results/host-cost
+
+No card is needed: engines compute nothing, copies between host and device are copies within the host's memory. What is
+left is what a card would wait for, were it infinitely fast: seconds a batch that a card's own must be compared with.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from ul_runtime.errors import run_command
+from ul_runtime.origin import anonymous, commit, versions
+
+if TYPE_CHECKING:
+    from ul_runtime.pipeline import Pipeline
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+PACKAGES = ("unified-latents", "numpy")
+
+
+class NoTime:
+    """A device that computes nothing: what goes to it and comes back is copied, what stays there costs a call."""
+
+    kind = "none"
+    number = 0
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, np.ndarray] = {}
+        self._room = np.zeros(2**20, np.uint8)
+
+    def use(self) -> None:
+        """Nothing to do."""
+
+    def allocate(self, size: int) -> int:
+        """Addresses are told apart; nothing lies behind them."""
+        address = 1 + max(self._pieces, default=0)
+        self._pieces[address] = np.empty(0, np.uint8)
+        return address
+
+    def free(self, address: int) -> None:
+        """See Memory."""
+        del self._pieces[address]
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """A copy to somewhere."""
+        self._space(array.nbytes)[:] = array.reshape(-1).view(np.uint8)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        """A copy from somewhere."""
+        array.reshape(-1).view(np.uint8)[:] = self._space(array.nbytes)
+
+    def _space(self, size: int) -> np.ndarray:
+        if len(self._room) < size:
+            self._room = np.zeros(size, np.uint8)
+        return self._room[:size]
+
+    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
+        """Within the device."""
+
+    def clear(self, address: int, size: int) -> None:
+        """Within the device."""
+
+    def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
+        """Within the device."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A launch."""
+        return lambda: None
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class NoEngine:
+    """Computes nothing."""
+
+    def enqueue(self) -> None:
+        """A launch."""
+
+
+@app.command()
+def host_cost(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where host-cost.json goes.")],
+    presets: Annotated[str, typer.Option(metavar="NAME,...", help="Whose shapes.")] = "imagenet-512,garments-32",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="Images a batch.")] = "64,8,1",
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Batches timed after the first.")] = 5,
+) -> None:
+    """Measure, and write the seconds a batch as JSON."""
+    from ul_runtime import durable
+
+    rows = []
+    for preset in presets.split(","):
+        pipeline = over_no_device(preset)
+        for batch in map(int, batch_sizes.split(",")):
+            for sampler in ("dpmpp2m", "ancestral"):
+                times = [seconds(pipeline, batch, sampler) for _ in range(repeats + 1)][1:]
+                rows.append({"preset": preset, "sampler": sampler, "batch_size": batch, "seconds": times})
+                print(f"{preset:>14} {sampler:>10} batch {batch:>3}: {1e3 * median(times):10.2f} ms", file=sys.stderr)
+    command = anonymous("python tools/host_cost.py", sys.argv[1:])
+    report = {"command": command, "versions": versions(PACKAGES), "commit": commit(), "rows": rows}
+    durable.make_directory(out)
+    durable.atomic_write(out / "host-cost.json", (json.dumps(report, indent=1) + "\n").encode())
+    print(out / "host-cost.json")
+
+
+def over_no_device(preset: str) -> "Pipeline":
+    """The pipeline of a preset, over a device that takes no time."""
+    from ul_runtime.device.backend import DeviceBackend
+    from ul_runtime.device.loop import DeviceLoop
+    from ul_runtime.device.pixels import graphs_of
+    from ul_runtime.pipeline import Pipeline
+    from ul_train.config import load_config
+    from ul_train.describe import describe
+
+    info = describe(load_config(preset, []), tuple(f"class {n}" for n in range(10)), "0" * 32, "0" * 64, 0, 20)
+    backend: Any = DeviceBackend()
+    backend.name, backend.precision, backend.threads = "none", "fp16", None
+    backend.loop = DeviceLoop(NoTime(), graphs_of(info), lambda *_: NoEngine(), print)
+    described: Any = SimpleNamespace(manifest=info, hash="")
+    return Pipeline(described, backend)
+
+
+def seconds(pipeline: "Pipeline", batch: int, sampler: str) -> float:
+    """Of one batch by the preset's settings."""
+    start = time.perf_counter()
+    for _ in pipeline.generate(batch, batch_size=batch, keep_x=False, sampler=sampler, decoder_sampler=sampler):
+        pass
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Console script."""
+    run_command(app, "host_cost")
+
+
+if __name__ == "__main__":
+    main()
