@@ -2,12 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+from host_memory import HostMemory
 
 from ul_runtime import doctor
-from ul_runtime.backends import ort_cpu
+from ul_runtime.backends import on_a_card, ort_cpu
+from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.cli.doctor import main
+from ul_runtime.errors import ULError, UsageError
 from ul_runtime.tensorrt.engines import EngineCache, Facts
+from ul_train import torch_device
 
 FACTS = Facts("tiny", "encoder", "a" * 64, "b" * 64, "tensorrt-rtx", "0.0.1", "sm89", "", "1,8,64")
 
@@ -20,7 +25,8 @@ def findings(command, *options):
 def test_every_library_is_tried_or_said_to_be_missing(command, tmp_path):
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 0, result
-    assert set(found) == {"processors", "ort-cpu", "openvino", "NVIDIA cards", "tensorrt", "tensorrt-rtx", "engines"}
+    known = {"processors", "ort-cpu", "openvino", "NVIDIA cards", "tensorrt", "tensorrt-rtx", "engines", "torch"}
+    assert known == {what for what in found if "card " not in what}
     assert found["ort-cpu"]["works"] is True
     for finding in found.values():
         assert finding["works"] or finding["says"]
@@ -31,7 +37,7 @@ def test_every_library_is_tried_or_said_to_be_missing(command, tmp_path):
 def test_the_table_is_for_people(command, tmp_path):
     result = command(main, "--engines", tmp_path)
     assert result.code == 0, result
-    assert " yes  ort-cpu       onnxruntime " in result.out
+    assert " yes  ort-cpu           onnxruntime " in result.out
     assert f"none in {tmp_path}" in result.out
 
 
@@ -69,3 +75,61 @@ def test_a_card_without_an_architecture_of_the_library_is_said(monkeypatch, tmp_
     finding = doctor._tensorrt("tensorrt-rtx", [card])
     assert finding.works is True
     assert "not for sm90 of card 0" in finding.says
+
+
+def opening(monkeypatch, how):
+    """A machine with a card, on which `how(bundle)` is each of its backends."""
+    card = doctor.Card(0, "Test card", "sm89", 2**30)
+    monkeypatch.setattr(doctor, "_card", lambda: (doctor.Finding("NVIDIA cards", True, "one"), [card]))
+    monkeypatch.setattr(on_a_card, "open_on_a_card", lambda name, bundle, *_: how(name, bundle))
+
+
+def test_each_backend_is_run_on_each_card_and_its_memory_given_back(command, monkeypatch, tmp_path):
+    memories = []
+
+    def working(name, bundle):
+        if name == "tensorrt":
+            raise UsageError("no TensorRT for a card of sm89")
+        memories.append(HostMemory())
+        return OrtDeviceBackend(bundle, memories[0], ["CPUExecutionProvider"], print)
+
+    opening(monkeypatch, working)
+    monkeypatch.setattr(doctor, "_torch", lambda _: doctor.Finding("torch", None, "not installed"))
+    result, found = findings(command, "--engines", tmp_path)
+    assert result.code == 0, result
+    assert found["ort-cuda, card 0"]["works"] is True
+    assert "steps of garments-32 differ from the processor's by " in found["ort-cuda, card 0"]["says"]
+    assert found["tensorrt, card 0"] == {
+        "what": "tensorrt, card 0",
+        "works": None,
+        "says": "no TensorRT for a card of sm89",
+        "advice": "",
+    }
+    assert memories[0].allocations > 0
+    assert memories[0].held == {}
+
+
+def test_a_backend_that_does_not_work_on_a_card_is_found(command, monkeypatch, tmp_path):
+    def broken(name, bundle):
+        if name == "tensorrt":
+            raise ULError("TensorRT does not run here: the driver is too old")
+        backend = OrtDeviceBackend(bundle, HostMemory(), ["CPUExecutionProvider"], print)
+        run = backend.run
+        backend.run = lambda *inputs: {key: 2 * value for key, value in run(*inputs).items()}
+        return backend
+
+    opening(monkeypatch, broken)
+    result, found = findings(command, "--engines", tmp_path)
+    assert result.code == 1
+    assert "differs from the processor's by 100 %" in found["ort-cuda, card 0"]["says"]
+    assert found["tensorrt, card 0"]["says"] == "TensorRT does not run here: the driver is too old"
+    assert "does not work here: tensorrt, card 0, ort-cuda, card 0" in result.err
+
+
+def test_torch_that_computes_wrongly_or_does_not_see_the_card_is_found(monkeypatch):
+    card = doctor.Card(0, "Test card", "sm89", 2**30)
+    monkeypatch.setattr(torch_device, "product", lambda: ("cpu", np.matmul))
+    assert doctor._torch([]).works is True
+    assert "though there is a card" in doctor._torch([card]).says
+    monkeypatch.setattr(torch_device, "product", lambda: ("cuda", lambda a, b: a @ b + 1))
+    assert "a product of two matrices is wrong" in doctor._torch([card]).says

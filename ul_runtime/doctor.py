@@ -3,10 +3,13 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
+from ul_runtime.backends import ON_A_CARD
 from ul_runtime.cards import Card, cards, driver_version, has_bindings
 from ul_runtime.errors import ULError, UsageError
 from ul_runtime.manifest import TensorFormat
@@ -38,6 +41,10 @@ def examine(engines: EngineCache) -> Iterator[Finding]:
     for name in KINDS:
         yield _tensorrt(name, found)
     yield _engines(engines)
+    for each in found:
+        for name in ON_A_CARD:
+            yield _on_card(name, each, engines.folder)
+    yield _torch(found)
 
 
 def _ort_cpu() -> Finding:
@@ -104,6 +111,42 @@ def _tensorrt(name: str, found: list[Card]) -> Finding:
         return Finding(name, False, str(error))
     where = f"builds ahead, without a card, for {', '.join(able)}" if able else "builds for card 0"
     return Finding(name, True, f"{library.title}: {where}{lacking}; tried: {len(engine)} bytes")
+
+
+def _on_card(name: str, card: Card, engines: Path) -> Finding:
+    """A backend opened on a card over the model of the package, and whether its steps are the processor's."""
+    from ul_runtime.backends import on_a_card
+    from ul_runtime.shipped import open_bundle
+
+    what, bundle, opened = f"{name}, card {card.number}", open_bundle(None), None
+    said: list[str] = []
+    options = on_a_card.CardOptions(card.number, engines if name == "tensorrt" else None)
+    try:
+        opened = on_a_card.open_on_a_card(name, bundle, None, options, said.append)
+        difference = on_a_card.check_step(opened, bundle)
+    except UsageError as error:  # not installed, or not for such a card
+        return Finding(what, None, str(error))
+    except ULError as error:
+        return Finding(what, False, str(error), "; ".join(said))
+    finally:
+        on_a_card.close(opened)
+    return Finding(what, True, f"steps of {bundle.manifest.name} differ from the processor's by {difference:.1e}")
+
+
+def _torch(found: list[Card]) -> Finding:
+    """Whether torch, which samples a run without an export, computes rightly, and on which device."""
+    install = "pip install 'unified-latents[train]'"
+    if find_spec("torch") is None:
+        return Finding("torch", None, "not installed", install)
+    try:
+        torch_device = import_module("ul_train.torch_device")  # which builds on this package, not this one on it
+    except (ImportError, OSError) as error:
+        return Finding("torch", False, f"installed, and cannot be loaded: {error}", install)
+    where, product = torch_device.product()
+    finding = _computes("torch", f"torch {torch_device.VERSION} on {where}", product)
+    if finding.works and found and where == "cpu":
+        return Finding("torch", False, f"{finding.says}, though there is a card", "install torch's build for CUDA")
+    return finding
 
 
 def _engines(cache: EngineCache) -> Finding:

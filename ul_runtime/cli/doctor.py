@@ -31,9 +31,9 @@ def doctor(
     for finding in examine(EngineCache(engine_dir(engines))):
         findings.append(finding)
         if not as_json:
-            print(f"{_SIGNS[finding.works]:>4}  {finding.what:<14}{finding.says}")
+            print(f"{_SIGNS[finding.works]:>4}  {finding.what:<18}{finding.says}")
             if finding.advice and finding.works is not True:
-                print(f"{'':>20}-> {finding.advice}")
+                print(f"{'':>24}-> {finding.advice}")
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     broken = [finding.what for finding in findings if finding.works is False]
