@@ -1,5 +1,6 @@
 """Without a card: what the code for one calls is there in the installed packages, and what is missing is said."""
 
+import gc
 import inspect
 import re
 
@@ -8,7 +9,7 @@ import pytest
 from ul_runtime.backends import ON_A_CARD, open_backend, ort_cuda
 from ul_runtime.backends import tensorrt as backend
 from ul_runtime.bundle import Bundle
-from ul_runtime.cards import cards
+from ul_runtime.cards import Card, cards
 from ul_runtime.device import memory
 from ul_runtime.errors import UsageError
 
@@ -28,6 +29,59 @@ def test_the_cuda_runtime_has_what_the_memory_calls():
     for name, member in names:
         assert hasattr(runtime, name), name
         assert not member or hasattr(getattr(runtime, name), member), f"{name}.{member}"
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The CUDA runtime of the installed package, with functions in place of those that need a card: their calls."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    calls, good, addresses = [], runtime.cudaError_t.cudaSuccess, iter(range(1, 100))
+    answers = {"cudaGetDevice": (good, 5), "cudaStreamCreateWithFlags": (good, 77), "cudaStreamEndCapture": (good, 8)}
+    answers |= {"cudaGraphInstantiate": (good, 9)}
+
+    def stand_in(name):
+        def call(*arguments):
+            calls.append((name, *arguments))
+            return (good, next(addresses)) if name == "cudaMalloc" else answers.get(name, (good,))
+
+        return call
+
+    for name in re.findall(r"(?:self\._cuda|runtime)\.(cuda[A-Z]\w+)\b", inspect.getsource(memory)):
+        if callable(getattr(runtime, name)) and not isinstance(getattr(runtime, name), type):
+            monkeypatch.setattr(runtime, name, stand_in(name))
+    monkeypatch.setattr(memory, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
+    return calls
+
+
+def test_a_memory_that_nobody_holds_any_more_gives_back_what_it_has(cuda):
+    held = memory.CudaMemory()
+    kept, freed = held.allocate(10), held.allocate(20)
+    held.free(freed)
+    cuda.clear()
+    cycle = [held]
+    cycle.append(cycle)
+    del held, cycle
+    gc.collect()
+    assert cuda == [
+        ("cudaGetDevice",),
+        ("cudaSetDevice", 0),
+        ("cudaStreamSynchronize", 77),
+        ("cudaFree", kept),
+        ("cudaStreamDestroy", 77),
+        ("cudaSetDevice", 5),
+    ]
+
+
+def test_no_garbage_is_collected_while_a_step_is_captured(cuda):
+    held, seen = memory.CudaMemory(), []
+    held.capture(lambda: seen.append(gc.isenabled()))()
+    assert seen == [False]
+    assert gc.isenabled()
+    assert ("cudaGraphLaunch", 9, 77) in cuda
+    with pytest.raises(ZeroDivisionError):
+        held.capture(lambda: seen.append(1 // 0))
+    assert gc.isenabled()
+    assert cuda[-1] == ("cudaStreamEndCapture", 77)
 
 
 def test_tensorrt_has_what_the_backend_calls():

@@ -1,9 +1,12 @@
 """Noise that a device makes is, byte for byte, that of ul_runtime.noise: by torch, and by the kernel for cards."""
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +75,40 @@ def test_the_kernel_is_compiled_from_its_source():
 def test_the_kernel_assembles_for_every_card(architecture, tmp_path):
     words = ["ptxas", f"-arch={architecture}", "-o", str(tmp_path / "noise.cubin"), str(PTX_FILE)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+CALLS = """
+import numpy as np
+from ul_runtime import noise
+from ul_runtime.device.cuda_noise import NoiseKernel
+from ul_runtime.errors import ULError
+
+table = np.stack(noise.quantile_table())
+kernel = NoiseKernel(table.ctypes.data)
+for seed, indices, stream, size in ((0, [0], 0, 1), (2**64 - 1, [5, 2**63 - 1, 2**32], noise.decoder_step(3), 4099)):
+    out, at = np.full((len(indices), size), np.nan, np.float32), np.array(indices, np.int64)
+    kernel.enqueue(out.ctypes.data, seed, at.ctypes.data, len(indices), stream, size, 77)
+    assert out.tobytes() == noise.normals(seed, indices, stream, (size,)).tobytes()
+for stream, size, what in ((78, 64, "CUDA_ERROR_INVALID_VALUE"), (77, 2**31, "a card makes at most")):
+    try:
+        kernel.enqueue(out.ctypes.data, 0, at.ctypes.data, 1, 0, size, stream)
+    except ULError as error:
+        assert what in str(error), error
+    else:
+        raise AssertionError(what)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed here")
+def test_the_bindings_pass_the_kernel_what_it_takes(tmp_path):
+    """The real bindings over a stand-in for the driver, which runs the kernel's source on the processor."""
+    pytest.importorskip("cuda.bindings.driver")
+    built = ["g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-I", str(SOURCE_FILE.parent)]
+    source = Path(__file__).with_name("cuda_driver.cpp")
+    subprocess.run([*built, "-o", str(tmp_path / "libcuda.so.1"), str(source), "-ldl"], check=True)
+    there = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", CALLS], env=there, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

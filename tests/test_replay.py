@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 from analytic_bundle import write_analytic_bundle
+from host_memory import HostMemory
 from PIL import Image
 
+from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.decode import main as decode
 from ul_runtime.cli.generate import main
 from ul_runtime.contact_sheet import to_picture
+from ul_runtime.device.steps import bucket_of
 from ul_runtime.image_folder import png_bytes, read_png
 from ul_runtime.latents import latents_bytes
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.provenance import picture_chunks, read_chunks
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
@@ -240,3 +244,47 @@ def test_a_guided_picture_needs_its_guide(command, guided_bundle, tmp_path):
     assert "byte for byte" in command(main, guided_bundle, "--guide", guide, "--replay", picture).out
     command.fails(main, 65, "--guide gives no bundle", guided_bundle, "--replay", picture)
     command.fails(main, 65, "give the guide that made it", guided_bundle, "--guide", guided_bundle, "--replay", picture)
+
+
+class Rounding(OrtDeviceBackend):
+    """A device on which pictures depend on the size of their batch, as on a card."""
+
+    name = "ort-cuda"
+    computed_as = staticmethod(bucket_of)
+
+    def _bind(self, graph, dims, addresses):
+        engine, memory = super()._bind(graph, dims, addresses), self.loop.memory
+        if graph != "decoder_step":
+            return engine
+
+        class Rounded:
+            def enqueue(self) -> None:
+                engine.enqueue()
+                pred = memory.held[addresses["x_next"]].view(np.float32)
+                pred += np.float32(0.02 * dims["b"])
+
+        return Rounded()
+
+
+def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(
+    command, guided_bundle, tmp_path, monkeypatch
+):
+    def load(path, **_):
+        backend = Rounding(Bundle.open(path), HostMemory(), ["CPUExecutionProvider"], print)
+        return Pipeline(Bundle.open(path), backend)
+
+    monkeypatch.setattr("ul_runtime.load", load)
+    words = ("--out", tmp_path / "job", "--num-images", 5, "--batch-size", 4, *FAST)
+    assert command(main, guided_bundle, *words, "--backend", "ort-cuda").code == 0
+    batches = []
+    for index in (0, 3, 4):
+        file = tmp_path / "job" / f"{index:06d}.png"
+        batches.append(read_chunks(read_png(file)[1], "").batch)
+        result = command(main, guided_bundle, "--replay", file)
+        assert result.code == 0, result
+        assert "the same file, byte for byte" in result.out
+    assert batches == [4, 4, 1]
+    origin = tmp_path / "job" / "000000.png"
+    pixels, text, _ = read_png(origin)
+    origin.write_bytes(png_bytes(to_picture(pixels), text | {"batch": "2"}))
+    command.fails(main, 1, "pixels differ", guided_bundle, "--replay", origin)

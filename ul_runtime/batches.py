@@ -19,6 +19,7 @@ class Images:
     labels: np.ndarray  # int64 b; len(classes) = no label
     images: np.ndarray  # uint8 b h w c
     kept_x: np.ndarray | None  # see `x`
+    computed_as: int | None = None  # a batch of so many; None: images do not depend on it
 
     @property
     def x(self) -> np.ndarray:
@@ -36,6 +37,7 @@ class Drawn:
     images: np.ndarray  # uint8 b h w c
     finite: np.ndarray  # bool b
     x: np.ndarray | None
+    computed_as: int | None = None  # see Images
 
     @classmethod
     def of(cls, labels: np.ndarray, x: np.ndarray) -> "Drawn":
@@ -46,7 +48,7 @@ class Drawn:
     def at(self, rows: np.ndarray) -> "Drawn":
         """Some of them; `rows` bool b."""
         x = None if self.x is None else self.x[rows]
-        return Drawn(self.labels[rows], self.images[rows], self.finite[rows], x)
+        return Drawn(self.labels[rows], self.images[rows], self.finite[rows], x, self.computed_as)
 
     def with_rows(self, rows: np.ndarray, other: "Drawn") -> "Drawn":
         """`other` in place of these rows, bool b; x stays only where both have it."""
@@ -56,7 +58,7 @@ class Drawn:
         if self.x is not None and other.x is not None:
             x = self.x.copy()
             x[rows] = other.x
-        return Drawn(self.labels, images, good, x)
+        return Drawn(self.labels, images, good, x, self.computed_as)
 
 
 # (whether in float32, positions in the indices) -> these images
@@ -88,7 +90,7 @@ def in_batches(indices: np.ndarray, size: int, draw: Draw, can_repeat: bool, rem
         failed += indices[part][~drawn.finite].tolist()
         if drawn.finite.any():
             good = drawn.at(drawn.finite)
-            yield Images(indices[part][drawn.finite], good.labels, good.images, good.x)
+            yield Images(indices[part][drawn.finite], good.labels, good.images, good.x, good.computed_as)
     if failed:
         names = ", ".join(map(str, failed[:10])) + (" ..." if len(failed) > 10 else "")
         message = f"{len(failed)} of {len(indices)} images are not finite and were left out: {names}"

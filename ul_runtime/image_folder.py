@@ -107,9 +107,9 @@ class ImageFolder:
                 found.add(index)
         return found
 
-    def write(self, index: int, image: np.ndarray, label: str) -> None:
+    def write(self, index: int, image: np.ndarray, label: str, batch: int | None = None) -> None:
         """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its provenance. OutputError."""
-        text = picture_chunks(self.job, self.bundle_name, index, label)
+        text = picture_chunks(self.job, self.bundle_name, index, label, batch)
         durable.atomic_write(self.path / image_name(index), png_bytes(to_picture(image), text))
 
     def write_sheet(self, title: str, columns: Sequence[str]) -> Path | None:

@@ -354,7 +354,8 @@ def _walked(walker: Walker, walks: Sequence[Walk], labels: np.ndarray, keep_x: b
     else:
         states, images, good = walker.walk_to_images(walks, control.stop, control.progress)
         drawn = Drawn(labels, images, good, None)
-    return replace(drawn, finite=np.logical_and.reduce([drawn.finite, *map(finite, states)]))
+    good = np.logical_and.reduce([drawn.finite, *map(finite, states)])
+    return replace(drawn, finite=good, computed_as=walker.computed_as(len(labels)))
 
 
 _ONE_STEP = SamplerSettings("ddim", "uniform", 1), SamplerSettings("ddim", "uniform", 1)

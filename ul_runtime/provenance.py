@@ -30,15 +30,20 @@ class _Fields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def chunks(self) -> dict[str, str]:
-        """A text for each field."""
-        values = self.model_dump(mode="json")
-        return {key: value if _is_name(type(self), key) else json.dumps(value) for key, value in values.items()}
+        """A text for each field, but for what may be left out and is None."""
+        return {
+            key: value if _is_name(type(self), key) else json.dumps(value)
+            for key, value in self.model_dump(mode="json").items()
+            if value is not None or type(self).model_fields[key].is_required()
+        }
 
     @classmethod
     def from_chunks(cls, text: Mapping[str, str]) -> Self:
         """The inverse of `chunks`; other chunks are passed over. ValueError: missing, or not what it must be."""
         values: dict[str, Any] = {}
         for key in cls.model_fields:
+            if key not in text and cls.model_fields[key].default is None:
+                continue
             if key not in text:
                 raise ValueError(f"{key} is missing")
             values[key] = str(text[key]) if _is_name(cls, key) else _value(key, text[key])
@@ -111,6 +116,7 @@ class _Picture(_Sheet):
 
     index: Annotated[int, Field(ge=0, lt=2**63)]
     label: Text
+    batch: Count | None = None  # that it was computed in; None: pictures do not depend on it
 
 
 def fingerprint(job: Job) -> str:
@@ -119,9 +125,9 @@ def fingerprint(job: Job) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def picture_chunks(job: Job, bundle_name: str, index: int, label: str) -> dict[str, str]:
-    """The text chunks of one picture."""
-    picture = _Picture(job=fingerprint(job), bundle_name=bundle_name, index=index, label=label)
+def picture_chunks(job: Job, bundle_name: str, index: int, label: str, batch: int | None = None) -> dict[str, str]:
+    """The text chunks of one picture; `batch`: how many were computed with it, None where that changes nothing."""
+    picture = _Picture(job=fingerprint(job), bundle_name=bundle_name, index=index, label=label, batch=batch)
     return job.chunks() | picture.chunks()
 
 
@@ -143,6 +149,7 @@ class Provenance:
     bundle_name: str
     index: int
     label: str
+    batch: int | None
     software: str  # name and version
 
 
@@ -165,7 +172,7 @@ def read_chunks(text: Mapping[str, str], where: str) -> Provenance:
     if picture.job != fingerprint(job):
         message = "its text chunks were changed, or come from a newer version: they do not give the job they name"
         raise BadInputError(f"{where}: {message}")
-    return Provenance(job, picture.bundle_name, picture.index, picture.label, picture.Software)
+    return Provenance(job, picture.bundle_name, picture.index, picture.label, picture.batch, picture.Software)
 
 
 def _one_line(error: Exception, most: int = 200) -> str:

@@ -54,6 +54,9 @@ class Walker(Protocol):
     def likely_batch(self) -> int | None:
         """How many images at once suit the device; None: as many as a processor."""
 
+    def computed_as(self, count: int) -> int | None:
+        """How many images a batch of `count` is computed as, where images depend on it; None: they do not."""
+
     def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
         """The states `b c h w` float32 after their last rows; `advance` gets images after each row. StoppedError."""
 

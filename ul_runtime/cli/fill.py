@@ -101,7 +101,9 @@ def _missing(num_images: int, done: Collection[int]) -> Iterator[np.ndarray]:
 def _write(folder: ImageFolder, batch: Images, names: list[str], pool: ThreadPoolExecutor) -> None:
     """All images of a batch, by several threads: a card makes more of them than one can compress."""
     pictures = zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
-    pieces = [pool.submit(folder.write, index, image, names[label]) for index, label, image in pictures]
+    pieces = [
+        pool.submit(folder.write, index, image, names[label], batch.computed_as) for index, label, image in pictures
+    ]
     try:
         for piece in pieces:
             piece.result()

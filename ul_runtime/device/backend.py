@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from ul_runtime.device.loop import DeviceLoop
+from ul_runtime.device.steps import bucket_of
 from ul_runtime.guidance import Inputs
 from ul_runtime.manifest import GraphName
 from ul_runtime.walk import Walk
@@ -26,6 +27,10 @@ class DeviceBackend:
     def likely_batch(self) -> int | None:
         """See Walker.likely_batch."""
         return _LIKELY_BATCH if self.loop.memory.kind == "cuda" else None
+
+    def computed_as(self, count: int) -> int | None:
+        """See Walker.computed_as: a card's kernels for another size round otherwise."""
+        return bucket_of(count) if self.loop.memory.kind == "cuda" else None
 
     def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
         """See Walker.walk. Errors as for `run`."""

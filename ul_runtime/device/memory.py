@@ -1,7 +1,9 @@
 """What the loop needs of a device, and the CUDA device, by NVIDIA's own bindings."""
 
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,7 +80,7 @@ class Scratch:
 
 
 class CudaMemory:
-    """One NVIDIA card, and a stream of its own."""
+    """One NVIDIA card, and a stream of its own. What it allocated is given back with it."""
 
     kind = "cuda"
 
@@ -95,6 +97,8 @@ class CudaMemory:
         self.use()
         self.stream = int(self._do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
         self._noise: NoiseKernel | None = None
+        self._held: set[int] = set()
+        weakref.finalize(self, _give_back, runtime, device, self.stream, self._held).atexit = False
 
     def use(self) -> None:
         """See Memory. The current device is a thread's own, and other pipelines and libraries change it."""
@@ -102,10 +106,13 @@ class CudaMemory:
 
     def allocate(self, size: int) -> int:
         """See Memory."""
-        return int(self._do(self._cuda.cudaMalloc(size)))
+        address = int(self._do(self._cuda.cudaMalloc(size)))
+        self._held.add(address)
+        return address
 
     def free(self, address: int) -> None:
         """See Memory."""
+        self._held.discard(address)
         self._do(self._cuda.cudaFree(address))
 
     def upload(self, address: int, array: np.ndarray) -> None:
@@ -145,7 +152,8 @@ class CudaMemory:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._do(self._cuda.cudaStreamBeginCapture(self.stream, mode))
         try:
-            work()
+            with _no_collection():
+                work()
         finally:
             ended = self._cuda.cudaStreamEndCapture(self.stream)  # or the stream takes no work any more
         graph = self._do(ended)
@@ -170,3 +178,26 @@ class CudaMemory:
         if error != self._cuda.cudaError_t.cudaSuccess:
             raise ULError(f"NVIDIA card {self.number}: {error.name}; ul-doctor says what works here")
         return values[0] if values else None
+
+
+def _give_back(runtime: Any, device: int, stream: int, held: set[int]) -> None:
+    """Of a memory that nobody uses any more; wherever that is noticed, the current device stays what it is."""
+    _, current = runtime.cudaGetDevice()
+    runtime.cudaSetDevice(device)
+    runtime.cudaStreamSynchronize(stream)
+    for address in held:
+        runtime.cudaFree(address)
+    runtime.cudaStreamDestroy(stream)
+    runtime.cudaSetDevice(current)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected: what frees a card's memory would end a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
