@@ -10,16 +10,18 @@ import pytest
 from exported_run import PLAIN, exported_run
 from host_memory import HostMemory
 from pixels_graph import pixels_onnx
+from safetensors.numpy import load, save
 
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.batches import to_uint8
-from ul_runtime.bundle import Bundle
+from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.control import Control
 from ul_runtime.device import pixels
 from ul_runtime.device.memory import Scratch
 from ul_runtime.device.steps import bucket_of
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, StoppedError, ULError, UsageError
+from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
 
 # what is drawn -> overrides of the bundle's settings
@@ -105,6 +107,51 @@ def test_the_graph_of_the_pixels_is_what_onnx_builds():
         broken = x.copy()
         broken[2, 1, 3, 4] = value
         assert np.isfinite(session.run(None, {"x": broken})[1]).tolist() == [True, True, False, True, True]
+
+
+GUIDED = {"steps": 6, "seed": 4, "guidance": 2.0, "guidance_interval": (-3.0, 1.5), "guidance_rescale": 0.3}
+
+
+@pytest.fixture(scope="module")
+def lesser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with another prior on the same encoder."""
+    exported = exported_run(PLAIN, tmp_path_factory)
+    manifest = Bundle.open(exported.bundle).manifest
+    info = BundleInfo(**{name: getattr(manifest, name) for name in BundleInfo.model_fields})
+    weights = load(exported.files["prior.safetensors"])
+    files = exported.files | {"prior.safetensors": save({name: 0.8 * array for name, array in weights.items()})}
+    return write_bundle(tmp_path_factory.mktemp("lesser") / "bundle", info, files).path
+
+
+def guided(bundle: Path, lesser: Path, memory: HostMemory, other: HostMemory, **options: bool) -> Pipeline:
+    pipeline = device(bundle, memory, **options)
+    pipeline.guide = device(lesser, other, **options)
+    return pipeline
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_guide_on_the_same_device_is_asked_there_and_pictures_are_the_hosts(bundle, lesser, captured):
+    host, there = (Bundle.open(path) for path in (bundle, lesser))
+    guide = Pipeline(there, OrtCpuBackend(there, threads=1))
+    expected = pictures(Pipeline(host, OrtCpuBackend(host, threads=1), guide), 5, batch_size=3, **GUIDED)
+    assert np.abs(expected - pictures(device(bundle, HostMemory()), 5, batch_size=3, **GUIDED)).max() > 1e-3
+    memory = HostMemory()
+    pipeline = guided(bundle, lesser, memory, memory, captured=captured)
+    pictures(pipeline, 5, batch_size=3, **GUIDED)
+    before = memory.waits
+    assert pictures(pipeline, 5, batch_size=3, **GUIDED).tobytes() == expected.tobytes()
+    assert memory.waits - before == 2, "one for each batch"
+    assert memory.largest_upload < 1000
+    apart = guided(bundle, lesser, HostMemory(), HostMemory())
+    assert pictures(apart, 5, batch_size=3, **GUIDED).tobytes() == expected.tobytes(), "asked by the host"
+
+
+def test_where_memory_is_short_a_guides_steps_are_released_as_well(bundle, lesser, caplog):
+    memory = HostMemory()
+    expected = pictures(guided(bundle, lesser, memory, memory), 8, batch_size=4, **GUIDED)
+    memory = HostMemory(limit=int(1.3 * sum(array.nbytes for array in memory.held.values())))
+    assert pictures(guided(bundle, lesser, memory, memory), 8, batch_size=8, **GUIDED).tobytes() == expected.tobytes()
+    assert len(caplog.records) == 1
 
 
 def test_encoder_and_bits_are_those_of_the_host(bundle):

@@ -151,3 +151,11 @@ def test_devices_are_different_numbers(words, command, bundle, tmp_path):
     assert result.code == 2
     assert "--devices" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_guide_of_which_only_the_prior_is_read_is_tried_by_its_prior(bundle, card):
+    prior_alone = Bundle.open(bundle.path, graphs=["prior_step"])
+    card["ort-cuda"] = working(prior_alone)
+    assert open_backend("auto", prior_alone) is card["ort-cuda"]
+    card["ort-cuda"] = Wrong(prior_alone)
+    assert open_backend("auto", prior_alone).name == "ort-cpu"

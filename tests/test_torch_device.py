@@ -111,3 +111,11 @@ def test_memory_copies_rows_and_parts_and_a_processor_captures_nothing():
     assert np.array_equal(given, expected)
     with pytest.raises(ULError, match="has no CUDA graphs"):
         memory.capture(lambda: None)
+
+
+def test_a_guides_prior_is_asked_on_the_device(exported):
+    run = ul_runtime.load(exported.run, guide=exported.run, backend="torch", threads=1)
+    assert run.backend.can_ask(run.guide.backend)
+    options = {"steps": 5, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)}
+    host = Pipeline(run.bundle, exported.torch_backend(), Pipeline(run.bundle, exported.torch_backend()))
+    assert pictures(run, 4, **options).tobytes() == pictures(host, 4, **options).tobytes()

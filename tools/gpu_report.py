@@ -290,12 +290,12 @@ def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Mad
     from ul_export.torch_peers import UserLoop, in_precision
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Overrides, resolve_settings
-    from ul_train.torch_device import RunModel, TorchDeviceBackend
+    from ul_train.torch_device import RunModel, TorchDeviceBackend, TorchMemory
 
     assert model.networks is not None
     networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
     if contender in ("torch-graphs", "torch-no-graphs"):
-        backend = TorchDeviceBackend(networks, model.info, device, said.append, precision="bf16")
+        backend = TorchDeviceBackend(networks, model.info, TorchMemory(device), said.append, precision="bf16")
         backend.loop.captures &= contender == "torch-graphs"
         described = RunModel(Path(model.name), model.info, "")
         return Made("bf16", _images(Pipeline(described, backend)), backend.loop, said)

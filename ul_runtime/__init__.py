@@ -53,9 +53,17 @@ def load(
     card = CardOptions(device or 0, Path(engines) if engines else None, require_graphs) if named else None
 
     def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
+        beside = None if guide is None else guide.backend
+
         def open_in(precision: str | None, backend: str) -> Backend:
             return open_backend(
-                backend, bundle, precision=precision, threads=threads, allow_spinning=allow_spinning, card=card
+                backend,
+                bundle,
+                precision=precision,
+                threads=threads,
+                allow_spinning=allow_spinning,
+                card=card,
+                beside=beside,
             )
 
         opened = open_in(precision, backend)

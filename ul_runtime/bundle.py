@@ -91,12 +91,12 @@ class Bundle:
         return cls(path, manifest, hashlib.sha256(data).hexdigest(), held)
 
     def read(self, name: str) -> bytes:
-        """Verified bytes of a file. KeyError: unknown, taken before, or of a graph that `open` left out."""
+        """Verified bytes of a file. KeyError: unknown, or of a graph that `open` left out."""
         return self._held[name]
 
-    def take(self, name: str) -> bytes:
-        """As `read`, and the bundle lets go of them."""
-        return self._held.pop(name)
+    def holds(self, graph: GraphName) -> bool:
+        """Whether `open` read the files of a graph."""
+        return all(name in self._held for name in _files_of(self.manifest, graph))
 
     def graph(self, graph: GraphName, *, float32: bool = False) -> bytes:
         """Verified ONNX bytes of a step graph, without weights; `float32`: the one that computes in float32."""

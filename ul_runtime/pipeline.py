@@ -24,7 +24,7 @@ from ul_runtime.manifest import Described, LogsnrRange
 from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
-from ul_runtime.walk import Noise, Walk, Walker
+from ul_runtime.walk import Guide, Noise, Walk, Walker
 
 _PIXELS_A_BATCH, _MOST_A_BATCH = (
     2**15,
@@ -257,19 +257,29 @@ class Pipeline:
 
         return step
 
-    def _conditions(self, label: np.ndarray, settings: Settings, rows: np.ndarray) -> Callable[[int], Inputs]:
-        """Labels and classifier-free guidance at each of `rows`."""
+    def _guided(
+        self, label: np.ndarray, settings: Settings, rows: np.ndarray
+    ) -> tuple[Callable[[int], Inputs], Guide | None]:
+        """Labels and guidance at each of `rows`, and who is asked there."""
         low, high = settings.guidance_interval or (-np.inf, np.inf)
+        weight, phi = settings.guidance, settings.guidance_rescale
+        guided = (weight != 1.0) & (rows[:, LOGSNR] >= low) & (rows[:, LOGSNR] <= high)
         like = np.zeros((len(label), *self.latent_shape), np.float32)
-        off = unguided(label, like)
-        on = classifier_free(label, like, self.num_classes, settings.guidance, settings.guidance_rescale)
-        guided = (settings.guidance != 1.0) & (rows[:, LOGSNR] >= low) & (rows[:, LOGSNR] <= high)
-        return lambda k: on if guided[k] else off
+        off, guide = unguided(label, like), None
+        if self.guide is None:
+            on = classifier_free(label, like, self.num_classes, weight, phi)
+        else:
+            on = autoguided(label, like, weight, phi)
+            if isinstance(self.guide.backend, Walker):
+                guide = Guide(self.guide.backend, off, lambda k: bool(guided[k]))
+        return lambda k: on if guided[k] else off, guide
 
     @property
     def _walker(self) -> Walker | None:
-        """The backend, where it runs whole loops of the prior; a guide's are step by step."""
-        return self.backend if self.guide is None and isinstance(self.backend, Walker) else None
+        """The backend, where it runs whole loops of the prior, and can ask the guide on its way."""
+        if not isinstance(self.backend, Walker):
+            return None
+        return self.backend if self.guide is None or self.backend.can_ask(self.guide.backend) else None
 
     def sample_z_0(
         self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings, control: Control = UNWATCHED
@@ -319,9 +329,9 @@ class Pipeline:
     def _sampling(self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings) -> Walk:
         """The prior's loop as data."""
         table = self.prior_table(settings.prior)
-        given = self._conditions(label, settings, table.astype(np.float32))
+        given, guide = self._guided(label, settings, table.astype(np.float32))
         drawn = Noise(seed, indices, self.latent_shape, noise.PRIOR_START, noise.prior_step)
-        return Walk("prior_step", "z", table, drawn, given)
+        return Walk("prior_step", "z", table, drawn, given, guide=guide)
 
     def _decoding(self, z_0: np.ndarray | None, indices: np.ndarray, seed: int, sampler: SamplerSettings) -> Walk:
         """The decoder's loop as data; z_0 None = what the walk before ends with."""

@@ -31,6 +31,15 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """A lesser prior that is asked at rows where `asked(k)`: its prediction is then the graph's input `guide`."""
+
+    walker: "Walker"
+    condition: Inputs  # of its own step
+    asked: Callable[[int], bool]
+
+
+@dataclass(frozen=True)
 class Walk:
     """A loop over the rows of `table` `[rows, 8]` from noise.
 
@@ -44,6 +53,7 @@ class Walk:
     noise: Noise
     condition: Callable[[int], Inputs]
     takes: str | None = None
+    guide: Guide | None = None
 
 
 @runtime_checkable
@@ -56,6 +66,9 @@ class Walker(Protocol):
 
     def computed_as(self, count: int) -> int | None:
         """How many images a batch of `count` is computed as, where images depend on it; None: they do not."""
+
+    def can_ask(self, other: object) -> bool:
+        """Whether another backend can be the walker of a Guide: it works on the same device, in the same order."""
 
     def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
         """The states `b c h w` float32 after their last rows; `advance` gets images after each row. StoppedError."""

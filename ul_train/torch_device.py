@@ -143,22 +143,20 @@ class TorchDeviceBackend(DeviceBackend):
         self,
         networks: dict[str, nn.Module],
         described: BundleInfo,
-        device: torch.device,
+        memory: TorchMemory,
         say: Callable[[str], None],
         *,
         precision: str = "fp32",
         require_graphs: bool = False,
     ) -> None:
-        """`networks`: encoder, prior (the base), decoder. UsageError: no such device."""
-        self._memory, self._graphs = TorchMemory(device), graphs_of(described)
+        """`networks`: encoder, prior (the base), decoder; they go to the device of `memory`."""
+        self.memory, self._graphs, device = memory, graphs_of(described), memory.device
         on_device = {name: network.eval().to(device) for name, network in networks.items()}
         self._by_name = TorchBackend(on_device["encoder"], on_device["prior"], on_device["decoder"], device, precision)
         self.precision = precision
         self.threads = torch.get_num_threads() if device.type == "cpu" else None
         on_card = device.type == "cuda"
-        self.loop = DeviceLoop(
-            self._memory, self._graphs, self._bind, say, captures=on_card, require_graphs=require_graphs
-        )
+        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, captures=on_card, require_graphs=require_graphs)
 
     def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
         entry = self._graphs[graph]
@@ -167,11 +165,11 @@ class TorchDeviceBackend(DeviceBackend):
             shape = [d if isinstance(d, int) else dims[d] for d in tensor.shape]
             kind = getattr(torch, tensor.dtype)
             size = int(np.prod(shape)) * kind.itemsize
-            tensors[tensor.name] = self._memory.at(addresses[tensor.name], size).view(kind).view(shape)
+            tensors[tensor.name] = self.memory.at(addresses[tensor.name], size).view(kind).view(shape)
         inputs = {tensor.name: tensors[tensor.name] for tensor in entry.inputs}
         outputs = [tensors[name] for name in self._by_name.outputs.get(graph, ("images", "sum"))]
         module = self._by_name.graphs.get(graph, Pixels())
-        return _BoundModule(module, inputs, outputs, self._memory, self.precision)
+        return _BoundModule(module, inputs, outputs, self.memory, self.precision)
 
 
 class Pixels(nn.Module):
@@ -256,7 +254,7 @@ def open_run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     if require_graphs and not on_card:
         raise UsageError("--require-graphs: torch finds no NVIDIA card, and a processor has no CUDA graphs")
-    lesser = None
+    lesser, memory = None, TorchMemory(where)
     if guide is not None:
         lesser = open_run(
             guide,
@@ -267,11 +265,13 @@ def open_run(
             require_graphs=require_graphs,
             say=say,
         )
+        assert isinstance(lesser.backend, TorchDeviceBackend)
+        memory = lesser.backend.memory  # their work is in one order
     model, networks = RunModel.load(run)
 
     def backend(precision: str) -> TorchDeviceBackend:
         return TorchDeviceBackend(
-            networks, model.manifest, where, say, precision=precision, require_graphs=require_graphs
+            networks, model.manifest, memory, say, precision=precision, require_graphs=require_graphs
         )
 
     exact = None if precision in (None, "fp32") else lambda: backend("fp32")

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -160,11 +160,12 @@ def open_backend(
     threads: int | None = None,
     allow_spinning: bool = True,
     card: "CardOptions | None" = None,
+    beside: Backend | None = None,
 ) -> Backend:
     """The backend `name` over a verified bundle, in `precision` (None = the bundle's own, float32 if that is half).
 
     `auto`: on an NVIDIA card if one works and no number of threads is given, else on the processor. `card` None = the
-    first, with its defaults.
+    first, with its defaults. On a card, `beside` is another backend whose work is to be in one order with this one's.
     UsageError: unknown, not installed, or not able to compute in that precision; no other backend takes its place.
     """
     if name not in BACKENDS:
@@ -172,9 +173,9 @@ def open_backend(
     if name == TORCH:
         raise UsageError(f"backend torch samples a run of ul-train as it is; {bundle.path} is a bundle: leave it out")
     if name in ON_A_CARD or name == "auto":
-        from ul_runtime.backends.on_a_card import CardOptions, first_that_works, open_on_a_card
+        from ul_runtime.backends.on_a_card import CardOptions, card_memory, first_that_works, open_on_a_card
 
-        options = card or CardOptions()
+        options = replace(card or CardOptions(), memory=card_memory(beside))
         if name in ON_A_CARD:
             return open_on_a_card(name, bundle, precision, options, _LOG.warning)
         check_threads(threads)

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from ul_runtime.noise_process import alpha, sigma
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
+    from ul_runtime.device.memory import CudaMemory
 
 # of a step, root mean square, relative: above all that precisions do to one, below what a wrong tensor does
 MOST_DIFFERENCE = 0.1
@@ -35,6 +36,7 @@ class CardOptions:
     number: int = 0
     engines: Path | None = None
     require_graphs: bool = False
+    memory: "CudaMemory | None" = None  # of the guide's backend, whose work is to be in one order with this one's
 
 
 def open_on_a_card(
@@ -48,7 +50,7 @@ def open_on_a_card(
         raise UsageError(f"--engines is for backend tensorrt; {name} has none")
     from ul_runtime.device.memory import CudaMemory
 
-    memory = CudaMemory(options.number)
+    memory = options.memory or CudaMemory(options.number)
     if name == "ort-cuda":
         from ul_runtime.backends.ort_cuda import OrtDeviceBackend, cuda_providers
 
@@ -58,6 +60,14 @@ def open_on_a_card(
 
     engines = engines_for_card(options.number, options.engines)
     return TensorRtBackend(bundle, engines, memory, say, precision=precision, require_graphs=options.require_graphs)
+
+
+def card_memory(backend: Backend | None) -> "CudaMemory | None":
+    """The memory of a backend on a card."""
+    from ul_runtime.device.memory import CudaMemory
+
+    found = backend.loop.memory if isinstance(backend, DeviceBackend) else None
+    return found if isinstance(found, CudaMemory) else None
 
 
 def first_that_works(
@@ -108,7 +118,7 @@ def _card(number: int) -> Card | None:
 
 
 def _no_engines(options: CardOptions) -> CardOptions:
-    return CardOptions(options.number, None, options.require_graphs)
+    return replace(options, engines=None)
 
 
 def _require_engines(bundle: "Bundle", precision: str | None, options: CardOptions) -> None:
@@ -116,7 +126,7 @@ def _require_engines(bundle: "Bundle", precision: str | None, options: CardOptio
     from ul_runtime.tensorrt.prepare import engines_for_card
 
     engines = engines_for_card(options.number, options.engines)
-    for graph in ("prior_step", "decoder_step"):
+    for graph in filter(bundle.holds, _STEPS):
         facts = engines.facts(bundle, graph, float32=precision == "fp32")
         if engines.cache.find(facts) is None:
             raise UsageError(
@@ -132,16 +142,15 @@ def check_step(backend: Backend, bundle: "Bundle") -> float:
     from ul_runtime.backends.ort_cpu import OrtCpuBackend
 
     processor, worst = OrtCpuBackend(bundle), 0.0
-    for graph, what in _STEPS.items():
+    for graph in filter(bundle.holds, _STEPS):  # of a guide, the prior alone
         inputs = _inputs(bundle.manifest, graph)
         expected, given = (each.run(graph, dict(inputs)) for each in (processor, backend))
         difference = max(_relative(expected[name], given[name]) for name in expected)
         if not difference <= MOST_DIFFERENCE:
-            raise ULError(
-                f"a step of the {what} differs from the processor's by {100 * difference:.3g} %; it is not used"
-            )
+            what = f"a step of the {_STEPS[graph]} differs from the processor's by {100 * difference:.3g} %"
+            raise ULError(f"{what}; it is not used")
         worst = max(worst, difference)
-    if isinstance(backend, DeviceBackend):
+    if isinstance(backend, DeviceBackend) and bundle.holds("decoder_step"):
         image = bundle.manifest.image
         backend.loop.run(pixels.NAME, {"x": np.zeros((2, image.channels, image.size, image.size), np.float32)})
     return worst

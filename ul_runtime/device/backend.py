@@ -32,6 +32,10 @@ class DeviceBackend:
         """See Walker.computed_as: a card's kernels for another size round otherwise."""
         return bucket_of(count) if self.loop.memory.kind == "cuda" else None
 
+    def can_ask(self, other: object) -> bool:
+        """See Walker.can_ask."""
+        return isinstance(other, DeviceBackend) and other is not self and other.loop.memory is self.loop.memory
+
     def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
         """See Walker.walk. Errors as for `run`."""
         with self._watched():

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ul_runtime.device.pixels import NAME as PIXELS
 from ul_runtime.device.steps import Bound, DeviceSteps, bucket_of, padded_to
 from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
 from ul_runtime.samplers import S
-from ul_runtime.walk import Walk
+from ul_runtime.walk import Guide, Walk
 
 Stop = Callable[[], bool]
 Advance = Callable[[int], None]
@@ -31,6 +32,7 @@ class _Batch:
     sent: list[np.ndarray]  # what is uploaded, until it is there
     stop: Stop
     advance: Advance
+    asked: Bound | None = None  # the guide's step
 
 
 @dataclass
@@ -67,7 +69,7 @@ class DeviceLoop(DeviceSteps):
         sent = [padded_to(bucket, indices)]
         sent += [np.repeat(walk.table.astype(np.float32)[:, None], bucket, axis=1) for walk in walks]  # rows bucket 8
         results: list[np.ndarray] = []
-        with self._region(sum(array.nbytes for array in sent)) as region:
+        with self._region(sum(array.nbytes for array in sent), walks) as region:
             places = [region + sum(array.nbytes for array in sent[:n]) for n in range(len(sent))]
             for place, array in zip(places, sent, strict=True):
                 self.memory.upload(place, array)
@@ -85,7 +87,7 @@ class DeviceLoop(DeviceSteps):
         """All rows of one walk, enqueued. `table` is an address, `before` where the walk before ended."""
         last: Bound | None = None
         condition: object = None
-        row_bytes, quiet = batch.bucket * walk.table.shape[1] * 4, False
+        quiet = False
         for k in range(len(walk.table)):
             if batch.stop():
                 raise StoppedError(
@@ -105,11 +107,27 @@ class DeviceLoop(DeviceSteps):
             elif not quiet:
                 self.memory.clear(bound.addresses["noise"], bound.size("noise"))
                 quiet = True
-            self.memory.copy(bound.addresses["row"], table + k * row_bytes, row_bytes)
+            row = table + k * bound.size("row")
+            if walk.guide is not None and walk.guide.asked(k):
+                self._ask(walk, walk.guide, bound, batch, row)
+            self.memory.copy(bound.addresses["row"], row, bound.size("row"))
             bound.step()
             batch.advance(batch.count)
         assert last is not None
         return _End(last, walk.state)
+
+    def _ask(self, walk: Walk, guide: Guide, bound: Bound, batch: _Batch, row: int) -> None:
+        """The guide's prediction for the state of a step, into that step's `guide`; `row` is an address."""
+        theirs = _loop_of(guide).bound_for(walk.graph, walk.state, batch.bucket, guide.condition)
+        if theirs is not batch.asked:
+            batch.sent += self.upload(theirs, guide.condition, batch.bucket)
+            for name in ("history", "noise"):  # which its prediction does not depend on
+                self.memory.clear(theirs.addresses[name], theirs.size(name))
+            batch.asked = theirs
+        self.memory.copy(theirs.addresses[walk.state], bound.addresses[walk.state], bound.size(walk.state))
+        self.memory.copy(theirs.addresses["row"], row, bound.size("row"))
+        theirs.step()
+        self.memory.copy(bound.addresses["guide"], theirs.addresses["pred"], bound.size("guide"))
 
     def _enter(self, walk: Walk, batch: _Batch, bound: Bound, last: Bound | None, before: _End | None) -> None:
         """Fill what a step goes on from: noise in a walk's first step, else what `last`, of other sizes, left."""
@@ -135,21 +153,21 @@ class DeviceLoop(DeviceSteps):
         return [self.leaving(source, tensor.name, tensor.dtype) for tensor in self.graphs[PIXELS].outputs]
 
     @contextmanager
-    def _region(self, size: int) -> Iterator[int]:
-        """Memory for one loop, given back when its work is done. Where memory is short, all steps are released."""
+    def _region(self, size: int, walks: Sequence[Walk]) -> Iterator[int]:
+        """Memory for these walks, given back when their work is done. Where memory is short, all steps are released."""
         memory, failed = self.memory, True
         memory.use()
         try:
             region = memory.allocate(size)
         except OutOfMemoryError:
-            self.release()
+            self._release_all(walks)
             raise
         try:
             yield region
             memory.wait()
             failed = False
         except OutOfMemoryError:
-            self.release()
+            self._release_all(walks)
             raise
         finally:
             # a device that failed may fail here again: the first error says why
@@ -157,3 +175,19 @@ class DeviceLoop(DeviceSteps):
                 if failed:
                     memory.wait()
                 memory.free(region)
+
+    def _release_all(self, walks: Sequence[Walk]) -> None:
+        """Of the guides as well."""
+        self.release()
+        for walk in walks:
+            if walk.guide is not None:
+                _loop_of(walk.guide).release()
+
+
+class _OnDevice(Protocol):
+    loop: DeviceLoop
+
+
+def _loop_of(guide: Guide) -> DeviceLoop:
+    """Of a walker that `can_ask` took."""
+    return cast(_OnDevice, guide.walker).loop
