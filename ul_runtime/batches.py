@@ -89,7 +89,7 @@ def in_batches(indices: np.ndarray, size: int, draw: Draw, can_repeat: bool, rem
             drawn = drawn.with_rows(again, draw(True, part[again]))
         failed += indices[part][~drawn.finite].tolist()
         if drawn.finite.any():
-            good = drawn.at(drawn.finite)
+            good = drawn if drawn.finite.all() else drawn.at(drawn.finite)
             yield Images(indices[part][drawn.finite], good.labels, good.images, good.x, good.computed_as)
     if failed:
         names = ", ".join(map(str, failed[:10])) + (" ..." if len(failed) > 10 else "")

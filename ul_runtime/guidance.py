@@ -14,9 +14,9 @@ Inputs = dict[str, np.ndarray]
 
 def unguided(label: np.ndarray, z: np.ndarray) -> Inputs:
     """pred(label): one branch, for labels `b` and a state `b c h w`."""
-    off = np.zeros(len(label), np.float32)
+    off, nobody = np.zeros(len(label), np.float32), np.zeros(z.shape, np.float32)  # takes no memory until it is read
     one = np.ones((len(label), 1), np.float32)
-    return {"label": label[:, None], "weight": one, "guide": np.zeros_like(z), "guide_weight": off, "rescale": off}
+    return {"label": label[:, None], "weight": one, "guide": nobody, "guide_weight": off, "rescale": off}
 
 
 def classifier_free(label: np.ndarray, z: np.ndarray, no_label: int, guidance: float, rescale: float) -> Inputs:
