@@ -66,7 +66,7 @@ class HostMemory:
     def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
         def work() -> None:
             numbers = np.ctypeslib.as_array((ctypes.c_int64 * rows).from_address(indices))
-            made = noise.normals(seed, numbers, stream, (size,))
+            made = np.ascontiguousarray(noise.normals(seed, numbers, stream, (size,)))
             ctypes.memmove(to, made.ctypes.data, made.nbytes)
 
         self.submit(work)

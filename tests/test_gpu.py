@@ -1,5 +1,6 @@
 """On an NVIDIA card: every backend against ONNX Runtime on the CPU, and replays against steps that are enqueued."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from exported_run import PLAIN, Exported, exported_run
 
 import ul_runtime
 from ul_export.compare import FP32, image_psnr_db
+from ul_runtime import noise
 from ul_runtime.backends import ON_A_CARD, open_backend
 from ul_runtime.backends.on_a_card import check_step
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import cards
+from ul_runtime.cli import generate
 from ul_runtime.errors import UsageError
 from ul_runtime.pipeline import Pipeline
 from ul_train.torch_device import TorchMemory
@@ -122,6 +125,60 @@ def test_nothing_is_allocated_or_waited_for_inside_the_loop(pipeline, monkeypatc
         pictures(pipeline, 2, **(GUIDED | {"steps": steps}))
         found.append(dict(counts))
     assert found[0] == found[1] == {"allocate": 1, "wait": 1}
+
+
+@pytest.mark.parametrize(("indices", "size"), [([0], 1), ([5, 2**63 - 1, 2**32, 5], 4099)])
+def test_a_card_makes_the_hosts_noise_byte_for_byte(pipeline, indices, size):
+    memory: Any = pipeline.backend.loop.memory  # type: ignore[attr-defined]
+    numbers, out = np.array(indices, np.int64), np.empty((len(indices), size), np.float32)
+    memory.use()
+    at, to = memory.allocate(numbers.nbytes), memory.allocate(out.nbytes)
+    memory.upload(at, numbers)
+    memory.normals(to, 2**64 - 5, at, len(indices), noise.decoder_step(3), size)
+    memory.download(to, out)
+    memory.wait()
+    memory.free(at)
+    memory.free(to)
+    assert out.tobytes() == noise.normals(2**64 - 5, indices, noise.decoder_step(3), (size,)).tobytes()
+
+
+def test_a_guide_is_asked_on_the_card(exported, pipeline):
+    where = exported.run if pipeline.backend.name == "torch" else exported.bundle
+    guided = ul_runtime.load(where, guide=where, backend=pipeline.backend.name, device=0)
+    assert guided.guide is not None
+    assert guided.backend.can_ask(guided.guide.backend)  # type: ignore[attr-defined]
+    opened = Bundle.open(exported.bundle)
+    host = Pipeline(opened, open_backend("ort-cpu", opened), Pipeline(opened, open_backend("ort-cpu", opened)))
+    assert image_psnr_db(pictures(host, **GUIDED), pictures(guided, **GUIDED)) > FP32.least_psnr_db
+
+
+def test_a_picture_is_made_again_in_a_batch_of_its_size(exported, pipeline, command, tmp_path):
+    where = exported.run if pipeline.backend.name == "torch" else exported.bundle
+    machine = ("--backend", pipeline.backend.name, "--devices", 0)
+    words = ("--num-images", 5, "--batch-size", 4, "--steps", 4, "--out", tmp_path / "job")
+    assert command(generate.main, where, *words, *machine).code == 0
+    for index in (2, 4):
+        result = command(generate.main, where, "--replay", tmp_path / "job" / f"{index:06d}.png", *machine)
+        assert result.code == 0, result
+        assert "the same file, byte for byte" in result.out
+
+
+def test_a_pipeline_that_is_dropped_gives_its_memory_back(exported, pipeline):
+    if pipeline.backend.name == "torch":
+        pytest.skip("torch keeps memory for its next tensors")
+    from cuda.bindings import runtime
+
+    def left() -> int:
+        gc.collect()
+        return runtime.cudaMemGetInfo()[1]
+
+    found = []
+    for _ in range(3):
+        again = ul_runtime.load(exported.bundle, backend=pipeline.backend.name, device=0)
+        pictures(again, 8, batch_size=8, **GUIDED)
+        del again
+        found.append(left())
+    assert found[2] >= found[1] - 2**20
 
 
 def test_auto_takes_a_card_and_its_step_is_the_processors(pipeline, bundle):
