@@ -18,6 +18,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "grey with classes, opset 20": (20, (), DIGITS),
     "grey with classes, opset 18": (18, (), DIGITS),
     "grey with classes, opset 22": (22, (), DIGITS),
+    "grey with classes, opset 23": (23, (), DIGITS),
     "grey with classes, weights in float16": (20, (), DIGITS),
     "RGB without classes, opset 20": (
         20,

@@ -296,8 +296,8 @@ def test_a_folder_that_cannot_be_made_is_said_before_any_work(command, run, tmp_
     command.fails(main, 2, "is a file, a folder is expected", run, "--out", tmp_path / "file" / "bundle")
 
 
-@pytest.mark.parametrize("opset", [17, 19, 23])
+@pytest.mark.parametrize("opset", [17, 19, 24])
 def test_an_opset_that_no_test_proves_is_refused(opset, command, run, tmp_path):
     command.fails(
-        main, 2, f"--opset is {opset}; expected 18, 20 or 22", run, "--out", tmp_path / "bundle", "--opset", opset
+        main, 2, f"--opset is {opset}; expected 18, 20, 22 or 23", run, "--out", tmp_path / "bundle", "--opset", opset
     )

@@ -48,9 +48,12 @@ def test_nothing_is_begun_after_the_time_is_over(command, tmp_path):
 
 def test_the_bundle_for_engines_computes_in_float16_and_calls_add_up(tmp_path):
     tool = load_tool("gpu_report")
-    model = tool.open_model("tiny", tmp_path, ["ort-cuda"])
-    manifest = Bundle.open(model.bundle).manifest
-    assert {graph.precision for graph in manifest.graphs.values()} == {"fp16"}
+    model = tool.open_model("tiny", tmp_path, ["ort-cuda", "ort-cuda-attention", "torch-eager"])
+    assert list(model.bundles) == [20, 23]
+    for opset, path in model.bundles.items():
+        manifest = Bundle.open(path).manifest
+        assert {graph.precision for graph in manifest.graphs.values()} == {"fp16"}
+        assert (b"Attention" in Bundle.open(path).graph("prior_step").replace(b".attention", b"")) == (opset == 23)
     prior = manifest.defaults.prior
     assert tool.calls(model.info, "prior_step") + tool.calls(model.info, "guided_prior_step") == prior.num_steps
     assert tool.calls(model.info, "decoder_step") == manifest.defaults.decoder.num_steps

@@ -8,6 +8,8 @@ import pytest
 from exported_run import CASES, exported_run
 from onnx import TensorProto, helper
 
+from ul_export.precision.command import with_their_weights
+from ul_export.precision.lower import half_nodes, lower
 from ul_runtime.bundle import Bundle
 from ul_runtime.control import Control
 from ul_runtime.device import pixels
@@ -44,11 +46,25 @@ def plan_of_nodes(*nodes, inputs: str = "x", shape=SHAPE, opset: int = 20, dtype
 
 
 @pytest.mark.parametrize("graph", GRAPH_NAMES)
-@pytest.mark.parametrize("name", [name for name in CASES if "weights" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "weights" not in name and "23" not in name])
 def test_every_step_graph_builds_at_every_opset(library, tmp_path_factory, name, graph):
     bundle = Bundle.open(exported_run(name, tmp_path_factory).bundle)
     engine = build_engine(library, plan_of(bundle, graph))
     assert len(engine) > sum(array.nbytes for array in bundle.initializers(graph).values())
+
+
+@pytest.mark.parametrize("graph", ["prior_step", "decoder_step"])
+def test_attention_as_one_operator_builds_in_half_precision_and_is_named_in_float32(library, tmp_path_factory, graph):
+    exported = exported_run("grey with classes, opset 23", tmp_path_factory)
+    manifest = Bundle.open(exported.bundle).manifest
+    model = with_their_weights(manifest, exported.files)[graph]
+    assert "Attention" in {node.op_type for node in model.graph.node}
+    inputs = manifest.graphs[graph].inputs
+    with pytest.raises(BadInputError, match=r"node network\.\S+\.attention/Attention"):
+        build_engine(library, Plan("bundle", graph, model.SerializeToString(), inputs, Profile(16, 4), ("sm89",)))
+    for kind in ("fp16", "bf16"):
+        half = lower(model, kind, half_nodes(model, {}))
+        assert build_engine(library, Plan("bundle", graph, half.SerializeToString(), inputs, Profile(16, 4), ("sm89",)))
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")

@@ -5,8 +5,9 @@
 
 Models are the networks of a preset with weights of no meaning (imagenet-512: base and decoder of the paper's sizes),
 which is enough for speed and for nothing else, and bundles. Torch computes in bfloat16 with weights stored in it, ONNX
-Runtime and TensorRT in float16 by graphs that were lowered and not proved. Figures are written after each contender;
-what there is no time left for, and what does not run, is in the report with its reason.
+Runtime and TensorRT in float16 by graphs that were lowered and not proved, with "-attention" such as have attention as
+one operator (opset 23). Figures are written after each contender; what there is no time left for, and what does not
+run, is in the report with its reason.
 """
 
 import json
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 PACKAGES = ("unified-latents", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
-OPSET = 20
+OPSET, WITH_ATTENTION = 20, 23
 TORCH = ("torch-eager", "torch-compile", "torch-graphs", "torch-no-graphs")
-ENGINES = ("ort-cuda", "tensorrt", "tensorrt-no-graphs")
+ENGINES = ("ort-cuda-attention", "ort-cuda", "tensorrt-attention", "tensorrt", "tensorrt-no-graphs")
 CONTENDERS = ("torch-eager", "torch-graphs", "torch-no-graphs", *ENGINES, "torch-compile")  # what takes longest, last
 _STEPS_TIMED = 20
 _CEILING_S = 0.5
@@ -43,13 +44,13 @@ _CEILING_S = 0.5
 
 @dataclass
 class Model:
-    """What is sampled: networks for torch, a bundle for engines; either may be absent. FLOPs of one image."""
+    """What is sampled: networks for torch, bundles for engines by opset (0: one that was there). FLOPs an image."""
 
     name: str
     info: "BundleInfo"
     flops: int
     networks: "dict[str, nn.Module] | None" = None
-    bundle: Path | None = None
+    bundles: dict[int, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,7 +158,7 @@ def open_model(name: str, folder: Path, contenders: Sequence[str]) -> Model:
     if name in shipped_names() or Path(name).is_dir():
         bundle = open_bundle(name)
         flops = work_of_an_image(bundle, 2, Overrides()).image_flops
-        return Model(bundle.manifest.name, bundle.manifest, flops, bundle=bundle.path)
+        return Model(bundle.manifest.name, bundle.manifest, flops, bundles={0: bundle.path})
     import torch
 
     from ul_train.accounting import account
@@ -171,26 +172,31 @@ def open_model(name: str, folder: Path, contenders: Sequence[str]) -> Model:
     networks = {key: randomise(network, seed).eval() for seed, (key, network) in enumerate(made.items())}
     info = describe(config, classes, "0" * 32, "0" * 64, 0, OPSET)
     flops = account(config, len(classes)).sampling.flops_per_image
-    engines = any(contender in ENGINES for contender in contenders)
-    bundle_path = float16_bundle(info, networks, folder / name) if engines else None
-    return Model(name, info, flops, networks, bundle_path)
+    opsets = dict.fromkeys(opset_of(contender) for contender in contenders if contender in ENGINES)
+    bundles = {opset: float16_bundle(info, networks, opset, folder / f"{name}-{opset}") for opset in opsets}
+    return Model(name, info, flops, networks, bundles)
 
 
-def float16_bundle(info: "BundleInfo", networks: "dict[str, nn.Module]", path: Path) -> Path:
+def opset_of(contender: str) -> int:
+    """Of the graphs that an engine runs."""
+    return WITH_ATTENTION if contender.endswith("-attention") else OPSET
+
+
+def float16_bundle(info: "BundleInfo", networks: "dict[str, nn.Module]", opset: int, path: Path) -> Path:
     """The networks in float16 wherever ul-export would try it first: for speed, not proved."""
     from ul_export.onnx_graphs import export_graphs, split_weights
     from ul_export.precision.command import with_their_weights
     from ul_export.precision.lower import half_nodes, lower
     from ul_runtime.bundle import write_bundle
 
-    files = export_graphs(networks, info, OPSET)
+    files = export_graphs(networks, info, opset)
     graphs = dict(info.graphs)
     for name, model in with_their_weights(info, files).items():
         entry = graphs[name]
         files[entry.file], files[entry.weights] = split_weights(
             lower(model, "fp16", half_nodes(model, {})), entry.weights
         )
-        graphs[name] = entry.model_copy(update={"precision": "fp16"})
+        graphs[name] = entry.model_copy(update={"precision": "fp16", "opset": opset})
     write_bundle(path, info.model_copy(update={"graphs": graphs}), files)
     return path
 
@@ -271,14 +277,16 @@ def make(model: Model, contender: str, device: Any) -> Made:
         if model.networks is None:
             raise UsageError("a bundle has no torch networks")
         return _by_torch(model, contender, device, said)
-    if model.bundle is None:
-        raise UsageError("no bundle was made")
+    path = model.bundles.get(opset_of(contender)) or model.bundles.get(0)
+    if path is None or (0 in model.bundles and contender.endswith("-attention")):
+        raise UsageError("there is no bundle of that opset")
     from ul_runtime.backends.on_a_card import CardOptions, open_on_a_card
     from ul_runtime.bundle import Bundle
     from ul_runtime.pipeline import Pipeline
 
-    bundle = Bundle.open(model.bundle, allow_hard_links=True)
-    backend: Any = open_on_a_card(contender.removesuffix("-no-graphs"), bundle, None, CardOptions(), said.append)
+    bundle = Bundle.open(path, allow_hard_links=True)
+    name = contender.removesuffix("-no-graphs").removesuffix("-attention")
+    backend: Any = open_on_a_card(name, bundle, None, CardOptions(), said.append)
     if contender.endswith("-no-graphs"):
         backend.loop.captures = False
     return Made(backend.precision, _images(Pipeline(bundle, backend)), backend.loop, said)

@@ -23,7 +23,12 @@ Check = Annotated[
     bool, typer.Option("--check", help="Prove that RUN exports as it stands, finished or not; write nothing.")
 ]
 Opset = Annotated[
-    int | None, typer.Option(metavar="18|20|22", help="ONNX opset of the graphs.", show_default="20; --bf16: 22")
+    int | None,
+    typer.Option(
+        metavar="18|20|22|23",
+        help="ONNX opset of the graphs; from 23 on attention is one operator.",
+        show_default="20; --bf16: 22",
+    ),
 ]
 Weights = Annotated[
     str, typer.Option(metavar="fp32|fp16", help="How weights are stored where graphs compute in float32.")

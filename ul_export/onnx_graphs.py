@@ -23,9 +23,13 @@ from ul_export.weight_names import name_weights
 from ul_runtime.bundle import parse_weights
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
+from ul_train.networks.layers import SelfAttention
 from ul_train.step import DecoderStep, PriorStep
 
-OPSETS = (18, 20, 22)  # those that the tests prove
+OPSETS = (18, 20, 22, 23)  # those that the tests prove
+_ATTENTION = (
+    23  # from here on ONNX has it as one operator, which ONNX Runtime runs on cards without writing scores down
+)
 _INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
 
 
@@ -67,6 +71,9 @@ def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
         | ({1: torch.export.Dim("g", min=1)} if name in ("label", "weight") else {})
         for name in graph.inputs
     }
+    for module in graph.module.modules():
+        if isinstance(module, SelfAttention):
+            module.one_operator = opset >= _ATTENTION
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
