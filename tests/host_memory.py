@@ -1,6 +1,7 @@
 """A device for tests that is the host's own memory: same loop, same engines, real bytes, and what it did is counted."""
 
 import ctypes
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ class HostMemory:
 
     def __init__(self, *, limit: int | None = None, refuses_capture: bool = False) -> None:
         self.held: dict[int, np.ndarray] = {}
+        self.lock = threading.RLock()
         self.limit, self.refuses_capture = limit, refuses_capture
         self.uses = self.allocations = self.waits = self.replays = self.largest_download = self.largest_upload = 0
         self._recorded: list[Callable[[], None]] | None = None

@@ -1,6 +1,7 @@
 """The loop on a device equals the loop on the host, byte for byte, captured or not: here over ONNX Runtime's CPU."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load, save
 
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
-from ul_runtime.batches import to_uint8
+from ul_runtime.batches import Drawn, in_batches, to_uint8
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.control import Control
 from ul_runtime.device import pixels
@@ -267,6 +268,31 @@ def test_tables_that_do_not_fit_release_the_steps_of_the_larger_batch(bundle):
     made = pictures(pipeline, 8, steps=40, sampler="ancestral", batch_size=8)
     assert len(made) == 8
     assert sum(array.nbytes for array in memory.held.values()) < held
+
+
+def test_images_made_again_in_float32_are_so_in_pieces_where_memory_is_short():
+    calls = []
+
+    def draw(in_float32: bool, part: np.ndarray, batch: int) -> Drawn:
+        calls.append((in_float32, part.tolist()))
+        if in_float32 and len(part) > 2:
+            raise OutOfMemoryError("no memory left")
+        images = np.full((len(part), 1, 1, 1), part.reshape(-1, 1, 1, 1), np.uint8)
+        return Drawn(part, images, np.full(len(part), in_float32), None)
+
+    remade: list[int] = []
+    (batch,) = in_batches(np.arange(5), 5, draw, True, remade)
+    assert batch.images.ravel().tolist() == batch.indices.tolist() == remade == [0, 1, 2, 3, 4]
+    assert calls[1:] == [(True, [0, 1, 2, 3, 4]), (True, [0, 1, 2]), (True, [0, 1]), (True, [2]), (True, [3, 4])]
+
+
+def test_two_threads_can_share_a_pipeline(bundle):
+    pipeline = device(bundle, HostMemory())
+    alone = [pictures(pipeline, 3, steps=6, seed=seed).tobytes() for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            made = pool.map(lambda seed: pictures(pipeline, 3, steps=6, seed=seed).tobytes(), range(4))
+            assert list(made) == alone
 
 
 def test_a_call_that_does_not_fit_leaves_nothing_behind(bundle):

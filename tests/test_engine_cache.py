@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ul_runtime.errors import UntrustedError
+from ul_runtime.control import UNWATCHED, Control
+from ul_runtime.errors import StoppedError, UntrustedError
 from ul_runtime.tensorrt.engines import EngineCache, Facts
 
 FACTS = Facts(
@@ -58,7 +59,7 @@ def test_an_engine_of_larger_batches_serves_smaller_ones_and_the_smallest_is_tak
     assert cache.find(asked, 33) == ENGINE + b"64"
     assert cache.find(asked, 65) == ENGINE + b"128"
     assert cache.find(asked, 129) is None
-    assert cache.find(FACTS, 4) == ENGINE + b"64", "the one that is asked for, where it does"
+    assert cache.find(FACTS, 4) == ENGINE + b"32", "its kernels are for the smallest batches"
     assert cache.find(replace(FACTS, profile="1,8,16")) is None
 
 
@@ -162,3 +163,29 @@ def test_any_name_of_a_bundle_makes_a_file_name(cache):
     facts = replace(FACTS, bundle="../../my bundle/ü" * 20)
     assert cache.store(facts, ENGINE).parent == cache.folder
     assert cache.load(facts) == ENGINE
+
+
+def test_while_one_builds_another_waits_and_can_be_stopped(cache):
+    said, asked = [], []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 2
+
+    with (
+        cache.building(FACTS, said.append, UNWATCHED),
+        pytest.raises(StoppedError),
+        cache.building(FACTS, said.append, Control(stop)),
+    ):
+        raise AssertionError("two at once")
+    assert said == [f"prior_step: another process builds an engine in {cache.folder}; waiting for it"]
+    with cache.building(FACTS, said.append, UNWATCHED):
+        assert len(said) == 1
+    assert os.listdir(cache.folder) == []
+
+
+def test_a_foreign_engine_of_the_same_graph_is_refused_where_one_is_looked_for(cache):
+    path = cache.store(FACTS, ENGINE)
+    path.chmod(0o666)
+    with pytest.raises(UntrustedError, match="belongs to another user or others may write to it"):
+        cache.find(replace(FACTS, targets="sm89"), 4)

@@ -5,13 +5,13 @@ import pytest
 from exported_run import PLAIN, exported_run
 from host_memory import HostMemory
 
-from ul_runtime.backends import on_a_card, open_backend
+from ul_runtime.backends import on_a_card, open_backend, ort_cuda
 from ul_runtime.backends.on_a_card import MOST_DIFFERENCE, CardOptions, check_step
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend, _BoundSession, ran_out_of_memory
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import Card
-from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
 from ul_runtime.samplers import A
 
 
@@ -159,3 +159,26 @@ def test_a_guide_of_which_only_the_prior_is_read_is_tried_by_its_prior(bundle, c
     assert open_backend("auto", prior_alone) is card["ort-cuda"]
     card["ort-cuda"] = Wrong(prior_alone)
     assert open_backend("auto", prior_alone).name == "ort-cpu"
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_graph_that_onnx_runtime_does_not_capture_is_run_without_and_said(bundle, monkeypatch, required):
+    load, tried, said = ort_cuda.load_session, [], []
+
+    def refusing(bundle, name, float32, options, providers):
+        tried.append(providers[0][1]["enable_cuda_graph"])
+        if tried[-1] == "1":
+            raise BadInputError("bundle: graph prior_step cannot be loaded: a node is not on the card")
+        return load(bundle, name, float32, options, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort_cuda, "load_session", refusing)
+    providers = [("CPUExecutionProvider", {"enable_cuda_graph": "1"})]
+    backend = OrtDeviceBackend(bundle, HostMemory(), providers, said.append, require_graphs=required)
+    if required:
+        with pytest.raises(BadInputError, match="a node is not on the card"):
+            check_step(backend, bundle)
+        assert (tried, said) == (["1"], [])
+    else:
+        assert check_step(backend, bundle) < 1e-6
+        assert tried == ["1", "0", "1", "0"]
+        assert [line.split(" is run node by node")[0] for line in said] == ["prior_step", "decoder_step"]

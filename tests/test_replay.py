@@ -283,8 +283,27 @@ def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(
         result = command(main, guided_bundle, "--replay", file)
         assert result.code == 0, result
         assert "the same file, byte for byte" in result.out
-    assert batches == [4, 4, 1]
+    assert batches == [4, 4, 4], "the last one too"
     origin = tmp_path / "job" / "000000.png"
     pixels, text, _ = read_png(origin)
     origin.write_bytes(png_bytes(to_picture(pixels), text | {"batch": "2"}))
     command.fails(main, 1, "pixels differ", guided_bundle, "--replay", origin)
+
+
+def test_a_job_that_went_on_has_the_same_pictures_where_they_depend_on_their_batch(
+    command, guided_bundle, tmp_path, monkeypatch
+):
+    def load(path, **_):
+        backend = Rounding(Bundle.open(path), HostMemory(), ["CPUExecutionProvider"], print)
+        return Pipeline(Bundle.open(path), backend)
+
+    monkeypatch.setattr("ul_runtime.load", load)
+    words = ("--num-images", 6, "--backend", "ort-cuda", *FAST)
+    for folder in ("at once", "in pieces"):
+        assert command(main, guided_bundle, "--out", tmp_path / folder, *words).code == 0
+    pieces = sorted((tmp_path / "in pieces").glob("0*.png"))
+    for path in (pieces[1], pieces[5]):
+        path.unlink()
+    assert command(main, guided_bundle, "--out", tmp_path / "in pieces", *words).code == 0
+    for path in pieces:
+        assert path.read_bytes() == (tmp_path / "at once" / path.name).read_bytes()

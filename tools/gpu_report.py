@@ -10,6 +10,7 @@ one operator (opset 23). Figures are written after each contender; what there is
 run, is in the report with its reason.
 """
 
+import gc
 import json
 import sys
 import tempfile
@@ -84,7 +85,7 @@ def gpu_report(
 
     from ul_runtime import durable
 
-    where = torch.device(device)
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch finds no NVIDIA card here; --device cpu tries the tool without one")
     durable.make_directory(out)
@@ -205,6 +206,8 @@ def measure(
     model: Model, contender: str, sizes: Sequence[int], repeats: int, device: Any, deadline: float
 ) -> list[dict[str, Any]]:
     """A row for each batch size: images/s, ms of each step, share of the ceiling, what the host adds; or why not."""
+    import torch
+
     rows: list[dict[str, Any]] = []
     made = None
     for batch in sizes:
@@ -221,6 +224,10 @@ def measure(
                 break
     if made is not None and made.loop is not None:
         made.loop.release()
+    del made
+    gc.collect()  # weights of engines, and what torch keeps for later, are not to be in the next one's way
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return rows
 
 
@@ -295,18 +302,19 @@ def make(model: Model, contender: str, device: Any) -> Made:
 def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Made:
     import torch
 
-    from ul_export.torch_peers import UserLoop, in_precision
+    from ul_export.torch_peers import UserLoop
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Overrides, resolve_settings
+    from ul_train.model import in_precision
     from ul_train.torch_device import RunModel, TorchDeviceBackend, TorchMemory
 
     assert model.networks is not None
-    networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
     if contender in ("torch-graphs", "torch-no-graphs"):
-        backend = TorchDeviceBackend(networks, model.info, TorchMemory(device), said.append, precision="bf16")
+        backend = TorchDeviceBackend(model.networks, model.info, TorchMemory(device), said.append, precision="bf16")
         backend.loop.captures &= contender == "torch-graphs"
         described = RunModel(Path(model.name), model.info, "")
         return Made("bf16", _images(Pipeline(described, backend)), backend.loop, said)
+    networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
     settings = resolve_settings(model.info.defaults, Overrides(), can_guide=bool(model.info.classes))
     if contender == "torch-compile":
         torch.compiler.reset()
@@ -318,7 +326,15 @@ def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Mad
 
 
 def _images(pipeline: Any) -> Callable[[int], "np.ndarray"]:
-    return lambda batch: next(iter(pipeline.generate(batch, batch_size=batch, keep_x=False))).images
+    def images(batch: int) -> "np.ndarray":
+        made = next(iter(pipeline.generate(batch, batch_size=batch, keep_x=False))).images
+        if len(made) != batch:
+            raise ULError(
+                f"{len(made)} of {batch} images: for want of memory the batch was halved, or some are not finite"
+            )
+        return made
+
+    return images
 
 
 def table(report: dict[str, Any]) -> str:

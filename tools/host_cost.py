@@ -9,6 +9,7 @@ left is what a card would wait for, were it infinitely fast: seconds a batch tha
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ class NoTime:
     number = 0
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._pieces: dict[int, np.ndarray] = {}
         self._room = np.zeros(2**20, np.uint8)
 

@@ -19,8 +19,6 @@ from ul_runtime.tensorrt.library import library_for
 from ul_runtime.tensorrt.prepare import Engines, engines_for_card
 from ul_runtime.user_cache import engine_dir
 
-_LIKELY_BATCH = 8
-
 
 def open_engines(targets: list[str], most: int, folder: Path | None, refittable: bool = False) -> Engines:
     """Where and for what engines are built: for `targets`, or for this machine's first card, batches up to `most`.
@@ -30,7 +28,7 @@ def open_engines(targets: list[str], most: int, folder: Path | None, refittable:
     """
     if refittable and targets:
         raise UsageError("--refittable: such engines are built where they run; leave out --target")
-    profile = Profile(most, min(_LIKELY_BATCH, most))
+    profile = Profile(most, most)
     if targets:
         library = library_for(tuple(targets))
         return Engines(library, EngineCache(engine_dir(folder)), profile, tuple(dict.fromkeys(targets)))

@@ -5,7 +5,6 @@ torch-compile  compiled by inductor with frozen weights, for each batch size ane
 torch-loop     eager, and the loop that a user of the networks would write
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
 from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
 from ul_runtime.startup import fresh_process
 from ul_train.describe import describe
-from ul_train.model import TorchBackend
+from ul_train.model import TorchBackend, in_precision
 from ul_train.session import load_networks
 
 _LOAD = """
@@ -80,17 +79,6 @@ class TorchRun:
                 compiled = torch.compile(backend.graphs[key], dynamic=False, options={"freezing": True})
                 backend.graphs[key] = cast(nn.Module, compiled)
         return pipeline_contender(name, bundle, backend, overrides)
-
-
-def in_precision(network: nn.Module, precision: str) -> nn.Module:
-    """The network, or a copy with weights in bfloat16, which autocast would otherwise convert in every call."""
-    if precision == "fp32":
-        return network
-    network = copy.deepcopy(network)
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(torch.bfloat16)
-    return network
 
 
 @dataclass(frozen=True)

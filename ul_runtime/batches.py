@@ -61,12 +61,12 @@ class Drawn:
         return Drawn(self.labels, images, good, x, self.computed_as)
 
 
-# (whether in float32, positions in the indices) -> these images
-Draw = Callable[[bool, np.ndarray], Drawn]
+# (whether in float32, positions in the indices, batch that they are computed as if a device depends on it) -> images
+Draw = Callable[[bool, np.ndarray, int], Drawn]
 
 
 def in_batches(indices: np.ndarray, size: int, draw: Draw, can_repeat: bool, remade: list[int]) -> Iterator[Images]:
-    """The finite images of `draw`, `size` at a time, then NonFiniteError for the others.
+    """The finite images of `draw`, `size` at a time and computed as so many, then NonFiniteError for the others.
 
     `can_repeat`: those that are not finite are drawn again in float32, and their indices added to `remade`.
     """
@@ -75,18 +75,18 @@ def in_batches(indices: np.ndarray, size: int, draw: Draw, can_repeat: bool, rem
     while first < len(indices):
         part = np.arange(first, min(first + most, len(indices)))
         try:
-            drawn = draw(False, part)
+            drawn = draw(False, part, most)
         except OutOfMemoryError as error:
-            if len(part) == 1:
+            if most == 1:
                 raise
-            most = len(part) // 2
+            most = max(1, min(most, len(part)) // 2)
             _LOG.warning("%s; going on with batches of %d, which make the same images", error, most)
             continue
         first += len(part)
         if can_repeat and not drawn.finite.all():
             again = ~drawn.finite
             remade += indices[part[again]].tolist()
-            drawn = drawn.with_rows(again, draw(True, part[again]))
+            drawn = drawn.with_rows(again, _in_float32(draw, part[again]))
         failed += indices[part][~drawn.finite].tolist()
         if drawn.finite.any():
             good = drawn if drawn.finite.all() else drawn.at(drawn.finite)
@@ -95,6 +95,19 @@ def in_batches(indices: np.ndarray, size: int, draw: Draw, can_repeat: bool, rem
         names = ", ".join(map(str, failed[:10])) + (" ..." if len(failed) > 10 else "")
         message = f"{len(failed)} of {len(indices)} images are not finite and were left out: {names}"
         raise NonFiniteError(f"{message}; lower the guidance, or check the bundle with ul-export")
+
+
+def _in_float32(draw: Draw, part: np.ndarray) -> Drawn:
+    """These images, in pieces where memory is short: there are two backends in it then."""
+    try:
+        return draw(True, part, len(part))
+    except OutOfMemoryError:
+        if len(part) == 1:
+            raise
+    a, b = (_in_float32(draw, piece) for piece in np.array_split(part, 2))
+    x = None if a.x is None or b.x is None else np.concatenate([a.x, b.x])
+    labels, images = np.concatenate([a.labels, b.labels]), np.concatenate([a.images, b.images])
+    return Drawn(labels, images, np.concatenate([a.finite, b.finite]), x)
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:

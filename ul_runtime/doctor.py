@@ -1,5 +1,6 @@
 """What can run on this machine and what cannot, each tried and not only looked for, and what to do about it."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ul_runtime.backends import ON_A_CARD
+from ul_runtime.backends import ON_A_CARD, one_line
 from ul_runtime.cards import Card, cards, driver_version, has_bindings
 from ul_runtime.errors import ULError, UsageError
 from ul_runtime.manifest import TensorFormat
@@ -130,6 +131,8 @@ def _on_card(name: str, card: Card, engines: Path) -> Finding:
         return Finding(what, False, str(error), "; ".join(said))
     finally:
         on_a_card.close(opened)
+        opened = None
+        gc.collect()
     return Finding(what, True, f"steps of {bundle.manifest.name} differ from the processor's by {difference:.1e}")
 
 
@@ -143,7 +146,11 @@ def _torch(found: list[Card]) -> Finding:
     except (ImportError, OSError) as error:
         return Finding("torch", False, f"installed, and cannot be loaded: {error}", install)
     where, product = torch_device.product()
-    finding = _computes("torch", f"torch {torch_device.VERSION} on {where}", product)
+    try:
+        finding = _computes("torch", f"torch {torch_device.VERSION} on {where}", product)
+    except RuntimeError as error:  # of torch: for example without kernels for the card
+        says = f"torch {torch_device.VERSION} on {where} fails: {one_line(error)}"
+        return Finding("torch", False, says, "install a build of torch for this card")
     if finding.works and found and where == "cpu":
         return Finding("torch", False, f"{finding.says}, though there is a card", "install torch's build for CUDA")
     return finding

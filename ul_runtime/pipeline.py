@@ -114,6 +114,8 @@ class Pipeline:
     ) -> Iterator[Images]:
         """Batches of the first `images` images, or of the images with these indices.
 
+        `batch_size` None = what suits the device, at most all. On a card a smaller last batch is computed as one of
+        that size, so that no byte depends on how many are left.
         Labels go by index, in turn: image i has labels[i mod len]; None = all classes, "none" = no label.
         `guidance` w: pred = w pred(label) + (1 - w) u where logsnr is in `guidance_interval`; u is the prediction of
         the pipeline's guide or, without one, of this bundle for no label. `guidance_rescale` in [0, 1], 0 = off, draws
@@ -132,14 +134,15 @@ class Pipeline:
         calls = len(self.prior_table(settings.prior)) + len(self.decoder_table(settings.decoder))
         per_step = _per_step(control, calls)
 
-        def draw(by: Pipeline, part: np.ndarray) -> Drawn:
+        def draw(by: Pipeline, part: np.ndarray, batch: int) -> Drawn:
             label = cycle[indices[part] % len(cycle)]
             prior = by._sampling(indices[part], label, seed, settings)
             if by._walker is not None:
                 decoder = by._decoding(None, indices[part], seed, settings.decoder)
-                return _walked(by._walker, [prior, decoder], label, keep_x, per_step)
+                return _walked(by._walker, [prior, decoder], label, batch, keep_x, per_step)
             z_0 = by._prior_loop(prior, label, settings, per_step)
-            drawn = by._draw_images(z_0, indices[part], label, seed, settings.decoder, keep_x, per_step)
+            decoder = by._decoding(z_0, indices[part], seed, settings.decoder)
+            drawn = by._draw_images(decoder, z_0, label, batch, keep_x, per_step)
             return replace(drawn, finite=drawn.finite & finite(z_0))
 
         return self._batches(indices, batch_size, draw)
@@ -173,11 +176,10 @@ class Pipeline:
         label = np.full(len(at), self.num_classes) if labels is None else np.asarray(labels)
         per_step = _per_step(control, len(self.decoder_table(sampler)) * mean_of)
 
-        def draw(by: Pipeline, part: np.ndarray) -> Drawn:
-            if mean_of == 1 and isinstance(by.backend, Walker):
-                return _walked(
-                    by.backend, [by._decoding(z_0[part], at[part], seed, sampler)], label[part], keep_x, per_step
-                )
+        def draw(by: Pipeline, part: np.ndarray, batch: int) -> Drawn:
+            if mean_of == 1:
+                walk = by._decoding(z_0[part], at[part], seed, sampler)
+                return by._draw_images(walk, z_0[part], label[part], batch, keep_x, per_step)
             total = by.sample_x(z_0[part], at[part], seed, sampler, per_step)
             for k in range(1, mean_of):
                 total = total + by.sample_x(z_0[part], at[part], (seed + k) % SEEDS, sampler, per_step)
@@ -302,6 +304,10 @@ class Pipeline:
         walk = self._decoding(z_0, indices, seed, sampler)
         if isinstance(self.backend, Walker):
             return self.backend.walk([walk], control.stop, control.progress)[0]
+        return self._decoder_loop(walk, z_0, control)
+
+    def _decoder_loop(self, walk: Walk, z_0: np.ndarray, control: Control) -> np.ndarray:
+        """x, the loop run by the host."""
 
         def step(x: np.ndarray, history: np.ndarray, eps: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             inputs = {"x": x, "history": history, "noise": eps, "row": row, "z_0": z_0}
@@ -312,19 +318,12 @@ class Pipeline:
         return run_steps(step, walk.table, walk.noise.at_start(), walk.noise.at_step, control.stop)
 
     def _draw_images(
-        self,
-        z_0: np.ndarray,
-        indices: np.ndarray,
-        labels: np.ndarray,
-        seed: int,
-        sampler: SamplerSettings,
-        keep_x: bool,
-        control: Control,
+        self, walk: Walk, z_0: np.ndarray, labels: np.ndarray, batch: int, keep_x: bool, control: Control
     ) -> Drawn:
-        """Images from z_0."""
+        """Images of the decoder's walk from z_0."""
         if isinstance(self.backend, Walker):
-            return _walked(self.backend, [self._decoding(z_0, indices, seed, sampler)], labels, keep_x, control)
-        return Drawn.of(labels, self.sample_x(z_0, indices, seed, sampler, control))
+            return _walked(self.backend, [walk], labels, batch, keep_x, control)
+        return Drawn.of(labels, self._decoder_loop(walk, z_0, control))
 
     def _sampling(self, indices: np.ndarray, label: np.ndarray, seed: int, settings: Settings) -> Walk:
         """The prior's loop as data."""
@@ -341,23 +340,27 @@ class Pipeline:
         return Walk("decoder_step", "x", self.decoder_table(sampler), drawn, lambda k: condition, takes)
 
     def _batches(
-        self, indices: np.ndarray, batch_size: int | None, draw: Callable[["Pipeline", np.ndarray], Drawn]
+        self, indices: np.ndarray, batch_size: int | None, draw: Callable[["Pipeline", np.ndarray, int], Drawn]
     ) -> Iterator[Images]:
-        """Checks now, yields later. `draw(pipeline, positions in indices)`: this pipeline, or the one in float32."""
-        size = self.default_batch_size if batch_size is None else batch_size
+        """Checks now, yields later. `draw(pipeline, positions in indices, batch)`: this one, or that in float32."""
+        size = max(1, min(self.default_batch_size, len(indices))) if batch_size is None else batch_size
         if size < 1:
             raise UsageError(f"the batch size is {size}; expected 1 or more")
 
-        def by(in_float32: bool, part: np.ndarray) -> Drawn:
+        def by(in_float32: bool, part: np.ndarray, batch: int) -> Drawn:
             pipeline = self.in_float32 if in_float32 else self
             assert pipeline is not None
-            return draw(pipeline, part)
+            return draw(pipeline, part, batch)
 
         return in_batches(indices, size, by, self._exact is not None, self.remade)
 
 
-def _walked(walker: Walker, walks: Sequence[Walk], labels: np.ndarray, keep_x: bool, control: Control) -> Drawn:
-    """Images of the last of these walks, without x unless it is to be kept."""
+def _walked(
+    walker: Walker, walks: Sequence[Walk], labels: np.ndarray, batch: int, keep_x: bool, control: Control
+) -> Drawn:
+    """Images of the last of these walks, without x unless it is to be kept; computed as `batch` where that matters."""
+    computed_as = walker.computed_as(max(batch, len(labels)))
+    walks = [replace(walk, batch=computed_as or 0) for walk in walks]
     if keep_x:
         *states, x = walker.walk(walks, control.stop, control.progress)
         drawn = Drawn.of(labels, x)
@@ -365,7 +368,7 @@ def _walked(walker: Walker, walks: Sequence[Walk], labels: np.ndarray, keep_x: b
         states, images, good = walker.walk_to_images(walks, control.stop, control.progress)
         drawn = Drawn(labels, images, good, None)
     good = np.logical_and.reduce([drawn.finite, *map(finite, states)])
-    return replace(drawn, finite=good, computed_as=walker.computed_as(len(labels)))
+    return replace(drawn, finite=good, computed_as=computed_as)
 
 
 _ONE_STEP = SamplerSettings("ddim", "uniform", 1), SamplerSettings("ddim", "uniform", 1)

@@ -53,6 +53,7 @@ class Walk:
     noise: Noise
     condition: Callable[[int], Inputs]
     takes: str | None = None
+    batch: int = 0  # computed as so many images at least
     guide: Guide | None = None
 
 

@@ -1,5 +1,6 @@
 """The four networks of a recipe, and a backend that runs their step graphs in torch."""
 
+import copy
 import hashlib
 
 import numpy as np
@@ -137,3 +138,14 @@ class TorchBackend:
         return {
             name: value.float().cpu().numpy() for name, value in zip(self.outputs[graph_name], results, strict=True)
         }
+
+
+def in_precision(network: nn.Module, precision: str) -> nn.Module:
+    """The network, or a copy with weights in bfloat16, which autocast would otherwise convert in every call."""
+    if precision == "fp32":
+        return network
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+    return network

@@ -6,20 +6,26 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ul_runtime.cards import has_bindings
 from ul_runtime.device.backend import DeviceBackend
+from ul_runtime.device.cuda_noise import NoiseKernel
 from ul_runtime.device.loop import DeviceLoop
+from ul_runtime.device.memory import no_collection
 from ul_runtime.device.pixels import graphs_of
 from ul_runtime.device.steps import Dims, Engine
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
 from ul_runtime.manifest import BundleInfo
+from ul_runtime.noise import quantile_table
 from ul_runtime.pipeline import Pipeline
 from ul_train.describe import describe
-from ul_train.model import TorchBackend, weights_sha256
+from ul_train.model import TorchBackend, in_precision, weights_sha256
 from ul_train.session import load_networks
 from ul_train.torch_noise import normals
 
@@ -33,7 +39,12 @@ class TorchMemory:
 
     def __init__(self, device: torch.device) -> None:
         """UsageError: there is no such device."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", 0)
         self.device, self.kind, self.number = device, device.type, device.index or 0
+        self.lock = RLock()
+        self._noise: NoiseKernel | None = None
+        self._pool: Any = None  # of what captured steps compute on their way
         self._pieces: dict[int, Tensor] = {}
         try:
             torch.empty(1, device=device)
@@ -91,7 +102,11 @@ class TorchMemory:
                 self._rows(to, rows, size, to_pitch).copy_(self._rows(source, rows, size, pitch))
 
     def _rows(self, address: int, rows: int, size: int, pitch: int) -> Tensor:
-        return self.at(address, (rows - 1) * pitch + size).as_strided((rows, size), (pitch, 1))
+        """As float32 where they can be: a card copies that four times as fast as bytes."""
+        part = self.at(address, (rows - 1) * pitch + size)
+        width = 1 if size % 4 or pitch % 4 or part.storage_offset() % 4 else 4
+        wide = part if width == 1 else part.view(torch.float32)
+        return wide.as_strided((rows, size // width), (pitch // width, 1))
 
     def clear(self, address: int, size: int) -> None:
         """See Memory."""
@@ -99,7 +114,13 @@ class TorchMemory:
             self.at(address, size).zero_()
 
     def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
-        """See Memory. OutOfMemoryError."""
+        """See Memory. By the kernel for cards where NVIDIA's bindings are there, else by torch. OutOfMemoryError."""
+        if self.stream is not None and has_bindings():
+            if self._noise is None:
+                table = torch.from_numpy(np.stack(quantile_table())).to(self.device)
+                self._pieces[table.data_ptr()] = table  # as long as this memory
+                self._noise = NoiseKernel(table.data_ptr())
+            return self._noise.enqueue(to, seed, indices, rows, stream, size, self.stream.cuda_stream)
         try:
             with self.ordered():
                 made = normals(seed, self.at(indices, 8 * rows).view(torch.int64), stream, size)
@@ -111,12 +132,18 @@ class TorchMemory:
         """See Memory. ULError: something that `work` does cannot be captured, or this is no card."""
         if self.stream is None:
             raise ULError(f"device {self.device} has no CUDA graphs")
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with no_collection(), torch.cuda.graph(graph, self._pool, self.stream, "thread_local"):
                 work()
         except RuntimeError as error:
+            if isinstance(error.__context__, OutOfMemoryError):  # of the work; what is told is that the capture ended
+                raise error.__context__ from error
             raise ULError(f"torch cannot capture a step: {' '.join(str(error).split())[:200]}") from error
+        finally:
+            torch.cuda.set_stream(current)  # which an end of capture that fails leaves as it is
 
         def replay() -> None:
             with self.ordered():
@@ -151,7 +178,7 @@ class TorchDeviceBackend(DeviceBackend):
     ) -> None:
         """`networks`: encoder, prior (the base), decoder; they go to the device of `memory`."""
         self.memory, self._graphs, device = memory, graphs_of(described), memory.device
-        on_device = {name: network.eval().to(device) for name, network in networks.items()}
+        on_device = {name: in_precision(network.eval(), precision).to(device) for name, network in networks.items()}
         self._by_name = TorchBackend(on_device["encoder"], on_device["prior"], on_device["decoder"], device, precision)
         self.precision = precision
         self.threads = torch.get_num_threads() if device.type == "cpu" else None

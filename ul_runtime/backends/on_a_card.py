@@ -54,7 +54,9 @@ def open_on_a_card(
     if name == "ort-cuda":
         from ul_runtime.backends.ort_cuda import OrtDeviceBackend, cuda_providers
 
-        return OrtDeviceBackend(bundle, memory, cuda_providers(memory), say, precision=precision)
+        return OrtDeviceBackend(
+            bundle, memory, cuda_providers(memory), say, precision=precision, require_graphs=options.require_graphs
+        )
     from ul_runtime.backends.tensorrt import TensorRtBackend
     from ul_runtime.tensorrt.prepare import engines_for_card
 
@@ -93,17 +95,18 @@ def first_that_works(
         except ULError as error:
             say(f"backend auto: not {name} on card {card.number} ({card.name}): {error}")
             close(opened)
+            opened = None
+            gc.collect()  # its engines' weights; now, and not while the next one captures
         else:
             return opened
     return None
 
 
 def close(backend: Backend | None) -> None:
-    """Leave the card's memory to the next; at once, and not while that one captures."""
+    """Give back the memory that its loop holds."""
     if isinstance(backend, DeviceBackend):
         with suppress(ULError):  # it may be why the backend was refused
             backend.loop.release()
-    gc.collect()
 
 
 def _card(number: int) -> Card | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
 
 _PROVIDER = "CUDAExecutionProvider"
+_CAPTURES = "enable_cuda_graph"
 _INSTALL = "pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas"
 _NO_MEMORY = ("out of memory", "Failed to allocate", "CUDA failure 2:", "ALLOC_FAILED")  # in its messages
 
@@ -39,7 +40,7 @@ def cuda_providers(memory: CudaMemory) -> list[Any]:
     ort.set_default_logger_severity(3)  # it warns of every session
     with redirect_stdout(sys.stderr):
         ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's Python packages, where these are installed
-    options = {"device_id": memory.number, "user_compute_stream": str(memory.stream), "enable_cuda_graph": "1"}
+    options = {"device_id": memory.number, "user_compute_stream": str(memory.stream), _CAPTURES: "1"}
     return [(_PROVIDER, options | {"use_tf32": "0"})]
 
 
@@ -57,11 +58,16 @@ class OrtDeviceBackend(DeviceBackend):
         say: "Callable[[str], None]",
         *,
         precision: str | None = None,
+        require_graphs: bool = False,
     ) -> None:
-        """`precision` None = the bundle's; `providers` as ONNX Runtime takes them, for `memory`."""
+        """`precision` None = the bundle's; `providers` as ONNX Runtime takes them, for `memory`.
+
+        `require_graphs`: a graph that it cannot capture is an error, and not run node by node.
+        """
         self.precision = precision or bundle_precision(bundle)
         self._float32 = precision == "fp32"
         self._bundle, self._memory, self._providers = bundle, memory, providers
+        self._say, self._require_graphs = say, require_graphs
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._values: list[ort.OrtValue] = []
         self._bindings = 0
@@ -89,27 +95,39 @@ class OrtDeviceBackend(DeviceBackend):
             options = session_options(None)
             wanted = self._providers[0] if isinstance(self._providers[0], str) else self._providers[0][0]
             # A few int64 nodes compute sizes on the processor; enable_cuda_graph refuses all others there.
-            session = self._load(graph, options)
+            session = self._load(graph, options, self._providers)
             if (given := session.get_providers()[0]) != wanted:
                 raise ULError(f"{graph}: ONNX Runtime took {given} in place of {wanted}: {_INSTALL}")
             self._sessions[graph] = session
         return self._sessions[graph]
 
-    def _load(self, graph: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    def _load(self, graph: str, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
         for name in GRAPH_NAMES:
             if name == graph:
                 try:
-                    session, values = load_session(self._bundle, name, self._float32, options, self._providers)
+                    session, values = load_session(self._bundle, name, self._float32, options, providers)
                 except BadInputError as error:
                     if ran_out_of_memory(error.__cause__):
                         raise OutOfMemoryError(f"{graph}: no memory left to load it") from error
-                    raise
+                    if (uncaptured := _without_graphs(providers)) is None or self._require_graphs:
+                        raise
+                    session = self._load(graph, session_options(None), uncaptured)
+                    self._say(f"{graph} is run node by node, ONNX Runtime does not capture it: {error}")
+                    return session
                 self._values += values
                 return session
         try:
-            return ort.InferenceSession(pixels.ONNX, options, providers=self._providers)
+            return ort.InferenceSession(pixels.ONNX, options, providers=providers)
         except (*ORT_ERRORS, ValueError, RuntimeError) as error:
             raise _failed(f"{graph}: ONNX Runtime cannot load it", error) from error
+
+
+def _without_graphs(providers: list[Any]) -> list[Any] | None:
+    """These providers without captures; None: they capture nothing."""
+    first = providers[0]
+    if isinstance(first, str) or first[1].get(_CAPTURES) != "1":
+        return None
+    return [(first[0], first[1] | {_CAPTURES: "0"}), *providers[1:]]
 
 
 class _BoundSession:

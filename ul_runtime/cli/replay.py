@@ -17,7 +17,6 @@ from ul_runtime.pipeline import Pipeline
 from ul_runtime.provenance import SOFTWARE, DecodeJob, GenerateJob, Provenance, picture_chunks, read_chunks
 from ul_runtime.settings import NO_LABEL, Overrides
 from ul_runtime.signals import stop_on_signal
-from ul_runtime.walk import Walker
 
 
 def replay(
@@ -86,19 +85,17 @@ def _make(image: Path, origin: Provenance, job: GenerateJob, pipeline: Pipeline)
         raise BadInputError(f"{image}: its settings are not what this bundle makes of them; they were changed")
     with stop_on_signal() as stop:
         control = Control(stop)
-        again = [origin.index] * _batch(origin, pipeline)
         (made,) = pipeline.generate(
-            again, seed=job.seed, labels=origin.label, batch_size=len(again), control=control, **overrides
+            [origin.index],
+            seed=job.seed,
+            labels=origin.label,
+            batch_size=origin.batch,
+            control=control,
+            **overrides,
         )
     today = job.model_copy(update=pipeline.computed_by)
     text = picture_chunks(today, pipeline.manifest.name, origin.index, origin.label, made.computed_as)
     return made.images[0], png_bytes(to_picture(made.images[0]), text)
-
-
-def _batch(origin: Provenance, pipeline: Pipeline) -> int:
-    """How many images to compute at once: as many as then, where the picture depends on it."""
-    depends = isinstance(pipeline.backend, Walker) and pipeline.backend.computed_as(1) is not None
-    return origin.batch if depends and origin.batch else 1
 
 
 def _overrides(job: GenerateJob) -> Overrides:

@@ -64,23 +64,25 @@ class DeviceLoop(DeviceSteps):
 
     def _walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance, pixels: bool) -> list[np.ndarray]:
         """The last states; of the last walk with `pixels` its pixels and the sums of its magnitudes instead."""
+        with self.memory.lock:
+            return self._locked_walk(walks, stop, advance, pixels)
+
+    def _locked_walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance, pixels: bool) -> list[np.ndarray]:
         indices = walks[0].noise.indices
-        bucket = bucket_of(len(indices))
+        bucket = bucket_of(max(len(indices), walks[0].batch))
         sent = [padded_to(bucket, indices)]
         sent += [np.repeat(walk.table.astype(np.float32)[:, None], bucket, axis=1) for walk in walks]  # rows bucket 8
-        results: list[np.ndarray] = []
+        ends: list[_End] = []
         with self._region(sum(array.nbytes for array in sent), walks) as region:
             places = [region + sum(array.nbytes for array in sent[:n]) for n in range(len(sent))]
             for place, array in zip(places, sent, strict=True):
                 self.memory.upload(place, array)
             batch = _Batch(len(indices), bucket, places[0], sent, stop, advance)
-            end: _End | None = None
             for walk, table in zip(walks, places[1:], strict=True):
-                end = self._steps(walk, table, batch, end)
-                if pixels and walk is walks[-1]:
-                    results += self._pixels(end, bucket)
-                else:
-                    results.append(self.leaving(end.step, end.state))
+                ends.append(self._steps(walk, table, batch, ends[-1] if ends else None))
+            # only now: what leaves for pageable memory is waited for
+            made = self._pixels(ends.pop(), bucket) if pixels else []
+            results = [*[self.leaving(end.step, end.state) for end in ends], *made]
         return [result[: len(indices)] for result in results]
 
     def _steps(self, walk: Walk, table: int, batch: _Batch, before: _End | None) -> _End:

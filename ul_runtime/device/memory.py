@@ -1,10 +1,11 @@
 """What the loop needs of a device, and the CUDA device, by NVIDIA's own bindings."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from ul_runtime.cards import cards
 from ul_runtime.device.cuda_noise import NoiseKernel
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
 from ul_runtime.noise import quantile_table
+
+RLock: TypeAlias = AbstractContextManager[bool]  # of threading.RLock()
+_CAPTURING = threading.RLock()
 
 
 class Memory(Protocol):
@@ -24,6 +28,10 @@ class Memory(Protocol):
     @property
     def number(self) -> int:
         """Which device of its kind, from 0."""
+
+    @property
+    def lock(self) -> RLock:
+        """Held by the one thread whose work is on its way: tensors are shared by all loops."""
 
     def use(self) -> None:
         """Make it the calling thread's current device, in which libraries allocate and run. ULError."""
@@ -96,6 +104,7 @@ class CudaMemory:
         self.number = device
         self.use()
         self.stream = int(self._do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+        self.lock = threading.RLock()
         self._noise: NoiseKernel | None = None
         self._held: set[int] = set()
         weakref.finalize(self, _give_back, runtime, device, self.stream, self._held).atexit = False
@@ -152,7 +161,7 @@ class CudaMemory:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._do(self._cuda.cudaStreamBeginCapture(self.stream, mode))
         try:
-            with _no_collection():
+            with no_collection():
                 work()
         finally:
             ended = self._cuda.cudaStreamEndCapture(self.stream)  # or the stream takes no work any more
@@ -181,23 +190,26 @@ class CudaMemory:
 
 
 def _give_back(runtime: Any, device: int, stream: int, held: set[int]) -> None:
-    """Of a memory that nobody uses any more; wherever that is noticed, the current device stays what it is."""
+    """Of a memory that nobody uses any more; wherever that is noticed, the current device stays what it is.
+
+    The stream stays: what is torn down after this may still name it.
+    """
     _, current = runtime.cudaGetDevice()
     runtime.cudaSetDevice(device)
     runtime.cudaStreamSynchronize(stream)
     for address in held:
         runtime.cudaFree(address)
-    runtime.cudaStreamDestroy(stream)
     runtime.cudaSetDevice(current)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected: what frees a card's memory would end a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def no_collection() -> Iterator[None]:
+    """For one thread at a time: no garbage is collected, as what frees a card's memory would end a capture."""
+    with _CAPTURING:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()

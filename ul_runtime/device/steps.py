@@ -73,11 +73,12 @@ class DeviceSteps:
 
     def run(self, graph: str, inputs: Inputs) -> Inputs:
         """One call of a graph: its outputs by name. Errors are those of the engine."""
-        try:
-            return self._run(graph, inputs)
-        except OutOfMemoryError:
-            self.release()
-            raise
+        with self.memory.lock:
+            try:
+                return self._run(graph, inputs)
+            except OutOfMemoryError:
+                self.release()
+                raise
 
     def _run(self, graph: str, inputs: Inputs) -> Inputs:
         self.memory.use()
@@ -109,14 +110,15 @@ class DeviceSteps:
 
     def release(self) -> None:
         """Give back the memory of all steps: a batch that does not fit leaves room for a smaller one."""
-        self.memory.use()
-        self.memory.wait()
-        for bound in self.bound.values():
-            for address in bound.addresses.values():
-                self.memory.free(address)
-        self.bound.clear()
-        self.scratch.release()
-        self.on_release()
+        with self.memory.lock:
+            self.memory.use()
+            self.memory.wait()
+            for bound in self.bound.values():
+                for address in bound.addresses.values():
+                    self.memory.free(address)
+            self.bound.clear()
+            self.scratch.release()
+            self.on_release()
 
     def bound_for(self, graph: str, state: str | None, bucket: int, inputs: Inputs) -> Bound:
         """The graph bound for these sizes; with a `state`, its step ends by making outputs the next inputs."""

@@ -26,8 +26,8 @@ def flags(library: Library, *, refittable: bool) -> str:
 class Profile:
     """The batches that an engine takes: 1 to `most`; kernels are chosen for `likely`."""
 
-    most: int = 64
-    likely: int = 8
+    most: int = 64  # what a card makes at once by default
+    likely: int = 64
 
     def __post_init__(self) -> None:
         """UsageError for what cannot be."""

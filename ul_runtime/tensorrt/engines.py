@@ -3,22 +3,27 @@
 One file an engine: a line of JSON (facts, size, SHA-256), then its bytes; written whole or not at all.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ul_runtime import durable
+from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError, UntrustedError
 
 _MAGIC = b"unified-latents-engine 1\n"
 _MOST_HEADER = 2**16
 _SUFFIX = ".engine"
+_ASK_S = 0.2  # between two looks at a lock
 # what a difference in a fact is called, the most telling first
 _CHANGES = {
     "library": "it was built by another library",
@@ -105,12 +110,23 @@ class EngineCache:
         return engine if found == facts else None
 
     def find(self, facts: Facts, batch: int | None = None) -> bytes | None:
-        """As `load`, or else an engine that does for `facts` (see Facts.serves), of the smallest batches."""
-        if (batch is None or batch <= facts.most) and (engine := self.load(facts)) is not None:
+        """What does for `facts` (see Facts.serves), of several engines that for the smallest batches; None: none does.
+
+        UntrustedError: not the user's own.
+        """
+        if batch is None and (engine := self.load(facts)) is not None:
             return engine
-        known = [entry.facts for entry in self.entries() if entry.facts is not None]
-        able = [other for other in known if other.is_engine and other.serves(facts, batch)]
-        return self.load(min(able, key=lambda other: other.most)) if able else None
+        able = [other for other in self._headers(facts) if other.is_engine and other.serves(facts, batch)]
+        for other in sorted(able, key=lambda other: other.most):
+            if (engine := self.load(other)) is not None:
+                return engine
+        return None
+
+    def _headers(self, facts: Facts) -> Iterator[Facts]:
+        """Of the engines of the same graph of the same bundle; their bytes are not read."""
+        for path in sorted(self.folder.glob(f"{_stem(facts.bundle, facts.graph)}*{_SUFFIX}")):
+            with suppress(BadInputError), _opened(path) as stream:
+                yield _header(stream, path)[0]
 
     def with_other_weights(self, facts: Facts, flag: str, batch: int | None = None) -> Facts | None:
         """Of an engine that would do for `facts` with its own weights, and was built with `flag`."""
@@ -124,15 +140,35 @@ class EngineCache:
 
     def store(self, facts: Facts, engine: bytes) -> Path:
         """Keep an engine, whole or not at all. OutputError; UntrustedError: others may write to the folder."""
-        if not self.folder.is_dir():
-            durable.make_directory(self.folder)
-            self.folder.chmod(0o700)
-        _check_own(self.folder, self.folder.lstat())
+        self._make_folder()
         digest = hashlib.sha256(engine).hexdigest()
         header = json.dumps({"facts": asdict(facts), "size": len(engine), "sha256": digest}, sort_keys=True)
         path = self.folder / facts.file_name
         durable.atomic_write(path, _MAGIC + header.encode() + b"\n" + engine)
         return path
+
+    @contextmanager
+    def building(self, facts: Facts, say: Callable[[str], None], control: Control) -> Iterator[None]:
+        """While this process builds an engine; two at once would do the same work twice. OutputError; StoppedError."""
+        self._make_folder()
+        fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            waited = False
+            while not _locked(fd):
+                if not waited:
+                    say(f"{facts.graph}: another process builds an engine in {self.folder}; waiting for it")
+                waited = True
+                control.check()
+                time.sleep(_ASK_S)
+            yield
+        finally:
+            os.close(fd)
+
+    def _make_folder(self) -> None:
+        if not self.folder.is_dir():
+            durable.make_directory(self.folder)
+            self.folder.chmod(0o700)
+        _check_own(self.folder, self.folder.lstat())
 
     def why(self, facts: Facts) -> str:
         """Why an engine with these facts has to be built: what the nearest one that is there has different."""
@@ -174,6 +210,15 @@ def _changes(wanted: Facts, other: Facts) -> list[str]:
     return told
 
 
+def _locked(fd: int) -> bool:
+    """Whether the lock is now this process's."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _check_own(path: Path, status: os.stat_result) -> None:
     """UntrustedError unless the path belongs to this user and no other may write to it."""
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -185,6 +230,16 @@ def _check_own(path: Path, status: os.stat_result) -> None:
 
 def _read(path: Path) -> tuple[Facts, bytes]:
     """BadInputError: not an engine of ours, or damaged. UntrustedError: not the user's own, or not a plain file."""
+    with _opened(path) as stream:
+        facts, size, digest = _header(stream, path)
+        engine = stream.read()
+    if len(engine) != size or hashlib.sha256(engine).hexdigest() != digest:
+        raise BadInputError(f"{path}: damaged: {len(engine)} bytes, its header says {size}, or another SHA-256")
+    return facts, engine
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     _check_own(path.parent, path.parent.lstat())
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -195,14 +250,14 @@ def _read(path: Path) -> tuple[Facts, bytes]:
         if not stat.S_ISREG(status.st_mode):
             raise UntrustedError(f"{path}: not a plain file")
         _check_own(path, status)
-        if stream.read(len(_MAGIC)) != _MAGIC:
-            raise BadInputError(f"{path}: not an engine of this program")
-        header = stream.readline(_MOST_HEADER)
-        engine = stream.read()
-    facts, size, digest = _parse_header(header, path)
-    if len(engine) != size or hashlib.sha256(engine).hexdigest() != digest:
-        raise BadInputError(f"{path}: damaged: {len(engine)} bytes, its header says {size}, or another SHA-256")
-    return facts, engine
+        yield stream
+
+
+def _header(stream: BinaryIO, path: Path) -> tuple[Facts, int, str]:
+    """Its facts, and size and SHA-256 of the engine that follows."""
+    if stream.read(len(_MAGIC)) != _MAGIC:
+        raise BadInputError(f"{path}: not an engine of this program")
+    return _parse_header(stream.readline(_MOST_HEADER), path)
 
 
 def _parse_header(header: bytes, path: Path) -> tuple[Facts, int, str]:

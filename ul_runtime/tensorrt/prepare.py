@@ -63,8 +63,9 @@ class Engines:
 
     def kept(self, what: str) -> Facts:
         """Of what the library keeps beside its engines, whatever their graphs."""
-        targets, card = ",".join(self.targets), "" if self.targets else self.card
-        return Facts("any", what, "", "", self.library.name, self.library.version, targets, card, "")
+        return Facts(
+            "any", what, "", "", self.library.name, self.library.version, ",".join(self.targets), self.card, ""
+        )
 
     def engine(
         self,
@@ -115,6 +116,20 @@ class Engines:
             return larger._engine(wider, where, onnx, inputs, None, say, control)
         if self.card and (refitted := self._refitted(facts, where, onnx, batch, say)) is not None:
             return Prepared(refitted, "the weights have changed")
+        with self.cache.building(facts, say, control):
+            if (engine := self.cache.find(facts, batch)) is not None:  # another process has built it
+                return Prepared(engine, None)
+            return self._build(facts, where, onnx, inputs, say, control)
+
+    def _build(
+        self,
+        facts: Facts,
+        where: str,
+        onnx: Callable[[], bytes],
+        inputs: Sequence[Tensor],
+        say: Callable[[str], None],
+        control: Control,
+    ) -> Prepared:
         why = self.cache.why(facts)
         say(f"{facts.graph}: building an engine by {self.library.title}: {why}")
         timings, kept = None, self.kept("timings")
