@@ -1,6 +1,8 @@
 """ul-doctor tries what is installed, says what is not, and finds what is broken."""
 
 import json
+from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ def test_every_library_is_tried_or_said_to_be_missing(command, tmp_path):
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 0, result
     known = {"processors", "ort-cpu", "openvino", "NVIDIA cards", "tensorrt", "tensorrt-rtx", "engines", "torch"}
+    known |= {"ort-cuda"} if doctor._ort_cuda([]) and not doctor._card()[1] else set()
     assert known == {what for what in found if "card " not in what}
     assert found["ort-cpu"]["works"] is True
     for finding in found.values():
@@ -61,12 +64,54 @@ def test_engines_are_counted_and_damage_is_named(command, tmp_path):
     cache = EngineCache(tmp_path / "engines")
     cache.store(FACTS, b"engine")
     _, found = findings(command, "--engines", cache.folder)
-    assert found["engines"]["says"].startswith("0 valid, 1 of another version of their library, 0 damaged")
+    says = found["engines"]["says"]
+    what = "of another version of their library" if find_spec("tensorrt_rtx") else "of a library that is not installed"
+    assert says.startswith(f"0 valid, 1 {what};")
     path = cache.store(FACTS, b"engine")
     path.write_bytes(path.read_bytes()[:-1])
     result, found = findings(command, "--engines", cache.folder)
     assert result.code == 1
-    assert path.name in found["engines"]["advice"]
+    assert found["engines"]["advice"] == f"remove {path}, it is built anew"
+    cache.folder.chmod(0o777)
+    _, found = findings(command, "--engines", cache.folder)
+    assert "others may write to it" in found["engines"]["says"]
+    assert "damaged" not in found["engines"]["says"]
+    (tmp_path / "file").touch()
+    _, found = findings(command, "--engines", tmp_path / "file")
+    assert "is no folder" in found["engines"]["says"]
+
+
+def test_valid_engines_are_said_with_their_architectures(command, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
+    version = doctor.open_library("tensorrt-rtx").version
+    cache = EngineCache(tmp_path / "engines")
+    for targets in ("sm86", "sm89"):
+        cache.store(replace(FACTS, version=version, targets=targets), b"engine")
+    _, found = findings(command, "--engines", cache.folder)
+    assert found["engines"]["says"].startswith("2 valid (for sm86, sm89); ")
+    assert found["engines"]["works"] is True
+
+
+@pytest.mark.parametrize(
+    ("there", "cards", "works", "says"),
+    [
+        ({"onnxruntime": "1"}, 0, None, "onnxruntime-gpu is not installed"),
+        ({"onnxruntime-gpu": "1"}, 0, None, "onnxruntime-gpu 1, and no card to try it on"),
+        ({"onnxruntime-gpu": "1", "onnxruntime": "1"}, 0, False, "are both installed"),
+        ({"onnxruntime-gpu": "1", "onnxruntime": "1"}, 1, False, "are both installed"),
+    ],
+)
+def test_packages_of_onnx_runtime_that_overwrite_each_other_are_found(monkeypatch, there, cards, works, says):
+    monkeypatch.setattr(doctor, "versions", lambda _: {"python": "3"} | there)
+    finding = doctor._ort_cuda([doctor.Card(0, "Test card", "sm89", 2**30)] * cards)
+    assert finding is not None
+    assert finding.works is works
+    assert says in finding.says
+
+
+def test_packages_that_are_as_they_should_be_are_not_mentioned_where_a_card_is(monkeypatch):
+    monkeypatch.setattr(doctor, "versions", lambda _: {"python": "3", "onnxruntime-gpu": "1"})
+    assert doctor._ort_cuda([doctor.Card(0, "Test card", "sm89", 2**30)]) is None
 
 
 def test_a_card_without_an_architecture_of_the_library_is_said(monkeypatch, tmp_path):

@@ -5,11 +5,12 @@ import json
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from analytic_bundle import write_analytic_bundle
 
-from ul_export.cli import main
+from ul_export.cli import _build_of, main
 from ul_export.engines import build_engines, open_engines
 from ul_runtime import cards
 from ul_runtime.bundle import Bundle
@@ -72,6 +73,32 @@ def test_misuse_is_refused_before_any_work(analytic_bundle, tmp_path, command):
     assert result.code == 77
     assert "others may write to it" in result.err
     assert list(EngineCache(engines).entries()) == []
+
+
+def test_a_folder_that_cannot_be_is_refused_before_a_run_is_even_looked_for(tmp_path, command):
+    (tmp_path / "file").touch()
+    words = ("--tensorrt", "--target", "sm89", "--out", tmp_path / "bundle", "--engines")
+    command.fails(main, 74, "cannot write: Not a directory", tmp_path / "no run", *words, tmp_path / "file")
+    command.fails(main, 65, "no run: no such run", tmp_path / "no run", *words, tmp_path / "engines")
+
+
+def test_a_link_to_a_folder_of_ones_own_is_that_folder(analytic_bundle, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    cache = open_engines(["sm89"], 8, tmp_path / "link").cache
+    assert cache.folder == (tmp_path / "real").resolve()
+
+
+def test_a_stop_after_an_export_says_that_the_bundle_is_whole_and_how_to_go_on():
+    def stopped(bundle):
+        raise StoppedError("stopped; 1 of 3 engines are in engines; run the same command again to go on")
+
+    with pytest.raises(StoppedError) as caught:
+        _build_of(Path("b.bundle"), stopped)
+    assert str(caught.value) == (
+        "stopped; 1 of 3 engines are in engines; the bundle b.bundle is whole: "
+        "go on with ul-export b.bundle --tensorrt and the options for engines that you gave"
+    )
 
 
 def test_without_a_card_and_an_architecture_the_way_out_is_said(analytic_bundle, command, monkeypatch):

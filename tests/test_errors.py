@@ -63,7 +63,7 @@ def test_an_error_that_nobody_foresaw_is_not_hidden(command: Runner, error: Exce
 )
 def test_misuse_is_one_line_that_names_the_help(command: Runner, arguments: list[str], message: str) -> None:
     command.fails(command_that(lambda: None), 2, message, *arguments)
-    assert command(command_that(lambda: None), *arguments).err.endswith("See ul-test --help\n")
+    assert command(command_that(lambda: None), *arguments).err.endswith("; see ul-test --help\n")
 
 
 def test_help_and_success_end_with_0(command: Runner) -> None:

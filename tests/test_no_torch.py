@@ -111,3 +111,28 @@ def test_ul_export_says_which_extras_it_needs(plain_install, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
     assert done.stderr == "ul-export: torch is not installed; pip install 'unified-latents[train,export]'\n"
+
+
+def test_engines_of_a_bundle_are_built_ahead_where_torch_and_onnx_cannot_be_imported(analytic_bundle, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
+    blocked = BLOCKED.replace(repr(ABSENT), repr(("torch", "onnx", "onnxscript")))
+    words = [analytic_bundle, "--tensorrt", "--target", "sm89", "--engines", tmp_path / "engines", "--json"]
+    call = [sys.executable, "-c", blocked, "ul_export.cli", *map(str, words)]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["engines_built"] == 3
+
+
+@pytest.mark.parametrize("name", ["generate", "doctor"])
+def test_without_onnx_runtime_it_is_said_what_to_install(analytic_bundle, tmp_path, name):
+    blocked = BLOCKED.replace(repr(ABSENT), repr(("onnxruntime",)))
+    words = [analytic_bundle, "--num-images", 1, "--out", tmp_path / "out"] if name == "generate" else []
+    call = [sys.executable, "-c", blocked, f"ul_runtime.cli.{name}", *map(str, words)]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "UL_CACHE": str(tmp_path)}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (2 if name == "generate" else 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "onnxruntime cannot be imported" in done.stdout + done.stderr
+    assert "pip install onnxruntime, or onnxruntime-gpu" in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()

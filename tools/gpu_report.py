@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ul_runtime.errors import ULError, UsageError, run_command
+from ul_runtime.cli.options import parse_counts
+from ul_runtime.errors import ULError, UsageError, require_packages, run_command
 from ul_runtime.origin import anonymous, commit, versions
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def gpu_report(
     names = contenders.split(",")
     if unknown := set(names) - set(CONTENDERS):
         raise UsageError(f"--contenders {', '.join(sorted(unknown))}: expected some of {', '.join(CONTENDERS)}")
-    sizes = [int(word) for word in batch_sizes.split(",")]
+    sizes = parse_counts("--batch-sizes", batch_sizes)
+    require_packages("torch", "onnx", extras="train,export")
     import torch
 
     from ul_runtime import durable
@@ -112,6 +114,8 @@ def gpu_report(
                 for row in measure(model, contender, sizes, repeats, where, deadline):
                     note({"model": model.name, "contender": contender, **row})
     print(table(report))
+    if not any("images_per_s" in row for row in report["rows"]):
+        raise ULError(f"nothing could be measured; {out / 'gpu.md'} says why")
 
 
 def ceilings(device: Any) -> dict[str, float]:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from ul_runtime.errors import run_command
+from ul_runtime.cli.options import parse_counts
+from ul_runtime.errors import require_packages, run_command
 from ul_runtime.origin import anonymous, commit, versions
 
 if TYPE_CHECKING:
@@ -101,10 +102,11 @@ def host_cost(
     """Measure, and write the seconds a batch as JSON."""
     from ul_runtime import durable
 
+    require_packages("torch", extras="train")
     rows = []
     for preset in presets.split(","):
         pipeline = over_no_device(preset)
-        for batch in map(int, batch_sizes.split(",")):
+        for batch in parse_counts("--batch-sizes", batch_sizes):
             for sampler in ("dpmpp2m", "ancestral"):
                 times = [seconds(pipeline, batch, sampler) for _ in range(repeats + 1)][1:]
                 rows.append({"preset": preset, "sampler": sampler, "batch_size": batch, "seconds": times})

@@ -20,7 +20,8 @@ import typer
 import ul_runtime
 from ul_runtime import noise
 from ul_runtime.backends import Backend
-from ul_runtime.errors import DifferentError, UsageError, run_command
+from ul_runtime.cli.options import parse_counts
+from ul_runtime.errors import DifferentError, run_command
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.settings import Overrides
 
@@ -53,17 +54,6 @@ def invariance(
         failed = [case for case in result["cases"] if case["differing"]]
         message = f"{len(failed)} of {len(result['cases'])} cases differ; the first: {json.dumps(failed[0])}"
         raise DifferentError(f"{bundle}: {message}")
-
-
-def parse_counts(option: str, text: str) -> list[int]:
-    """`1,2,8` as numbers; UsageError."""
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise UsageError(f"{option} {text!r}: expected numbers from 1 up, such as 1,2,8")
-    return counts
 
 
 def measure(

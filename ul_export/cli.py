@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ul_runtime.errors import UsageError, require_packages, run_command
+from ul_runtime.errors import BadInputError, StoppedError, UsageError, require_packages, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -90,9 +90,10 @@ def export(
             raise UsageError(f"{run} is a bundle, whose engines are built as it is; {_ENGINES_ONLY}")
         return _say(build(run), json_)
     require_packages("torch", "onnx", "onnxscript", "matplotlib", extras="train,export")
+    _check_there(run)
     from ul_export.command import ExportOptions, export_bundle
+    from ul_runtime.progress import print_line
     from ul_runtime.user_cache import cache_dir
-    from ul_train.command import print_line
 
     if check:
         if changed or build is not None or update is not None or out is not None or overwrite:
@@ -112,7 +113,22 @@ def export(
     else:
         options = ExportOptions(opset, kind, weights, calibrate, cache_dir(cache), threads, overwrite)
         figures = export_bundle(run, out, options, print_line)
-    _say(figures | (build(out) if build is not None else {}), json_)
+    _say(figures | (_build_of(out, build) if build is not None else {}), json_)
+
+
+def _check_there(run: Path) -> None:
+    if not run.exists():
+        raise BadInputError(f"{run}: no such run; with --tensorrt, no such bundle or model of the package either")
+
+
+def _build_of(bundle: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The engines of a bundle that was just written; an error says that it is whole."""
+    try:
+        return build(bundle)
+    except StoppedError as error:
+        done = str(error).partition("; run the same")[0]
+        how = f"go on with ul-export {bundle} --tensorrt and the options for engines that you gave"
+        raise StoppedError(f"{done}; the bundle {bundle} is whole: {how}") from None
 
 
 def _precision(given: dict[str, bool]) -> Any:
@@ -132,7 +148,7 @@ def _engine_builder(
             raise UsageError("--target, --engines and --refittable are for --tensorrt; give that too")
         return None
     from ul_export.engines import build_engines, open_engines
-    from ul_train.command import print_line
+    from ul_runtime.progress import print_line
 
     opened = open_engines(target or [], max_batch, engines, refittable)
     return lambda bundle: build_engines(opened, bundle, print_line)

@@ -24,14 +24,15 @@ def open_engines(targets: list[str], most: int, folder: Path | None, refittable:
     """Where and for what engines are built: for `targets`, or for this machine's first card, batches up to `most`.
 
     `refittable`: their weights can be replaced by newer ones. UsageError: no library for that, an architecture that it
-    does not know, no card.
+    does not know, no card. OutputError, UntrustedError: the folder.
     """
     if refittable and targets:
         raise UsageError("--refittable: such engines are built where they run; leave out --target")
     profile = Profile(most, most)
     if targets:
-        library = library_for(tuple(targets))
-        return Engines(library, EngineCache(engine_dir(folder)), profile, tuple(dict.fromkeys(targets)))
+        library, cache = library_for(tuple(targets)), EngineCache(engine_dir(folder))
+        cache.make_folder()  # or the work before is in vain
+        return Engines(library, cache, profile, tuple(dict.fromkeys(targets)))
     able = library_for(()).targets()
     ahead = "; --target sm89 builds ahead for that architecture, without a card" if able else ""
     try:
@@ -40,7 +41,9 @@ def open_engines(targets: list[str], most: int, folder: Path | None, refittable:
         raise UsageError(f"{error}{ahead}") from error
     if not found:
         raise UsageError(f"this machine has no NVIDIA card{ahead}")
-    return replace(engines_for_card(found[0].number, folder), profile=profile, refittable=refittable)
+    engines = engines_for_card(found[0].number, folder)
+    engines.cache.make_folder()
+    return replace(engines, profile=profile, refittable=refittable)
 
 
 def build_engines(engines: Engines, bundle: Path, say: Callable[[str], None]) -> dict[str, Any]:

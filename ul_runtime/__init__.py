@@ -3,7 +3,7 @@
 import logging
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline
@@ -53,18 +53,11 @@ def load(
     card = CardOptions(device or 0, Path(engines) if engines else None, require_graphs) if named else None
 
     def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
-        beside = None if guide is None else guide.backend
+        machine: dict[str, Any] = {"threads": threads, "allow_spinning": allow_spinning, "card": card}
+        machine["beside"] = None if guide is None else guide.backend
 
         def open_in(precision: str | None, backend: str) -> Backend:
-            return open_backend(
-                backend,
-                bundle,
-                precision=precision,
-                threads=threads,
-                allow_spinning=allow_spinning,
-                card=card,
-                beside=beside,
-            )
+            return open_backend(backend, bundle, precision=precision, **machine)
 
         opened = open_in(precision, backend)
         return Pipeline(

@@ -14,6 +14,8 @@ from ul_runtime.backends import ON_A_CARD, one_line
 from ul_runtime.cards import Card, cards, driver_version, has_bindings
 from ul_runtime.errors import ULError, UsageError
 from ul_runtime.manifest import TensorFormat
+from ul_runtime.origin import versions
+from ul_runtime.product import PRODUCT
 from ul_runtime.tensorrt.build import Plan, Profile, build_engine
 from ul_runtime.tensorrt.engines import EngineCache
 from ul_runtime.tensorrt.library import KINDS, open_library
@@ -41,7 +43,9 @@ def examine(engines: EngineCache) -> Iterator[Finding]:
     yield card
     for name in KINDS:
         yield _tensorrt(name, found)
-    yield _engines(engines)
+    if (packages := _ort_cuda(found)) is not None:
+        yield packages
+    yield _engines(engines, found)
     for each in found:
         for name in ON_A_CARD:
             yield _on_card(name, each, engines.folder)
@@ -49,11 +53,25 @@ def examine(engines: EngineCache) -> Iterator[Finding]:
 
 
 def _ort_cpu() -> Finding:
-    import onnxruntime
+    try:
+        from ul_runtime.backends import ort_cpu
+    except UsageError as error:
+        return Finding(DEFAULT, False, str(error))
+    return _computes(DEFAULT, f"onnxruntime {ort_cpu.VERSION}", lambda a, b: ort_cpu.product(1)(a, b))
 
-    from ul_runtime.backends import ort_cpu
 
-    return _computes(DEFAULT, f"onnxruntime {onnxruntime.__version__}", lambda a, b: ort_cpu.product(1)(a, b))
+def _ort_cuda(found: list[Card]) -> Finding | None:
+    """Which of ONNX Runtime's packages is there; None where cards are there to try it on, and nothing is in the way."""
+    there = versions(("onnxruntime", "onnxruntime-gpu"))
+    if "onnxruntime-gpu" not in there:
+        install = "with a card: pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas"
+        return None if found else Finding("ort-cuda", None, "onnxruntime-gpu is not installed", install)
+    if "onnxruntime" in there:
+        says = "onnxruntime and onnxruntime-gpu are both installed, and the last of them has overwritten the other"
+        again = "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"
+        return Finding("ort-cuda", False, says, again)
+    says = f"onnxruntime-gpu {there['onnxruntime-gpu']}, and no card to try it on"
+    return None if found else Finding("ort-cuda", None, says)
 
 
 def _openvino() -> Finding:
@@ -103,8 +121,6 @@ def _tensorrt(name: str, found: list[Card]) -> Finding:
     lacking = f"; not for {found[0].architecture} of card 0" if other else ""
     if not able and not found:
         return Finding(name, None, f"{library.title}: builds only where a card is", "run it on a machine with a card")
-    from ul_runtime.backends.ort_cpu import PRODUCT
-
     inputs = [TensorFormat(name=each, dtype="float32", shape=("b", "b")) for each in "ab"]
     try:
         engine = build_engine(library, Plan("doctor", "product", PRODUCT, inputs, Profile(_SIZE, _SIZE), tuple(ahead)))
@@ -156,18 +172,30 @@ def _torch(found: list[Card]) -> Finding:
     return finding
 
 
-def _engines(cache: EngineCache) -> Finding:
+def _engines(cache: EngineCache, found: list[Card]) -> Finding:
+    builds = f"ul-export BUNDLE --tensorrt{'' if found else ' --target sm89'} builds them ahead"
+    if cache.folder.exists():
+        try:
+            cache.check_folder()
+        except ULError as error:
+            return Finding("engines", False, str(error))
     entries = list(cache.entries())
     if not entries:
-        return Finding("engines", None, f"none in {cache.folder}", "ul-export BUNDLE --tensorrt builds them ahead")
+        return Finding("engines", None, f"none in {cache.folder}", builds)
     damaged = [entry for entry in entries if entry.facts is None]
-    versions = {name: open_library(name).version for name, kind in KINDS.items() if find_spec(kind.module) is not None}
+    libraries = {name: open_library(name).version for name, kind in KINDS.items() if find_spec(kind.module) is not None}
     whole = [entry.facts for entry in entries if entry.facts is not None and entry.facts.is_engine]
-    stale = [facts for facts in whole if versions.get(facts.library) != facts.version]
+    absent = [facts for facts in whole if facts.library not in libraries]
+    stale = [facts for facts in whole if libraries.get(facts.library, facts.version) != facts.version]
+    valid = [facts for facts in whole if facts not in absent and facts not in stale]
+    built_for = ", ".join(dict.fromkeys(facts.targets or facts.card for facts in valid))
+    counts = [f"{len(valid)} valid{f' (for {built_for})' if valid else ''}"]
+    counts += [f"{len(stale)} of another version of their library"] if stale else []
+    counts += [f"{len(absent)} of a library that is not installed"] if absent else []
+    counts += [f"{len(damaged)} damaged"] if damaged else []
     megabytes = sum(entry.size for entry in entries) / 1e6
-    says = f"{len(whole) - len(stale)} valid, {len(stale)} of another version of their library, {len(damaged)} damaged"
-    advice = "; ".join(
-        [f"{entry.path.name}: {entry.problem}" for entry in damaged[:3]]
-        + (["those of another version can be removed, or stay for its return"] if stale else [])
+    advice = [f"remove {entry.path}, it is built anew" for entry in damaged[:3]]
+    advice += ["those that are not valid can be removed, or stay for their library's return"] if stale or absent else []
+    return Finding(
+        "engines", not damaged, f"{', '.join(counts)}; {megabytes:.1f} MB in {cache.folder}", "; ".join(advice)
     )
-    return Finding("engines", not damaged, f"{says}; {megabytes:.1f} MB in {cache.folder}", advice)

@@ -90,7 +90,7 @@ def run_command(app: Callable[..., Any], name: str) -> NoReturn:
         ended = app(prog_name=name, standalone_mode=False)
     except misuse as error:
         message: str = error.format_message()  # type: ignore[attr-defined]
-        fail(name, UsageError(f"{' '.join(message.split())} See {name} --help"))
+        fail(name, UsageError(f"{' '.join(message.split()).removesuffix('.')}; see {name} --help"))
     except ULError as error:
         fail(name, error)
     except KeyboardInterrupt:

@@ -9,6 +9,11 @@ _QUIET_S = 2.0  # nothing is shown for work that is shorter
 _LINE_EVERY_S = 10.0
 
 
+def print_line(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
     """Yields `advance(amount)`, amounts adding up to `total`; shown once it takes more than two seconds."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from ul_runtime import durable
 from ul_runtime.control import Control
 from ul_runtime.errors import StoppedError, UsageError
-from ul_runtime.progress import progress
+from ul_runtime.progress import print_line, progress
 from ul_runtime.signals import stop_on_signal
 from ul_train import checkpoint as ckpt
 from ul_train.config import Config, ImageConfig
@@ -96,11 +95,6 @@ def _describe(splits: Splits, size: int, data: str) -> None:
         print_line(f"set aside: {train.num_rejected}: {first}{'; ...' * (train.num_rejected > 3)}")
     if train.converted:
         print_line("converted: " + ", ".join(f"{count} {reason}" for reason, count in train.converted.items()))
-
-
-def print_line(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _anywhere(source: str) -> str:

@@ -65,7 +65,10 @@ def read_run(run: Path) -> tuple[Config, RunInfo]:
         lists = {key: tuple(record.get(key, ())) for key in ("class_names", "earlier_recipes")}
         info = RunInfo(**{**record, **lists})
     except (FileNotFoundError, NotADirectoryError):
-        raise BadInputError(f"{run}: no run.json in it; expected the directory that ul-train --out wrote") from None
+        what = "no run.json in it" if run.is_dir() else "no such folder"
+        if (run / "manifest.json").is_file():
+            what = "a bundle of ul-export, and no run"
+        raise BadInputError(f"{run}: {what}; expected the directory that ul-train --out wrote") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{file}: not readable ({error}); expected the file that ul-train wrote") from None
     if not (run / "config.toml").is_file():

@@ -50,7 +50,8 @@ class TorchMemory:
             torch.empty(1, device=device)
             self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device {device} cannot be used: {' '.join(str(error).split())[:200]}") from error
+            why = " ".join(str(error).split())[:200]
+            raise UsageError(f"device {device} cannot be used: {why}; ul-doctor says what works here") from error
 
     def use(self) -> None:
         """See Memory."""

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from ul_runtime.backends import cannot_load, check_threads, cpu_precision, one_line, run_failed
-from ul_runtime.errors import BadInputError, ULError
+from ul_runtime.errors import BadInputError, ULError, UsageError
 from ul_runtime.flops import Node
+from ul_runtime.product import PRODUCT
+
+try:
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+except ImportError as error:
+    advice = "pip install onnxruntime, or onnxruntime-gpu where there is an NVIDIA card"
+    raise UsageError(f"onnxruntime cannot be imported ({error}); {advice}") from error
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
     from ul_runtime.manifest import GraphName
 
+VERSION = str(ort.__version__)
 # ONNX Runtime's errors share no base class of their own
 ORT_ERRORS = (
     ort_state.EPFail,
@@ -37,12 +44,6 @@ _NO_FOLDER = os.path.join(os.devnull, "no-files")
 _BFLOAT16 = 16  # TensorProto.DataType
 # This fused kernel sums on one thread: 0.5 ms for 1,024 tokens of width 192, against 0.1 ms of the two it replaces.
 _SLOW_FUSIONS = ["SkipLayerNormFusion"]
-
-# y = a b as an ONNX model, each float32 n n; tests/test_ceiling.py makes these bytes anew.
-PRODUCT = (
-    b'\x08\n:a\n\x11\n\x01a\n\x01b\x12\x01y"\x06MatMul\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01n'
-    b"Z\x15\n\x01b\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nb\x15\n\x01y\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nB\x02\x10\x12"
-)
 
 
 class OrtCpuBackend:

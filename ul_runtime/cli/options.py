@@ -162,9 +162,20 @@ def check_count(option: str, count: int, most: int | None = None) -> None:
         raise UsageError(f"{option} is {count}; expected at most {most}")
 
 
+def parse_counts(option: str, text: str) -> list[int]:
+    """`1,2,8` as numbers; UsageError."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UsageError(f"{option} {text!r}: expected numbers from 1 up, such as 1,2,8")
+    return counts
+
+
 def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> None:
     """One line on stderr: what `--backend auto` chose and why; of another, if it computes unlike the bundle."""
-    from ul_runtime.backends import ON_A_CARD, bundle_precision, choose_backend, in_another
+    from ul_runtime.backends import ON_A_CARD, TORCH, bundle_precision, choose_backend, in_another
 
     computed = pipeline.backend.precision
     if backend == "auto" and pipeline.backend.name in ON_A_CARD:
@@ -172,5 +183,7 @@ def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> Non
     elif backend == "auto":
         why = choose_backend(pipeline.bundle, precision).why
         print(f"backend auto: {pipeline.backend.name}, {why}", file=sys.stderr, flush=True)
+    elif backend == TORCH and computed != bundle_precision(pipeline.bundle):
+        print(f"backend torch: computes in {computed}", file=sys.stderr, flush=True)
     elif computed != bundle_precision(pipeline.bundle):
         print(f"backend {pipeline.backend.name}: {in_another(pipeline.bundle, computed)}", file=sys.stderr, flush=True)

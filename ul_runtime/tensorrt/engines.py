@@ -96,7 +96,7 @@ class EngineCache:
     """The engines in one folder, which nobody but its owner may write to."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.realpath(folder))
 
     def load(self, facts: Facts) -> bytes | None:
         """The engine with these facts; None if there is none, or it is damaged. UntrustedError: not the user's own."""
@@ -140,7 +140,7 @@ class EngineCache:
 
     def store(self, facts: Facts, engine: bytes) -> Path:
         """Keep an engine, whole or not at all. OutputError; UntrustedError: others may write to the folder."""
-        self._make_folder()
+        self.make_folder()
         digest = hashlib.sha256(engine).hexdigest()
         header = json.dumps({"facts": asdict(facts), "size": len(engine), "sha256": digest}, sort_keys=True)
         path = self.folder / facts.file_name
@@ -150,7 +150,7 @@ class EngineCache:
     @contextmanager
     def building(self, facts: Facts, say: Callable[[str], None], control: Control) -> Iterator[None]:
         """While this process builds an engine; two at once would do the same work twice. OutputError; StoppedError."""
-        self._make_folder()
+        self.make_folder()
         fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             waited = False
@@ -164,7 +164,14 @@ class EngineCache:
         finally:
             os.close(fd)
 
-    def _make_folder(self) -> None:
+    def check_folder(self) -> None:
+        """BadInputError: no folder. UntrustedError: others may write to it."""
+        if not self.folder.is_dir():
+            raise BadInputError(f"{self.folder}: is no folder; give --engines one")
+        _check_own(self.folder, self.folder.lstat())
+
+    def make_folder(self) -> None:
+        """Make it, or see that it is the user's own. OutputError; UntrustedError: others may write to it."""
         if not self.folder.is_dir():
             durable.make_directory(self.folder)
             self.folder.chmod(0o700)
