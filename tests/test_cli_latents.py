@@ -28,6 +28,17 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def test_cards_and_engines_can_be_named_as_for_ul_generate(command, analytic_bundle, photos, tmp_path):
+    file = tmp_path / "latents.npz"
+    assert command(encode, analytic_bundle, photos, "--out", file, "--bits-samples", 1, *THREAD).code == 0
+    for main, words in ((encode, (photos, "--out", tmp_path / "new.npz")), (decode, (file, "--out", tmp_path / "out"))):
+        command.fails(main, 2, "--devices 0,1: one card is expected", analytic_bundle, *words, "--devices", "0,1")
+        options = ("--backend", "ort-cpu", "--engines", tmp_path)
+        command.fails(main, 2, "leave out --devices, --engines", analytic_bundle, *words, *options)
+    assert not (tmp_path / "new.npz").exists()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 def test_decode_of_encode_is_the_reconstruction(command, analytic_bundle, photos, tmp_path, suffix):
     file, out = tmp_path / f"latents{suffix}", tmp_path / "out"

@@ -24,7 +24,7 @@ Run: TypeAlias = Annotated[
 
 @app.command(epilog="Example: ul-bench fashion.bundle --peers openvino,openvino-bf16,torch --run runs/fashion")
 def bench(
-    bundle: options.BundleArgument,
+    bundle: options.BundleAlone,
     peers: Annotated[
         str,
         typer.Option(

@@ -67,6 +67,8 @@ def evaluate(
     threads: options.Threads = None,
     backend: options.BackendName = "auto",
     precision: options.Precision = None,
+    devices: options.OneDevice = None,
+    engines: options.EngineFolder = None,
     cache: Cache = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -95,6 +97,7 @@ def evaluate(
         threads=threads,
         backend=backend,
         precision=precision,
+        card=options.one_card(devices, engines),
         cache=cache_dir(cache),
         out=out,
         overrides=prior | guided | decoder,

@@ -54,6 +54,7 @@ class EvalOptions:
     threads: int | None
     backend: str
     precision: str | None
+    card: dict[str, Any]  # of what ul_runtime.load takes
     cache: Path
     out: Path | None
     overrides: Overrides
@@ -80,7 +81,8 @@ class EvalOptions:
 def run_eval(path: Path, options: EvalOptions, command: str) -> dict[str, Any]:
     """Every figure, JSON-ready; writes `options.out`. UsageError before anything is measured; StoppedError."""
     options.check()
-    pipeline = ul_runtime.load(path, backend=options.backend, precision=options.precision, threads=options.threads)
+    machine = {"precision": options.precision, "threads": options.threads, **options.card}
+    pipeline = ul_runtime.load(path, backend=options.backend, **machine)
     settings = pipeline.settings(**options.overrides)
     say_choice(options.backend, options.precision, pipeline)
     if options.threads:

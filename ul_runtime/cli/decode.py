@@ -37,10 +37,13 @@ def decode(
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
     precision: options.Precision = None,
+    devices: options.OneDevice = None,
+    engines: options.EngineFolder = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Decode latents to images: PNG files and a contact sheet; of ul-encode's latents, the reconstructions."""
     options.check_count("--mean-of", mean_of)
+    card = options.one_card(devices, engines)
     import ul_runtime
     from ul_runtime.cli.fill import fill, job_of, summary
     from ul_runtime.latents import read_latents
@@ -48,7 +51,8 @@ def decode(
     from ul_runtime.settings import Overrides
 
     file = read_latents(latents)
-    pipeline = ul_runtime.load(bundle, backend=backend, precision=precision, threads=threads, allow_spinning=spinning)
+    machine = {"precision": precision, "threads": threads, "allow_spinning": spinning, **card}
+    pipeline = ul_runtime.load(bundle, backend=backend, **machine)
     options.say_choice(backend, precision, pipeline)
     _check_fits(latents, file, pipeline)
     overrides = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
@@ -68,7 +72,8 @@ def decode(
             indices=missing,
             labels=None if label is None else label[missing],
             mean_of=mean_of,
-            batch_size=batch_size,
+            batch_size=min(pipeline.default_batch_size, len(z_0)) if batch_size is None else batch_size,
+            keep_x=False,
             control=control,
             **overrides,
         ),

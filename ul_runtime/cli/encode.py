@@ -42,10 +42,13 @@ def encode(
     spinning: options.Spinning = True,
     backend: options.BackendName = "auto",
     precision: options.Precision = None,
+    devices: options.OneDevice = None,
+    engines: options.EngineFolder = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Encode images to latents (z_0, z_clean), their labels (class folders) and the bits of each."""
     options.check_count("--bits-samples", bits_samples)
+    card = options.one_card(devices, engines)
     import ul_runtime
     from ul_runtime import durable
     from ul_runtime.images import list_images
@@ -56,7 +59,8 @@ def encode(
     if out.exists():
         raise UsageError(f"{out}: exists; choose another name or remove it")
     files = list_images(images)
-    pipeline = ul_runtime.load(bundle, backend=backend, precision=precision, threads=threads, allow_spinning=spinning)
+    machine = {"precision": precision, "threads": threads, "allow_spinning": spinning, **card}
+    pipeline = ul_runtime.load(bundle, backend=backend, **machine)
     options.say_choice(backend, precision, pipeline)
     if batch_size is not None:
         options.check_count("--batch-size", batch_size)

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -15,8 +15,10 @@ _BUNDLES = "the bundle's"
 _SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2, heun"
 _GRIDS = "uniform, cosine, karras, flow, mix or mix:RHO,CENTRE,WIDTH"
 
-_BUNDLE = "Bundle of ul-export (a folder), or a model inside the package: garments-32. With --backend torch a run."
+_A_BUNDLE = "Bundle of ul-export (a folder), or a model inside the package: garments-32."
+_BUNDLE = f"{_A_BUNDLE} With --backend torch a run."
 BundleArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help=_BUNDLE)]
+BundleAlone: TypeAlias = Annotated[Path, typer.Argument(metavar="BUNDLE", help=_A_BUNDLE)]
 OptionalBundle: TypeAlias = Annotated[
     Path | None, typer.Argument(metavar="BUNDLE", help=_BUNDLE, show_default="garments-32")
 ]
@@ -39,7 +41,12 @@ Replay: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of all noise.")]
 BatchSize: TypeAlias = Annotated[
     int | None,
-    typer.Option("--batch-size", metavar="IMAGES", help="Images at a time; no effect on them.", show_default="by size"),
+    typer.Option(
+        "--batch-size",
+        metavar="IMAGES",
+        help="Images at a time; no effect on them, but for last digits on an NVIDIA card.",
+        show_default="by size; 64 on a card",
+    ),
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option("--threads", metavar="COUNT", help="CPU threads.", show_default="one per core")
@@ -55,6 +62,9 @@ BackendName: TypeAlias = Annotated[
 Devices: TypeAlias = Annotated[
     str | None,
     typer.Option("--devices", metavar="N,...", help="NVIDIA cards by number, at work together.", show_default="0"),
+]
+OneDevice: TypeAlias = Annotated[
+    str | None, typer.Option("--devices", metavar="N", help="An NVIDIA card by its number.", show_default="0")
 ]
 EngineFolder: TypeAlias = Annotated[
     Path | None,
@@ -152,6 +162,14 @@ def parse_devices(text: str | None) -> list[int]:
     if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) != len(words):
         raise UsageError(f"--devices {text!r}: expected different numbers of NVIDIA cards such as 0,1; see ul-doctor")
     return [int(word) for word in words]
+
+
+def one_card(devices: str | None, engines: Path | None) -> dict[str, Any]:
+    """What ul_runtime.load takes of a card, for a command that works on one. UsageError."""
+    cards = parse_devices(devices)
+    if len(cards) > 1:
+        raise UsageError(f"--devices {devices}: one card is expected; ul-generate alone works on several")
+    return {"device": cards[0] if cards else None, "engines": engines}
 
 
 def check_count(option: str, count: int, most: int | None = None) -> None:
