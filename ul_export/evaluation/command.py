@@ -39,7 +39,7 @@ _FILES = ("eval.json", "report.html", *SHEETS)
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is asked for; `features` empty = by the data, `train_images` None = all, `threads` None = all."""
+    """What is asked for; `features` empty = by the data, `train_images` None = all."""
 
     data: str
     heldout: str | None
@@ -51,10 +51,7 @@ class EvalOptions:
     classifier_steps: int
     train_images: int | None
     bits_samples: int
-    threads: int | None
-    backend: str
-    precision: str | None
-    card: dict[str, Any]  # of what ul_runtime.load takes
+    machine: dict[str, Any]  # backend, precision, threads and card, as ul_runtime.load takes them
     cache: Path
     out: Path | None
     overrides: Overrides
@@ -81,12 +78,11 @@ class EvalOptions:
 def run_eval(path: Path, options: EvalOptions, command: str) -> dict[str, Any]:
     """Every figure, JSON-ready; writes `options.out`. UsageError before anything is measured; StoppedError."""
     options.check()
-    machine = {"precision": options.precision, "threads": options.threads, **options.card}
-    pipeline = ul_runtime.load(path, backend=options.backend, **machine)
+    pipeline = ul_runtime.load(path, **options.machine)
     settings = pipeline.settings(**options.overrides)
-    say_choice(options.backend, options.precision, pipeline)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    say_choice(options.machine["backend"], options.machine["precision"], pipeline)
+    if options.machine["threads"]:
+        torch.set_num_threads(options.machine["threads"])
     with stop_on_signal() as stop:
         splits = _open(pipeline, options, stop)
         reference_part(splits, options.num_images)
@@ -130,7 +126,9 @@ def _open(pipeline: Pipeline, options: EvalOptions, stop: Callable[[], bool]) ->
 def _subject(pipeline: Pipeline, splits: Splits, options: EvalOptions, stop: Callable[[], bool]) -> Subject:
     names = options.features or default_spaces(pipeline.image_shape[0], splits.train.class_names)
     spaces: list[FeatureSpace] = [
-        open_space(name, splits, options.classifier, options.classifier_steps, options.threads, Control(stop))
+        open_space(
+            name, splits, options.classifier, options.classifier_steps, options.machine["threads"], Control(stop)
+        )
         for name in names
     ]
     seeds = tuple(range(options.seed, options.seed + options.num_seeds))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+BitsSamples: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--bits-samples",
+        metavar="COUNT",
+        help="Noise levels an image for its bits: a bound under the bundle's base prior, valid but looser than the "
+        "training log's (the base has a sigmoid weighting).",
+    ),
+]
+
 
 @app.command(epilog="Example: ul-encode bundle photos --out latents.safetensors")
 def encode(
@@ -28,15 +38,7 @@ def encode(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Picture files or folders of them.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="New file of latents, .safetensors or .npz.")],
     seed: options.Seed = 0,
-    bits_samples: Annotated[
-        int,
-        typer.Option(
-            "--bits-samples",
-            metavar="COUNT",
-            help="Noise levels an image for its bits: a bound under the bundle's base prior, valid but looser than the "
-            "training log's (the base has a sigmoid weighting).",
-        ),
-    ] = 16,
+    bits_samples: BitsSamples = 16,
     batch_size: options.BatchSize = None,
     threads: options.Threads = None,
     spinning: options.Spinning = True,
