@@ -54,15 +54,16 @@ def load(
 
     def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
         machine: dict[str, Any] = {"threads": threads, "allow_spinning": allow_spinning, "card": card}
-        machine["beside"] = None if guide is None else guide.backend
 
-        def open_in(precision: str | None, backend: str) -> Backend:
-            return open_backend(backend, bundle, precision=precision, **machine)
+        def open_in(precision: str | None, backend: str, guide: Pipeline | None) -> Backend:
+            beside = None if guide is None else guide.backend
+            return open_backend(backend, bundle, precision=precision, beside=beside, **machine)
 
-        opened = open_in(precision, backend)
-        return Pipeline(
-            bundle, opened, guide, None if opened.precision == "fp32" else lambda: open_in("fp32", opened.name)
-        )
+        opened = open_in(precision, backend, guide)
+        if opened.precision == "fp32":
+            return Pipeline(bundle, opened, guide)
+        in_float32 = lambda: open_in("fp32", opened.name, guide and (guide.in_float32 or guide))  # noqa: E731
+        return Pipeline(bundle, opened, guide, in_float32)
 
     lesser = None if guide is None else pipeline(open_bundle(guide, graphs=["prior_step"]))
     return pipeline(open_bundle(path), lesser)
