@@ -79,7 +79,9 @@ def test_a_folder_that_cannot_be_is_refused_before_a_run_is_even_looked_for(tmp_
     (tmp_path / "file").touch()
     words = ("--tensorrt", "--target", "sm89", "--out", tmp_path / "bundle", "--engines")
     command.fails(main, 74, "cannot write: Not a directory", tmp_path / "no run", *words, tmp_path / "file")
-    command.fails(main, 65, "no run: no such run", tmp_path / "no run", *words, tmp_path / "engines")
+    command.fails(main, 65, "no run: no such folder", tmp_path / "no run", *words, tmp_path / "engines")
+    without = ("--tensorrt", "--target", "sm89", "--engines", tmp_path / "engines")
+    command.fails(main, 65, "no run: no such run; with --tensorrt, no such bundle", tmp_path / "no run", *without)
 
 
 def test_a_link_to_a_folder_of_ones_own_is_that_folder(analytic_bundle, tmp_path):

@@ -259,14 +259,22 @@ def test_a_base_of_another_encoder_is_refused(command, run, tmp_path):
     command.fails(main, 65, message, run, "--out", tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("what", ["missing", "folder", "file", "bundle"])
+NO_RUN = {
+    "missing": "no such folder; expected the directory that ul-train",
+    "folder": "no run.json in it; expected the directory that ul-train",
+    "file": "no such folder; expected the directory that ul-train",
+    "bundle": "a bundle of ul-export, and no run; expected the directory that ul-train",
+}
+
+
+@pytest.mark.parametrize("what", NO_RUN)
 def test_what_is_not_a_run_is_refused(what, command, analytic_bundle, tmp_path):
     source = {"bundle": analytic_bundle}.get(what, tmp_path / what)
     if what == "folder":
         source.mkdir()
     if what == "file":
         source.write_text("no run")
-    command.fails(main, 65, "no run.json in it; expected the directory that ul-train", source, "--out", tmp_path / "b")
+    command.fails(main, 65, NO_RUN[what], source, "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

@@ -90,7 +90,6 @@ def export(
             raise UsageError(f"{run} is a bundle, whose engines are built as it is; {_ENGINES_ONLY}")
         return _say(build(run), json_)
     require_packages("torch", "onnx", "onnxscript", "matplotlib", extras="train,export")
-    _check_there(run)
     from ul_export.command import ExportOptions, export_bundle
     from ul_runtime.progress import print_line
     from ul_runtime.user_cache import cache_dir
@@ -109,6 +108,7 @@ def export(
         out = out or update
         figures = update_bundle(run, update, out, threads, print_line, calibrate=calibrate, cache=cache_dir(cache))
     elif out is None:
+        _check_there(run)
         raise UsageError("--out is missing; see ul-export --help")
     else:
         options = ExportOptions(opset, kind, weights, calibrate, cache_dir(cache), threads, overwrite)
