@@ -76,12 +76,13 @@ def test_a_command_samples_a_run_and_replays_its_picture(exported, command, tmp_
     again = command(generate.main, exported.run, "--replay", picture)
     assert again.code == 0, again
     assert "byte for byte" in again.out
+    command.fails(generate.main, 65, "made by backend torch from a run", exported.bundle, "--replay", picture)
 
 
 def test_a_run_without_torch_and_a_bundle_with_it_are_refused(exported):
     with pytest.raises(BadInputError, match="is a run of ul-train; ul-export makes a bundle of it, --backend torch"):
         ul_runtime.load(exported.run)
-    with pytest.raises(BadInputError, match=r"run\.json"):
+    with pytest.raises(BadInputError, match="a bundle of ul-export, and no run"):
         ul_runtime.load(exported.bundle, backend="torch")
     for options in ({"precision": "fp16"}, {"engines": "engines"}, {"require_graphs": True, "threads": 1}):
         with pytest.raises(UsageError):
