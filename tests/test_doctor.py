@@ -71,7 +71,13 @@ def test_engines_are_counted_and_damage_is_named(command, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     result, found = findings(command, "--engines", cache.folder)
     assert result.code == 1
-    assert found["engines"]["advice"] == f"remove {path}, it is built anew"
+    assert found["engines"]["advice"] == f"remove {path}; what is needed is built anew"
+    path.chmod(0o666)
+    (cache.folder / "folder.engine").mkdir()
+    result, found = findings(command, "--engines", cache.folder)
+    assert result.code == 1
+    assert "2 that are not this user's alone" in found["engines"]["says"]
+    assert "damaged" not in found["engines"]["says"]
     cache.folder.chmod(0o777)
     _, found = findings(command, "--engines", cache.folder)
     assert "others may write to it" in found["engines"]["says"]
@@ -178,3 +184,9 @@ def test_torch_that_computes_wrongly_or_does_not_see_the_card_is_found(monkeypat
     assert "though there is a card" in doctor._torch([card]).says
     monkeypatch.setattr(torch_device, "product", lambda: ("cuda", lambda a, b: a @ b + 1))
     assert "a product of two matrices is wrong" in doctor._torch([card]).says
+
+
+def test_advice_warns_of_what_would_overwrite_onnxruntime_gpu(monkeypatch):
+    assert doctor._install("openvino") == "pip install 'unified-latents[openvino]'"
+    monkeypatch.setattr(doctor, "versions", lambda _: {"onnxruntime-gpu": "1"})
+    assert "brings onnxruntime back over onnxruntime-gpu" in doctor._install("openvino")

@@ -189,3 +189,12 @@ def test_a_foreign_engine_of_the_same_graph_is_refused_where_one_is_looked_for(c
     path.chmod(0o666)
     with pytest.raises(UntrustedError, match="belongs to another user or others may write to it"):
         cache.find(replace(FACTS, targets="sm89"), 4)
+
+
+def test_a_folder_in_the_place_of_an_engine_is_refused_and_not_opened(cache):
+    path = cache.store(FACTS, ENGINE)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UntrustedError, match="not a plain file; remove it"):
+        cache.load(FACTS)
+    assert [(entry.facts, entry.trusted) for entry in cache.entries()] == [(None, False)]

@@ -15,7 +15,7 @@ from ul_export.engines import build_engines, open_engines
 from ul_runtime import cards
 from ul_runtime.bundle import Bundle
 from ul_runtime.cards import Card
-from ul_runtime.errors import StoppedError, UsageError
+from ul_runtime.errors import BadInputError, StoppedError, UsageError
 from ul_runtime.tensorrt import refit
 from ul_runtime.tensorrt.engines import EngineCache
 from ul_runtime.tensorrt.prepare import engines_for_card
@@ -75,13 +75,20 @@ def test_misuse_is_refused_before_any_work(analytic_bundle, tmp_path, command):
     assert list(EngineCache(engines).entries()) == []
 
 
-def test_a_folder_that_cannot_be_is_refused_before_a_run_is_even_looked_for(tmp_path, command):
+def test_a_run_that_is_not_there_and_a_folder_that_cannot_be_are_refused_before_any_work(tmp_path, command):
     (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
     words = ("--tensorrt", "--target", "sm89", "--out", tmp_path / "bundle", "--engines")
-    command.fails(main, 74, "cannot write: Not a directory", tmp_path / "no run", *words, tmp_path / "file")
-    command.fails(main, 65, "no run: no such folder", tmp_path / "no run", *words, tmp_path / "engines")
-    without = ("--tensorrt", "--target", "sm89", "--engines", tmp_path / "engines")
-    command.fails(main, 65, "no run: no such run; with --tensorrt, no such bundle", tmp_path / "no run", *without)
+    command.fails(main, 65, "no run: no such run, bundle or model", tmp_path / "no run", *words, tmp_path / "file")
+    command.fails(main, 74, "cannot write: Not a directory", tmp_path / "run", *words, tmp_path / "file")
+
+
+def test_what_cannot_be_built_after_an_export_says_that_the_bundle_is_whole():
+    def refused(bundle):
+        raise BadInputError("b.bundle: prior_step: TensorRT-RTX cannot build it")
+
+    with pytest.raises(BadInputError, match=r"cannot build it; the bundle b\.bundle is whole"):
+        _build_of(Path("b.bundle"), refused)
 
 
 def test_a_link_to_a_folder_of_ones_own_is_that_folder(analytic_bundle, tmp_path):

@@ -103,6 +103,7 @@ def host_cost(
     from ul_runtime import durable
 
     require_packages("torch", extras="train")
+    durable.make_directory(out)
     rows = []
     for preset in presets.split(","):
         pipeline = over_no_device(preset)
@@ -113,7 +114,6 @@ def host_cost(
                 print(f"{preset:>14} {sampler:>10} batch {batch:>3}: {1e3 * median(times):10.2f} ms", file=sys.stderr)
     command = anonymous("python tools/host_cost.py", sys.argv[1:])
     report = {"command": command, "versions": versions(PACKAGES), "commit": commit(), "rows": rows}
-    durable.make_directory(out)
     durable.atomic_write(out / "host-cost.json", (json.dumps(report, indent=1) + "\n").encode())
     print(out / "host-cost.json")
 

@@ -82,7 +82,7 @@ def export(
     json_: Annotated[bool, typer.Option("--json", help="Results as one JSON line on stdout.")] = False,
 ) -> None:
     """Export a run's averaged networks as ONNX step graphs, prove them equal to torch, and write one hashed bundle."""
-    build = _engine_builder(tensorrt, target, max_batch, engines, refittable)
+    build = _engine_builder(run, tensorrt, target, max_batch, engines, refittable)
     kind = _precision({"fp16": fp16, "bf16": bf16, "int8": int8})
     changed = kind != "fp32" or opset is not None or weights != "fp32" or calibrate is not None
     if build is not None and _is_bundle(run):
@@ -108,7 +108,6 @@ def export(
         out = out or update
         figures = update_bundle(run, update, out, threads, print_line, calibrate=calibrate, cache=cache_dir(cache))
     elif out is None:
-        _check_there(run)
         raise UsageError("--out is missing; see ul-export --help")
     else:
         options = ExportOptions(opset, kind, weights, calibrate, cache_dir(cache), threads, overwrite)
@@ -116,15 +115,12 @@ def export(
     _say(figures | (_build_of(out, build) if build is not None else {}), json_)
 
 
-def _check_there(run: Path) -> None:
-    if not run.exists():
-        raise BadInputError(f"{run}: no such run; with --tensorrt, no such bundle or model of the package either")
-
-
 def _build_of(bundle: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """The engines of a bundle that was just written; an error says that it is whole."""
     try:
         return build(bundle)
+    except BadInputError as error:
+        raise BadInputError(f"{error}; the bundle {bundle} is whole") from error
     except StoppedError as error:
         done = str(error).partition("; run the same")[0]
         how = f"go on with ul-export {bundle} --tensorrt and the options for engines that you gave"
@@ -140,13 +136,15 @@ def _precision(given: dict[str, bool]) -> Any:
 
 
 def _engine_builder(
-    tensorrt: bool, target: list[str] | None, max_batch: int, engines: Path | None, refittable: bool
+    run: Path, tensorrt: bool, target: list[str] | None, max_batch: int, engines: Path | None, refittable: bool
 ) -> Callable[[Path], dict[str, Any]] | None:
     """What builds the engines of a bundle, checked before any work; None without --tensorrt."""
     if not tensorrt:
         if target or engines is not None or refittable:
             raise UsageError("--target, --engines and --refittable are for --tensorrt; give that too")
         return None
+    if not (run.exists() or _is_bundle(run)):
+        raise BadInputError(f"{run}: no such run, bundle or model of the package")
     from ul_export.engines import build_engines, open_engines
     from ul_runtime.progress import print_line
 

@@ -43,7 +43,8 @@ def load(
 
     if backend == TORCH:
         if path is None or engines is not None:
-            raise UsageError("backend torch samples a run of ul-train: give its folder, and no engines")
+            what = "give its folder" if path is None else "it has no engines; leave out --engines"
+            raise UsageError(f"backend torch samples a run of ul-train: {what}")
         require_packages("torch", extras="train")
         torch_device = import_module("ul_train.torch_device")  # which builds on this package, not this one on it
         lesser_run, say = None if guide is None else Path(guide), logging.getLogger(__name__).warning

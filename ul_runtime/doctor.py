@@ -22,6 +22,7 @@ from ul_runtime.tensorrt.library import KINDS, open_library
 
 DEFAULT = "ort-cpu"  # the backend without which nothing runs
 _SIZE = 8
+_GPU = "onnxruntime-gpu"
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,29 @@ def _ort_cpu() -> Finding:
     return _computes(DEFAULT, f"onnxruntime {ort_cpu.VERSION}", lambda a, b: ort_cpu.product(1)(a, b))
 
 
+def _install(extra: str) -> str:
+    """How to install one of this package's extras."""
+    again = "; it brings onnxruntime back over onnxruntime-gpu, so uninstall and force-reinstall as the README says"
+    return f"pip install 'unified-latents[{extra}]'" + (again if "onnxruntime-gpu" in versions([_GPU]) else "")
+
+
 def _ort_cuda(found: list[Card]) -> Finding | None:
     """Which of ONNX Runtime's packages is there; None where cards are there to try it on, and nothing is in the way."""
-    there = versions(("onnxruntime", "onnxruntime-gpu"))
-    if "onnxruntime-gpu" not in there:
+    there = versions(("onnxruntime", _GPU))
+    if _GPU not in there:
         install = "with a card: pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas"
         return None if found else Finding("ort-cuda", None, "onnxruntime-gpu is not installed", install)
     if "onnxruntime" in there:
         says = "onnxruntime and onnxruntime-gpu are both installed, and the last of them has overwritten the other"
         again = "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"
         return Finding("ort-cuda", False, says, again)
-    says = f"onnxruntime-gpu {there['onnxruntime-gpu']}, and no card to try it on"
+    says = f"onnxruntime-gpu {there[_GPU]}, and no card to try it on"
     return None if found else Finding("ort-cuda", None, says)
 
 
 def _openvino() -> Finding:
     if find_spec("openvino") is None:
-        return Finding("openvino", None, "not installed", "pip install 'unified-latents[openvino]'")
+        return Finding("openvino", None, "not installed", _install("openvino"))
     from ul_runtime.backends import openvino
 
     bf16 = "bfloat16 is native here" if openvino.has_bf16() else "no native bfloat16 here"
@@ -93,7 +100,7 @@ def _computes(what: str, by: str, product: Callable[[np.ndarray, np.ndarray], np
 
 def _card() -> tuple[Finding, list[Card]]:
     if not has_bindings():
-        return Finding("NVIDIA cards", None, "cuda-bindings is not installed", "pip install 'unified-latents[gpu]'"), []
+        return Finding("NVIDIA cards", None, "cuda-bindings is not installed", _install("gpu")), []
     try:
         found = cards()
     except UsageError as error:
@@ -110,7 +117,7 @@ def _tensorrt(name: str, found: list[Card]) -> Finding:
     """A library that builds an engine: for the first card, or ahead for an architecture where it can."""
     kind = KINDS[name]
     if find_spec(kind.module) is None:
-        return Finding(name, None, "not installed", f"pip install 'unified-latents[{kind.extra}]'")
+        return Finding(name, None, "not installed", _install(kind.extra))
     try:
         library = open_library(name)
     except UsageError as error:
@@ -154,13 +161,12 @@ def _on_card(name: str, card: Card, engines: Path) -> Finding:
 
 def _torch(found: list[Card]) -> Finding:
     """Whether torch, which samples a run without an export, computes rightly, and on which device."""
-    install = "pip install 'unified-latents[train]'"
     if find_spec("torch") is None:
-        return Finding("torch", None, "not installed", install)
+        return Finding("torch", None, "not installed", _install("train"))
     try:
         torch_device = import_module("ul_train.torch_device")  # which builds on this package, not this one on it
     except (ImportError, OSError) as error:
-        return Finding("torch", False, f"installed, and cannot be loaded: {error}", install)
+        return Finding("torch", False, f"installed, and cannot be loaded: {error}", _install("train"))
     where, product = torch_device.product()
     try:
         finding = _computes("torch", f"torch {torch_device.VERSION} on {where}", product)
@@ -182,7 +188,8 @@ def _engines(cache: EngineCache, found: list[Card]) -> Finding:
     entries = list(cache.entries())
     if not entries:
         return Finding("engines", None, f"none in {cache.folder}", builds)
-    damaged = [entry for entry in entries if entry.facts is None]
+    foreign = [entry for entry in entries if not entry.trusted]
+    damaged = [entry for entry in entries if entry.facts is None and entry.trusted]
     libraries = {name: open_library(name).version for name, kind in KINDS.items() if find_spec(kind.module) is not None}
     whole = [entry.facts for entry in entries if entry.facts is not None and entry.facts.is_engine]
     absent = [facts for facts in whole if facts.library not in libraries]
@@ -193,9 +200,13 @@ def _engines(cache: EngineCache, found: list[Card]) -> Finding:
     counts += [f"{len(stale)} of another version of their library"] if stale else []
     counts += [f"{len(absent)} of a library that is not installed"] if absent else []
     counts += [f"{len(damaged)} damaged"] if damaged else []
+    counts += [f"{len(foreign)} that are not this user's alone"] if foreign else []
     megabytes = sum(entry.size for entry in entries) / 1e6
-    advice = [f"remove {entry.path}, it is built anew" for entry in damaged[:3]]
+    advice = [f"remove {entry.path}; what is needed is built anew" for entry in (*damaged, *foreign)[:3]]
     advice += ["those that are not valid can be removed, or stay for their library's return"] if stale or absent else []
     return Finding(
-        "engines", not damaged, f"{', '.join(counts)}; {megabytes:.1f} MB in {cache.folder}", "; ".join(advice)
+        "engines",
+        not (damaged or foreign),
+        f"{', '.join(counts)}; {megabytes:.1f} MB in {cache.folder}",
+        "; ".join(advice),
     )

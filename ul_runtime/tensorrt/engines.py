@@ -90,6 +90,7 @@ class Entry:
     size: int
     facts: Facts | None
     problem: str = ""
+    trusted: bool = True  # False: not the user's own
 
 
 class EngineCache:
@@ -198,7 +199,7 @@ class EngineCache:
             try:
                 facts, _ = _read(path)
             except (BadInputError, UntrustedError) as error:
-                yield Entry(path, size, None, str(error))
+                yield Entry(path, size, None, str(error), not isinstance(error, UntrustedError))
             else:
                 yield Entry(path, size, facts)
 
@@ -229,9 +230,9 @@ def _locked(fd: int) -> bool:
 def _check_own(path: Path, status: os.stat_result) -> None:
     """UntrustedError unless the path belongs to this user and no other may write to it."""
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        advice = "give --engines a folder of your own (chmod 700)" if stat.S_ISDIR(status.st_mode) else "remove it"
         raise UntrustedError(
-            f"{path}: belongs to another user or others may write to it; an engine runs as code: give --engines a "
-            "folder of your own (chmod 700)"
+            f"{path}: belongs to another user or others may write to it; an engine runs as code: {advice}"
         )
 
 
@@ -240,8 +241,10 @@ def _read(path: Path) -> tuple[Facts, bytes]:
     with _opened(path) as stream:
         facts, size, digest = _header(stream, path)
         engine = stream.read()
-    if len(engine) != size or hashlib.sha256(engine).hexdigest() != digest:
-        raise BadInputError(f"{path}: damaged: {len(engine)} bytes, its header says {size}, or another SHA-256")
+    if len(engine) != size:
+        raise BadInputError(f"{path}: damaged: {len(engine)} bytes, its header says {size}")
+    if hashlib.sha256(engine).hexdigest() != digest:
+        raise BadInputError(f"{path}: damaged: its SHA-256 is not that of its header")
     return facts, engine
 
 
@@ -252,10 +255,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise BadInputError(f"{path}: cannot open: {error.strerror}") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise UntrustedError(f"{path}: not a plain file; remove it")
     with os.fdopen(fd, "rb") as stream:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise UntrustedError(f"{path}: not a plain file")
         _check_own(path, status)
         yield stream
 
