@@ -266,14 +266,20 @@ class Rounding(OrtDeviceBackend):
         return Rounded()
 
 
-def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(
-    command, guided_bundle, tmp_path, monkeypatch
-):
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands work on such a device."""
+
     def load(path, **_):
         backend = Rounding(Bundle.open(path), HostMemory(), ["CPUExecutionProvider"], print)
         return Pipeline(Bundle.open(path), backend)
 
     monkeypatch.setattr("ul_runtime.load", load)
+
+
+def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(
+    command, guided_bundle, tmp_path, rounding
+):
     words = ("--out", tmp_path / "job", "--num-images", 5, "--batch-size", 4, *FAST)
     assert command(main, guided_bundle, *words, "--backend", "ort-cuda").code == 0
     batches = []
@@ -291,13 +297,8 @@ def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(
 
 
 def test_a_job_that_went_on_has_the_same_pictures_where_they_depend_on_their_batch(
-    command, guided_bundle, tmp_path, monkeypatch
+    command, guided_bundle, tmp_path, rounding
 ):
-    def load(path, **_):
-        backend = Rounding(Bundle.open(path), HostMemory(), ["CPUExecutionProvider"], print)
-        return Pipeline(Bundle.open(path), backend)
-
-    monkeypatch.setattr("ul_runtime.load", load)
     words = ("--num-images", 6, "--backend", "ort-cuda", *FAST)
     for folder in ("at once", "in pieces"):
         assert command(main, guided_bundle, "--out", tmp_path / folder, *words).code == 0
