@@ -26,10 +26,8 @@ from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
 from ul_runtime.walk import Guide, Noise, Walk, Walker
 
-_PIXELS_A_BATCH, _MOST_A_BATCH = (
-    2**15,
-    16,
-)  # of one default batch on a processor: 16 images of 32 px, 8 of 64 px, 1 of 256 px
+_PIXELS_A_BATCH = 2**15  # of a default batch on a processor: 16 images of 32 px, 8 of 64 px, 1 of 256 px
+_MOST_A_BATCH = 16
 _GOLDEN = (5**0.5 - 1) / 2
 
 
