@@ -154,10 +154,10 @@ def _engine_builder(
 
 def _is_bundle(path: Path) -> bool:
     """A folder with a bundle's manifest, or the name of a model inside the package."""
-    from ul_runtime.manifest import MANIFEST_NAME
+    from ul_runtime.manifest import is_bundle
     from ul_runtime.shipped import shipped_names
 
-    return (path / MANIFEST_NAME).is_file() if path.exists() else str(path) in shipped_names()
+    return is_bundle(path) if path.exists() else str(path) in shipped_names()
 
 
 def _say(figures: dict[str, Any], as_json: bool) -> None:

@@ -31,8 +31,14 @@ def open_engines(targets: list[str], most: int, folder: Path | None, refittable:
     profile = Profile(most, most)
     if targets:
         library, cache = library_for(tuple(targets)), EngineCache(engine_dir(folder))
-        cache.make_folder()  # or the work before is in vain
-        return Engines(library, cache, profile, tuple(dict.fromkeys(targets)))
+        engines = Engines(library, cache, profile, tuple(dict.fromkeys(targets)))
+    else:
+        engines = replace(_for_this_card(folder), profile=profile, refittable=refittable)
+    engines.cache.make_folder()  # or the work before is in vain
+    return engines
+
+
+def _for_this_card(folder: Path | None) -> Engines:
     able = library_for(()).targets()
     ahead = "; --target sm89 builds ahead for that architecture, without a card" if able else ""
     try:
@@ -41,9 +47,7 @@ def open_engines(targets: list[str], most: int, folder: Path | None, refittable:
         raise UsageError(f"{error}{ahead}") from error
     if not found:
         raise UsageError(f"this machine has no NVIDIA card{ahead}")
-    engines = engines_for_card(found[0].number, folder)
-    engines.cache.make_folder()
-    return replace(engines, profile=profile, refittable=refittable)
+    return engines_for_card(found[0].number, folder)
 
 
 def build_engines(engines: Engines, bundle: Path, say: Callable[[str], None]) -> dict[str, Any]:

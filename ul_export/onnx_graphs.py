@@ -27,9 +27,7 @@ from ul_train.networks.layers import SelfAttention
 from ul_train.step import DecoderStep, PriorStep
 
 OPSETS = (18, 20, 22, 23)  # those that the tests prove
-_ATTENTION = (
-    23  # from here on ONNX has it as one operator, which ONNX Runtime runs on cards without writing scores down
-)
+_ATTENTION = 23  # from here on it is one operator, which ONNX Runtime runs on cards without writing scores down
 _INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
 
 

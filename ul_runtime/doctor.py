@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ul_runtime.backends import ON_A_CARD, one_line
+from ul_runtime.backends import INSTALL_ORT_GPU, ON_A_CARD, ORT_GPU, REINSTALL_ORT_GPU, one_line
 from ul_runtime.cards import Card, cards, driver_version, has_bindings
 from ul_runtime.errors import ULError, UsageError
 from ul_runtime.manifest import TensorFormat
@@ -22,7 +22,6 @@ from ul_runtime.tensorrt.library import KINDS, open_library
 
 DEFAULT = "ort-cpu"  # the backend without which nothing runs
 _SIZE = 8
-_GPU = "onnxruntime-gpu"
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,19 @@ def _ort_cpu() -> Finding:
 def _install(extra: str) -> str:
     """How to install one of this package's extras."""
     again = "; it brings onnxruntime back over onnxruntime-gpu, so uninstall and force-reinstall as the README says"
-    return f"pip install 'unified-latents[{extra}]'" + (again if "onnxruntime-gpu" in versions([_GPU]) else "")
+    return f"pip install 'unified-latents[{extra}]'" + (again if ORT_GPU in versions([ORT_GPU]) else "")
 
 
 def _ort_cuda(found: list[Card]) -> Finding | None:
     """Which of ONNX Runtime's packages is there; None where cards are there to try it on, and nothing is in the way."""
-    there = versions(("onnxruntime", _GPU))
-    if _GPU not in there:
-        install = "with a card: pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas"
+    there = versions(("onnxruntime", ORT_GPU))
+    if ORT_GPU not in there:
+        install = f"with a card: pip uninstall -y onnxruntime && {INSTALL_ORT_GPU}"
         return None if found else Finding("ort-cuda", None, "onnxruntime-gpu is not installed", install)
     if "onnxruntime" in there:
         says = "onnxruntime and onnxruntime-gpu are both installed, and the last of them has overwritten the other"
-        again = "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"
-        return Finding("ort-cuda", False, says, again)
-    says = f"onnxruntime-gpu {there[_GPU]}, and no card to try it on"
+        return Finding("ort-cuda", False, says, f"pip uninstall -y onnxruntime && {REINSTALL_ORT_GPU}")
+    says = f"onnxruntime-gpu {there[ORT_GPU]}, and no card to try it on"
     return None if found else Finding("ort-cuda", None, says)
 
 

@@ -62,6 +62,11 @@ def _taken_by(parse: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder has a bundle's manifest; no more of it is looked at."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,7 +1,6 @@
 """The three networks of a bundle as one thing: generate, encode, bits, decode. numpy in and out.
 
-Image i depends only on (bundle, seed, i, its label, settings, backend): not on batch size, position or order.
-Image indices are 0 to 2^63 - 1 (int64), seeds 0 to 2^64 - 1.
+Image i depends only on (bundle, seed, i, its label, settings, backend); on a card, in last digits, on batch size too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,7 @@ from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
 from ul_runtime.walk import Guide, Noise, Walk, Walker
 
-_PIXELS_A_BATCH = 2**15  # of a default batch on a processor: 16 images of 32 px, 8 of 64 px, 1 of 256 px
-_MOST_A_BATCH = 16
+_PIXELS_A_BATCH, _MOST_A_BATCH = 2**15, 16  # on a processor: 16 images of 32 px, 8 of 64 px, 1 of 256 px
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -67,6 +65,10 @@ class Pipeline:
         self.latent_shape = (manifest.latent.channels, manifest.latent.size, manifest.latent.size)
         suits = backend.likely_batch if isinstance(backend, Walker) else None
         self.default_batch_size = suits or min(_MOST_A_BATCH, max(1, _PIXELS_A_BATCH // manifest.image.size**2))
+
+    def batch_of(self, count: int) -> int:
+        """How many of `count` images are made at once, unless it is said."""
+        return max(1, min(self.default_batch_size, count))
 
     @property
     def guide_hash(self) -> str | None:
@@ -334,14 +336,14 @@ class Pipeline:
         """The decoder's loop as data; z_0 None = what the walk before ends with."""
         condition: Inputs = {} if z_0 is None else {"z_0": z_0}
         drawn = Noise(seed, indices, self.image_shape, noise.DECODER_START, noise.decoder_step)
-        takes = "z_0" if z_0 is None else None
+        takes = None if condition else "z_0"
         return Walk("decoder_step", "x", self.decoder_table(sampler), drawn, lambda k: condition, takes)
 
     def _batches(
         self, indices: np.ndarray, batch_size: int | None, draw: Callable[["Pipeline", np.ndarray, int], Drawn]
     ) -> Iterator[Images]:
         """Checks now, yields later. `draw(pipeline, positions in indices, batch)`: this one, or that in float32."""
-        size = max(1, min(self.default_batch_size, len(indices))) if batch_size is None else batch_size
+        size = self.batch_of(len(indices)) if batch_size is None else batch_size
         if size < 1:
             raise UsageError(f"the batch size is {size}; expected 1 or more")
 

@@ -19,6 +19,7 @@ from torch import nn
 from ul_runtime import __version__, durable
 from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
+from ul_runtime.manifest import is_bundle
 from ul_runtime.pipeline import Pipeline
 from ul_train import checkpoint as ckpt
 from ul_train.activations import warnings, watched
@@ -66,7 +67,7 @@ def read_run(run: Path) -> tuple[Config, RunInfo]:
         info = RunInfo(**{**record, **lists})
     except (FileNotFoundError, NotADirectoryError):
         what = "no run.json in it" if run.is_dir() else "no such folder"
-        if (run / "manifest.json").is_file():
+        if is_bundle(run):
             what = "a bundle of ul-export, and no run"
         raise BadInputError(f"{run}: {what}; expected the directory that ul-train --out wrote") from None
     except (ValueError, KeyError, TypeError) as error:

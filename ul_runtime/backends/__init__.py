@@ -20,6 +20,9 @@ ON_A_CARD = ("tensorrt", "ort-cuda")  # the fastest first
 TORCH = "torch"  # of runs, not of bundles
 BACKENDS = ("auto", "ort-cpu", "openvino", *ON_A_CARD, TORCH)
 PRECISIONS = ("fp32", "bf16")
+ORT_GPU = "onnxruntime-gpu"
+INSTALL_ORT_GPU = f"pip install '{ORT_GPU}[cuda,cudnn]' nvidia-cublas"
+REINSTALL_ORT_GPU = f"pip install --force-reinstall --no-deps {ORT_GPU}"  # where onnxruntime has been over its files
 NO_BF16 = "this processor has no bfloat16 (AVX512-BF16 or AMX)"
 _THREADS_ANYWHERE = 8  # allowed on any machine, for jobs that were begun on a larger one
 

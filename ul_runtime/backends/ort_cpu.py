@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ul_runtime.backends import cannot_load, check_threads, cpu_precision, one_line, run_failed
+from ul_runtime.backends import (
+    ORT_GPU,
+    REINSTALL_ORT_GPU,
+    cannot_load,
+    check_threads,
+    cpu_precision,
+    one_line,
+    run_failed,
+)
 from ul_runtime.errors import BadInputError, ULError, UsageError
 from ul_runtime.flops import Node
 from ul_runtime.origin import versions
@@ -19,8 +27,8 @@ try:
     from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 except ImportError as error:
     advice = "pip install onnxruntime, or onnxruntime-gpu where there is an NVIDIA card"
-    if "onnxruntime-gpu" in versions(["onnxruntime-gpu"]):  # whose files went with those of the other
-        advice = "pip install --force-reinstall --no-deps onnxruntime-gpu"
+    if ORT_GPU in versions([ORT_GPU]):  # whose files went with those of the other
+        advice = REINSTALL_ORT_GPU
     raise UsageError(f"onnxruntime cannot be imported ({error}); {advice}") from error
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ul_runtime.backends import bundle_precision, one_line
+from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision, one_line
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, load_session, session_options
 from ul_runtime.device import pixels
 from ul_runtime.device.backend import DeviceBackend
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 _PROVIDER = "CUDAExecutionProvider"
 _CAPTURES = "enable_cuda_graph"
-_INSTALL = "pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas"
 _NO_MEMORY = ("out of memory", "Failed to allocate", "CUDA failure 2:", "ALLOC_FAILED")  # in its messages
 
 
 def cuda_providers(memory: CudaMemory) -> list[Any]:
     """The provider on the memory's card and stream, capturing its runs, in full float32. UsageError: not there."""
     if _PROVIDER not in ort.get_available_providers():
-        raise UsageError(f"onnxruntime {ort.__version__} has no {_PROVIDER}; pip uninstall onnxruntime, {_INSTALL}")
+        raise UsageError(
+            f"onnxruntime {ort.__version__} has no {_PROVIDER}; pip uninstall onnxruntime, {INSTALL_ORT_GPU}"
+        )
     ort.set_default_logger_severity(3)  # it warns of every session
     with redirect_stdout(sys.stderr):
         ort.preload_dlls()  # CUDA and cuDNN of NVIDIA's Python packages, where these are installed
@@ -97,7 +98,7 @@ class OrtDeviceBackend(DeviceBackend):
             # A few int64 nodes compute sizes on the processor; enable_cuda_graph refuses all others there.
             session = self._load(graph, options, self._providers)
             if (given := session.get_providers()[0]) != wanted:
-                raise ULError(f"{graph}: ONNX Runtime took {given} in place of {wanted}: {_INSTALL}")
+                raise ULError(f"{graph}: ONNX Runtime took {given} in place of {wanted}: {INSTALL_ORT_GPU}")
             self._sessions[graph] = session
         return self._sessions[graph]
 

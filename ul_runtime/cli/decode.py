@@ -72,7 +72,7 @@ def decode(
             indices=missing,
             labels=None if label is None else label[missing],
             mean_of=mean_of,
-            batch_size=min(pipeline.default_batch_size, len(z_0)) if batch_size is None else batch_size,
+            batch_size=pipeline.batch_of(len(z_0)) if batch_size is None else batch_size,
             keep_x=False,
             control=control,
             **overrides,

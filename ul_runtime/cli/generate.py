@@ -94,7 +94,7 @@ def _generate(
 
     settings = pipeline.settings(**overrides)
     if batch_size is None:
-        batch_size = min(pipeline.default_batch_size, num_images)  # of the job, not of what is left of it
+        batch_size = pipeline.batch_of(num_images)  # of the job, not of what is left of it
     classes = [*pipeline.manifest.classes, NO_LABEL]
     names = [classes[number] for number in label_cycle(label, pipeline.manifest.classes)]
     labels = names if label else ALL_CLASSES

@@ -13,7 +13,7 @@ from ul_runtime.contact_sheet import to_picture
 from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError, DifferentError, UsageError
 from ul_runtime.image_folder import image_name, png_bytes, read_png
-from ul_runtime.manifest import MANIFEST_NAME
+from ul_runtime.manifest import is_bundle
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.provenance import SOFTWARE, DecodeJob, GenerateJob, Provenance, picture_chunks, read_chunks
 from ul_runtime.settings import NO_LABEL, Overrides
@@ -56,7 +56,7 @@ def replay(
         raise UsageError(f"{target}: exists; choose another folder")
     if backend == "auto":
         backend, precision, threads = job.backend, precision or job.precision, threads or job.threads
-    if backend == TORCH and bundle is not None and (bundle / MANIFEST_NAME).is_file():
+    if backend == TORCH and bundle is not None and is_bundle(bundle):
         raise BadInputError(f"{image}: made by backend torch from a run; give that run in place of {bundle}")
     machine: dict[str, Any] = {"precision": precision, "threads": threads, "allow_spinning": allow_spinning}
     pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine, **cards)

@@ -176,7 +176,7 @@ class EngineCache:
         if not self.folder.is_dir():
             durable.make_directory(self.folder)
             self.folder.chmod(0o700)
-        _check_own(self.folder, self.folder.lstat())
+        self.check_folder()
 
     def why(self, facts: Facts) -> str:
         """Why an engine with these facts has to be built: what the nearest one that is there has different."""
