@@ -4,8 +4,9 @@ Latents of class k are N(class_mean[k], latent_std^2), images given z_0 are N(z_
 
     pred = mean + alpha s^2 / (alpha^2 s^2 + sigma^2) (state - alpha mean)
 
-The prior's branches, its guide and its rescale are combined as ul_train/step.py says, in ONNX operators of their own.
-The encoder averages blocks of `factor` px, channel by channel; further latent channels take the mean of all.
+The prior's branches, its guide and its rescale are combined as ul_train/step_graphs.py says, in ONNX
+operators of their own. The encoder averages blocks of `factor` px, channel by channel; further latent channels take the
+mean of all.
 """
 
 import hashlib

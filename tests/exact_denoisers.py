@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ul_runtime.noise_process import Schedule, alpha, sigma, v_from_x
+from ul_runtime.diffusion import Schedule, alpha, sigma, v_from_x
 from ul_runtime.samplers import B_0, B_1, B_2, LOGSNR, A, S
 from ul_train.objective import low_discrepancy_times, prior_nats
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from random_run import DIGITS, write_run
 
-from ul_export import command
-from ul_export.half_weights import rounded
-from ul_train.model import TorchBackend
-from ul_train.session import load_networks
+from ul_export import export
+from ul_export.export import rounded
+from ul_train.run import load_networks
+from ul_train.torch_backend import TorchBackend
 
 # name -> opset, overrides of the preset, classes
 CASES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
@@ -66,14 +66,14 @@ def _export(name: str, folder: Path) -> Exported:
     weights = "fp16" if name == HALF else "fp32"
     files: dict[str, bytes] = {}
     said: list[str] = []
-    make = command.export_graphs
+    make = export.export_graphs
 
     def keep(*arguments: Any) -> dict[str, bytes]:
         files.update(make(*arguments))
         return dict(files)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "export_graphs", keep)
-        options = command.ExportOptions(opset=opset, weights=weights, threads=1)
-        figures = command.export_bundle(folder / "run", folder / "bundle", options, said.append)
+        patch.setattr(export, "export_graphs", keep)
+        options = export.ExportOptions(opset=opset, weights=weights, threads=1)
+        figures = export.export_bundle(folder / "run", folder / "bundle", options, said.append)
     return Exported(folder / "run", folder / "bundle", opset, weights, files, figures, said)

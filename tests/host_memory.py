@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ul_runtime import noise
-from ul_runtime.device.steps import Bind, Engine
+from ul_runtime.backends.gpu_loop import Bind, Engine
 from ul_runtime.errors import OutOfMemoryError, ULError
 
 

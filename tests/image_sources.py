@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ul_train.data import ImageSet, Splits, open_data
+from ul_train.data.imageset import ImageSet, Splits
+from ul_train.data.prepare import open_data
 
 SIZE = 8
 

@@ -1,4 +1,4 @@
-"""The graph of ul_runtime.device.pixels, built by onnx: what the bytes there have to be."""
+"""The graph of ul_runtime.backends.gpu_loop, built by onnx: what the bytes there have to be."""
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper

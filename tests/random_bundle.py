@@ -9,8 +9,8 @@ from torch import nn
 from ul_export.onnx_graphs import export_graphs
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_train.config import load_config
-from ul_train.describe import describe
 from ul_train.model import make_base, make_decoder, make_encoder
+from ul_train.run import describe
 
 
 def write_random_bundle(

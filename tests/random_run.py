@@ -14,7 +14,7 @@ from torch import nn
 from ul_train import checkpoint as ckpt
 from ul_train.config import Config, config_hash, load_config
 from ul_train.model import make_base, make_decoder, make_encoder, make_prior, randomise
-from ul_train.session import create_run
+from ul_train.run import create_run
 
 DIGITS = tuple("0123456789")
 

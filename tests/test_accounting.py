@@ -19,11 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ul_train import checkpoint as ckpt
 from ul_train import objective as ul
-from ul_train.accounting import JOINT, Account, account, account_table, si
+from ul_train.account import JOINT, Account, Reading, account, account_table, read, si
 from ul_train.config import load_config, preset_names
-from ul_train.metering import Reading, read
 from ul_train.model import make_base, make_decoder, make_encoder, make_prior
-from ul_train.networks.layers import TransformerBlock
+from ul_train.networks import TransformerBlock
 from ul_train.stages import joint_stage
 
 BF16 = "run.precision=bf16"

@@ -8,7 +8,7 @@ from tiny_run import session, tiny
 from torch import nn
 
 from ul_train.activations import warnings, watched
-from ul_train.networks.layers import ResidualBlock
+from ul_train.networks import ResidualBlock
 
 
 class Network(nn.Module):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ul_runtime.background import Background
+from ul_runtime.jobs import Background
 
 
 class Gate:

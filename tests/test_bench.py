@@ -13,7 +13,7 @@ from exported_run import PLAIN, exported_run
 from PIL import Image
 from random_run import write_run
 
-from ul_export.bench_cli import main
+from ul_export.bench.cli import main
 from ul_runtime.backends.openvino import has_bf16
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_ends_it_with_75(analytic_bundle: Path) -> None:
-    code = "from ul_export.bench_cli import main; main()"
+    code = "from ul_export.bench.cli import main; main()"
     process = start(code, analytic_bundle, "--threads", 1, "--repeats", 1000000, *WITHOUT)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("measuring ")
@@ -109,7 +109,7 @@ def test_torch_onnx_and_openvino_are_not_needed_for_what_does_not_use_them(analy
 import sys
 for name in ("torch", "onnx", "onnxscript", "openvino"):
     sys.modules[name] = None
-from ul_export.bench_cli import main
+from ul_export.bench.cli import main
 main()
 """
     done = start(code, analytic_bundle, *QUICK, *WITHOUT, "--json")

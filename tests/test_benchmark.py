@@ -8,12 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ul_runtime import benchmark, startup
-from ul_runtime.backends import Backend, open_backend
-from ul_runtime.benchmark import Contender, Plan, add_shares, in_turn, measure, num_turns, pipeline_contender
+from ul_export.bench import measure
+from ul_export.bench.measure import (
+    Contender,
+    Plan,
+    add_shares,
+    in_turn,
+    measure_contenders,
+    num_turns,
+    pipeline_contender,
+)
+from ul_runtime.backends import Backend
+from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle
-from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import StoppedError, ULError
+from ul_runtime.progress import UNWATCHED, Control
 from ul_runtime.settings import Overrides
 
 OVERRIDES = Overrides(steps=5, decoder_steps=2, guidance=2.0)
@@ -27,8 +36,8 @@ def bundle(analytic_bundle: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def work(bundle: Bundle) -> benchmark.Work:
-    return benchmark.work_of_an_image(bundle, 1, OVERRIDES)
+def work(bundle: Bundle) -> measure.Work:
+    return measure.work_of_an_image(bundle, 1, OVERRIDES)
 
 
 def contender(bundle: Bundle, name: str, backend: Backend | None = None) -> Contender:
@@ -48,8 +57,8 @@ class Wrong:
         return outputs | {"pred": outputs["pred"] + np.float32(0.5)}
 
 
-def test_an_image_takes_the_steps_of_its_settings_and_the_sum_of_their_flops(work: benchmark.Work) -> None:
-    counts = {benchmark.step_name(step): count for step, count in work.calls.items()}
+def test_an_image_takes_the_steps_of_its_settings_and_the_sum_of_their_flops(work: measure.Work) -> None:
+    counts = {measure.step_name(step): count for step, count in work.calls.items()}
     assert counts["prior_step"] + counts["guided_prior_step"] == 5
     assert counts["guided_prior_step"] == 1  # of the logsnr -10, -7, -4, -1, 2, that in [-3, 1.5]
     assert counts["decoder_step"] == 2
@@ -71,10 +80,10 @@ def test_turns_go_round_and_a_warm_turn_runs_before_it_is_measured() -> None:
     assert ran[first:] == ["b"] * (len(ran) - first)
 
 
-def test_every_contender_gets_every_figure_at_every_batch_size(bundle: Bundle, work: benchmark.Work) -> None:
+def test_every_contender_gets_every_figure_at_every_batch_size(bundle: Bundle, work: measure.Work) -> None:
     turns: list[float] = []
     makers = [lambda: contender(bundle, "first"), lambda: contender(bundle, "second")]
-    results = measure(makers, work, PLAN, Control(progress=turns.append))
+    results = measure_contenders(makers, work, PLAN, Control(progress=turns.append))
     assert [(r["contender"], r["batch_size"]) for r in results] == [
         ("first", 1), ("second", 1), ("first", 3), ("second", 3),
     ]  # fmt: skip
@@ -94,18 +103,18 @@ def test_every_contender_gets_every_figure_at_every_batch_size(bundle: Bundle, w
     json.dumps(results)
 
 
-def test_a_contender_that_computes_something_else_is_seen(bundle: Bundle, work: benchmark.Work) -> None:
+def test_a_contender_that_computes_something_else_is_seen(bundle: Bundle, work: measure.Work) -> None:
     makers = [lambda: contender(bundle, "first"), lambda: contender(bundle, "wrong", Wrong(bundle))]
     plan = Plan((2,), 1, 1, OVERRIDES)
-    first, wrong = measure(makers, work, plan, UNWATCHED)
+    first, wrong = measure_contenders(makers, work, plan, UNWATCHED)
     for step in STEPS:
         assert (first[step]["largest_difference"], wrong[step]["largest_difference"]) == (0.0, pytest.approx(0.5))
 
 
-def test_a_loop_that_cannot_be_taken_apart_gets_images_only(bundle: Bundle, work: benchmark.Work) -> None:
+def test_a_loop_that_cannot_be_taken_apart_gets_images_only(bundle: Bundle, work: measure.Work) -> None:
     made: list[int] = []
     loop = Contender("loop", "fp32", None, lambda batch, control: made.append(batch))
-    _, result = measure(
+    _, result = measure_contenders(
         [lambda: contender(bundle, "first"), lambda: loop], work, Plan((2,), 1, 3, OVERRIDES), UNWATCHED
     )
     assert made == [2] * 4
@@ -113,7 +122,7 @@ def test_a_loop_that_cannot_be_taken_apart_gets_images_only(bundle: Bundle, work
     assert "loop_overhead" not in result["images"]
 
 
-def test_a_stop_ends_the_measurement_within_a_batch_of_images(bundle: Bundle, work: benchmark.Work) -> None:
+def test_a_stop_ends_the_measurement_within_a_batch_of_images(bundle: Bundle, work: measure.Work) -> None:
     asked: list[bool] = []
 
     def stop() -> bool:
@@ -121,7 +130,7 @@ def test_a_stop_ends_the_measurement_within_a_batch_of_images(bundle: Bundle, wo
         return len(asked) > 3
 
     with pytest.raises(StoppedError):
-        measure([lambda: contender(bundle, "first")], work, PLAN, Control(stop))
+        measure_contenders([lambda: contender(bundle, "first")], work, PLAN, Control(stop))
     assert len(asked) == 4
 
 
@@ -135,7 +144,7 @@ def test_shares_are_of_the_ceiling_in_the_same_precision() -> None:
 
 
 def test_start_up_is_measured_in_fresh_processes(analytic_bundle: Path) -> None:
-    figures = startup.start_up(analytic_bundle, "ort-cpu", None, 1)
+    figures = measure.start_up(analytic_bundle, "ort-cpu", None, 1)
     inside = sum(figures[key] for key in ("import_s", "load_s", "first_image_s", "next_image_s"))
     assert 0 < inside < figures["process_s"]
     beyond = figures["ul_generate_s"] - figures["next_image_s"]
@@ -144,13 +153,13 @@ def test_start_up_is_measured_in_fresh_processes(analytic_bundle: Path) -> None:
 
 def test_a_fresh_process_that_fails_is_one_line() -> None:
     with pytest.raises(ULError, match=r"ended with 1: .*ValueError: no"):
-        startup.fresh_process("raise ValueError('no')")
+        measure.fresh_process("raise ValueError('no')")
 
 
 def test_a_report_has_the_seconds_of_each_part(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     ticks = iter([10.0, 20.0, 22.0, 30.0, 33.0, 40.0, 41.0])
-    monkeypatch.setattr(startup, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    startup.report(7.0, lambda: lambda: None)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    measure.report(7.0, lambda: lambda: None)
     assert json.loads(capsys.readouterr().out) == {
         "import_s": 3.0, "load_s": 2.0, "first_image_s": 3.0, "next_image_s": 1.0,
     }  # fmt: skip

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ul_runtime.bitrate import diffusion_term, kl_terminal
-from ul_runtime.noise_process import Schedule, alpha, sigma
+from ul_runtime.diffusion import Schedule, alpha, diffusion_term, kl_terminal, sigma
 
 SCHEDULE = Schedule("linear", -10.0, 5.0)
 T = (np.arange(20000) + 0.5) / 20000  # midpoint rule

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from ul_runtime.backends import ON_A_CARD, open_backend, ort_cuda
+from ul_runtime.backends import ON_A_CARD, gpu, ort_cuda
 from ul_runtime.backends import tensorrt as backend
+from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle
-from ul_runtime.cards import Card, cards
-from ul_runtime.device import memory
 from ul_runtime.errors import UsageError
+from ul_runtime.machine import Card, cards
 
 
 def card_or_reason() -> str:
@@ -24,7 +24,7 @@ def card_or_reason() -> str:
 
 def test_the_cuda_runtime_has_what_the_memory_calls():
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    names = set(re.findall(r"(?:self\._cuda|runtime)\.(\w+)(?:\.(\w+))?", inspect.getsource(memory.CudaMemory)))
+    names = set(re.findall(r"(?:self\._cuda|runtime)\.(\w+)(?:\.(\w+))?", inspect.getsource(gpu.CudaMemory)))
     assert len(names) > 15
     for name, member in names:
         assert hasattr(runtime, name), name
@@ -46,15 +46,15 @@ def cuda(monkeypatch):
 
         return call
 
-    for name in re.findall(r"(?:self\._cuda|runtime)\.(cuda[A-Z]\w+)\b", inspect.getsource(memory)):
+    for name in re.findall(r"(?:self\._cuda|runtime)\.(cuda[A-Z]\w+)\b", inspect.getsource(gpu)):
         if callable(getattr(runtime, name)) and not isinstance(getattr(runtime, name), type):
             monkeypatch.setattr(runtime, name, stand_in(name))
-    monkeypatch.setattr(memory, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
+    monkeypatch.setattr(gpu, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
     return calls
 
 
 def test_a_memory_that_nobody_holds_any_more_gives_back_what_it_has(cuda):
-    held = memory.CudaMemory()
+    held = gpu.CudaMemory()
     kept, freed = held.allocate(10), held.allocate(20)
     held.free(freed)
     cuda.clear()
@@ -72,7 +72,7 @@ def test_a_memory_that_nobody_holds_any_more_gives_back_what_it_has(cuda):
 
 
 def test_no_garbage_is_collected_while_a_step_is_captured(cuda):
-    held, seen = memory.CudaMemory(), []
+    held, seen = gpu.CudaMemory(), []
     held.capture(lambda: seen.append(gc.isenabled()))()
     assert seen == [False]
     assert gc.isenabled()

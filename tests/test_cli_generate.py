@@ -19,8 +19,8 @@ from PIL import Image
 import ul_runtime
 from ul_runtime import durable
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
-from ul_runtime.cli.fill import _missing
 from ul_runtime.cli.generate import _title, main
+from ul_runtime.jobs import _missing
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
 QUIET = ("--backend", "ort-cpu")  # chosen by name, so that there is nothing to say about it
@@ -180,7 +180,7 @@ def test_a_job_is_the_same_in_whatever_pieces_its_indices_are_listed(command, tm
     bundle = write_analytic_bundle(tmp_path / "bundle", class_mean=means).path
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     command.fails(main, 76, "2 of 6 images are not finite", bundle, "--out", whole, "-n", 6, *FAST, *QUIET)
-    monkeypatch.setattr("ul_runtime.cli.fill._MOST_INDICES", 2)
+    monkeypatch.setattr("ul_runtime.jobs._MOST_INDICES", 2)
     message = "1 of 2 images are not finite and were left out: 1; "
     command.fails(main, 76, message, bundle, "--out", pieces, "-n", 6, *FAST, *QUIET)
     assert tree(pieces) == tree(whole)

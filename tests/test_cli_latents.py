@@ -11,8 +11,8 @@ from analytic_bundle import CLASSES, write_analytic_bundle
 from PIL import Image
 
 import ul_runtime
-from ul_runtime.cli.decode import main as decode
-from ul_runtime.cli.encode import main as encode
+from ul_runtime.cli.latents import decode_main as decode
+from ul_runtime.cli.latents import encode_main as encode
 from ul_runtime.latents import latents_bytes, read_latents
 
 THREAD = ("--threads", 1)

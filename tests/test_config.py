@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import UsageError
-from ul_runtime.noise_process import alpha, sigma
 from ul_train.config import Config, ObjectiveConfig, config_hash, config_toml, load_config, preset_names, validate
 
 each_preset = pytest.mark.parametrize("preset", preset_names())

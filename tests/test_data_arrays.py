@@ -13,7 +13,7 @@ import pytest
 from image_sources import SIZE, of, opened
 
 from ul_runtime.errors import BadInputError
-from ul_train.data.idx import FASHION_NAMES
+from ul_train.data.arrays import FASHION_NAMES
 
 
 def idx(folder: Path, split: str, count: int, suffix: str = ".gz", first: int = 0, side: int = 6) -> None:

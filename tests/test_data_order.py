@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ul_train.data import epoch_order, sample_ids
+from ul_train.data.imageset import epoch_order, sample_ids
 
 GOLDEN_0_0 = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 GOLDEN_MAX_3 = [3, 2, 8, 0, 1, 6, 9, 5, 4, 7]

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ul_runtime.errors import BadInputError, OutputError, UsageError
-from ul_train.data import Splits, open_data, prepare
-from ul_train.data.heldout import MAX_HELDOUT, SplitRows, in_share, rank
-from ul_train.data.imageset import images_path
+from ul_train.data import prepare
+from ul_train.data.imageset import Splits, images_path
+from ul_train.data.prepare import MAX_HELDOUT, SplitRows, in_share, open_data, rank
 
 SIZE = 8
 
@@ -82,7 +82,7 @@ def test_every_image_is_on_one_side_and_both_sides_have_one(
 def test_at_most_the_maximum_is_held_out_and_it_has_the_lowest_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ul_train.data.heldout.MAX_HELDOUT", 5)
+    monkeypatch.setattr("ul_train.data.prepare.MAX_HELDOUT", 5)
     splits = opened(folder(tmp_path / "in", range(300)), tmp_path)
     ranks = sorted((rank(f"{value:05d}.png"), value) for value in range(300))
     assert sum(in_share(value) for value, _ in ranks) > 5
@@ -181,7 +181,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ul_train.data.rows.Rows.finish", lambda *_: full())
+    monkeypatch.setattr("ul_train.data.prepare.Rows.finish", lambda *_: full())
     with pytest.raises(OSError, match="No space"):
         opened(source, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -324,7 +324,7 @@ def test_too_many_rejected_images_are_an_error_that_names_three_and_the_list(tmp
 def test_the_list_of_rejected_images_is_bounded_but_all_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ul_train.data.rows.MAX_LISTED", 3)
+    monkeypatch.setattr("ul_train.data.prepare.MAX_LISTED", 3)
     source = folder(tmp_path / "in", range(20))
     for value in range(6):
         (source / f"bad{value}.png").write_bytes(b"")

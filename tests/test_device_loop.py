@@ -13,17 +13,18 @@ from host_memory import HostMemory
 from pixels_graph import pixels_onnx
 from safetensors.numpy import load, save
 
+from ul_runtime.backends import gpu_loop
+from ul_runtime.backends.gpu import Scratch
+from ul_runtime.backends.gpu_loop import bucket_of
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
-from ul_runtime.batches import Drawn, in_batches, to_uint8
+from ul_runtime.batches import Drawn, in_batches
 from ul_runtime.bundle import Bundle, write_bundle
-from ul_runtime.control import Control
-from ul_runtime.device import pixels
-from ul_runtime.device.memory import Scratch
-from ul_runtime.device.steps import bucket_of
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, StoppedError, ULError, UsageError
+from ul_runtime.images import to_uint8
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
+from ul_runtime.progress import Control
 
 # what is drawn -> overrides of the bundle's settings
 LOOPS = {
@@ -97,10 +98,10 @@ def test_what_is_not_finite_is_known_without_x(bundle):
 
 
 def test_the_graph_of_the_pixels_is_what_onnx_builds():
-    assert pixels_onnx() == pixels.ONNX
+    assert pixels_onnx() == gpu_loop.ONNX
     x = np.random.default_rng(0).normal(0, 1, (5, 3, 8, 8)).astype(np.float32)
     x[:, 0, 0, :7] = np.float32([-2, -1, 1, 2, 0.5 / 127.5, 1.5 / 127.5, -0.0])
-    session = onnxruntime.InferenceSession(pixels.ONNX, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(gpu_loop.ONNX, providers=["CPUExecutionProvider"])
     images, total = session.run(None, {"x": x})
     assert images.tobytes() == to_uint8(x).tobytes()
     assert np.isfinite(total).all()

@@ -14,9 +14,9 @@ import torch
 from ptx import Machine
 
 from ul_runtime import noise
-from ul_runtime.device import cuda_noise
-from ul_runtime.device.cuda_noise import KERNEL, PTX_FILE, SOURCE_FILE
-from ul_train import torch_noise
+from ul_runtime.backends import gpu
+from ul_runtime.backends.gpu import KERNEL, PTX_FILE, SOURCE_FILE
+from ul_train import torch_backend
 
 CASES = [
     (0, [0], noise.PRIOR_START, 1),
@@ -39,9 +39,9 @@ def by_the_kernel(ptx: str, seed: int, indices: list[int], stream: int, size: in
 @pytest.mark.parametrize(("seed", "indices", "stream", "size"), CASES)
 def test_noise_by_torch_is_the_hosts_byte_for_byte(seed, indices, stream, size, monkeypatch):
     expected = noise.normals(seed, indices, stream, (size,))
-    for chunk in (7, torch_noise._CHUNK):
-        monkeypatch.setattr(torch_noise, "_CHUNK", chunk)
-        made = torch_noise.normals(seed, torch.tensor(indices), stream, size)
+    for chunk in (7, torch_backend._CHUNK):
+        monkeypatch.setattr(torch_backend, "_CHUNK", chunk)
+        made = torch_backend.normals(seed, torch.tensor(indices), stream, size)
         assert made.numpy().tobytes() == expected.tobytes()
 
 
@@ -81,7 +81,7 @@ def test_the_kernel_assembles_for_every_card(architecture, tmp_path):
 CALLS = """
 import numpy as np
 from ul_runtime import noise
-from ul_runtime.device.cuda_noise import NoiseKernel
+from ul_runtime.backends.gpu import NoiseKernel
 from ul_runtime.errors import ULError
 
 table = np.stack(noise.quantile_table())
@@ -114,5 +114,5 @@ def test_the_bindings_pass_the_kernel_what_it_takes(tmp_path):
 
 def test_the_kernels_parameters_are_what_is_passed():
     declared = re.findall(r"\.param \.u(\d\d)", PTX_FILE.read_text())
-    assert declared == [str(8 * np.dtype(kind).itemsize) for kind in cuda_noise._TYPES]
+    assert declared == [str(8 * np.dtype(kind).itemsize) for kind in gpu._TYPES]
     assert f".entry {KERNEL}(" in PTX_FILE.read_text()

@@ -10,7 +10,7 @@ import pytest
 from exact_denoisers import mixture_mean, walk
 from test_solver_order import flow_endpoint, measured_orders, prior_table
 
-from ul_runtime.noise_process import alpha
+from ul_runtime.diffusion import alpha
 from ul_runtime.samplers import B_0, B_1, B_2, LOGSNR, A, S
 
 pytestmark = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed (extra dev)")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from host_memory import HostMemory
 
+from ul_export.bench import measure
 from ul_runtime import doctor
-from ul_runtime.backends import on_a_card, ort_cpu
+from ul_runtime.backends import choose, ort_cpu
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
+from ul_runtime.backends.tensorrt_engines import EngineCache, Facts
 from ul_runtime.cli.doctor import main
 from ul_runtime.errors import ULError, UsageError
-from ul_runtime.tensorrt.engines import EngineCache, Facts
-from ul_train import torch_device
+from ul_train import torch_backend
 
 FACTS = Facts("tiny", "encoder", "a" * 64, "b" * 64, "tensorrt-rtx", "0.0.1", "sm89", "", "1,8,64")
 
@@ -52,7 +53,7 @@ def test_rtx_builds_an_engine_here(command, tmp_path):
 
 
 def test_a_backend_that_computes_wrongly_is_found(command, monkeypatch, tmp_path):
-    right = ort_cpu.product(1)
+    right = measure.product(1)
     monkeypatch.setattr(ort_cpu, "product", lambda threads: lambda a, b: right(a, b) + 1e-2)
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 1
@@ -132,7 +133,7 @@ def opening(monkeypatch, how):
     """A machine with a card, on which `how(bundle)` is each of its backends."""
     card = doctor.Card(0, "Test card", "sm89", 2**30)
     monkeypatch.setattr(doctor, "_card", lambda: (doctor.Finding("NVIDIA cards", True, "one"), [card]))
-    monkeypatch.setattr(on_a_card, "open_on_a_card", lambda name, bundle, *_: how(name, bundle))
+    monkeypatch.setattr(choose, "open_on_a_card", lambda name, bundle, *_: how(name, bundle))
 
 
 def test_each_backend_is_run_on_each_card_and_its_memory_given_back(command, monkeypatch, tmp_path):
@@ -179,10 +180,10 @@ def test_a_backend_that_does_not_work_on_a_card_is_found(command, monkeypatch, t
 
 def test_torch_that_computes_wrongly_or_does_not_see_the_card_is_found(monkeypatch):
     card = doctor.Card(0, "Test card", "sm89", 2**30)
-    monkeypatch.setattr(torch_device, "product", lambda: ("cpu", np.matmul))
+    monkeypatch.setattr(torch_backend, "product", lambda: ("cpu", np.matmul))
     assert doctor._torch([]).works is True
     assert "though there is a card" in doctor._torch([card]).says
-    monkeypatch.setattr(torch_device, "product", lambda: ("cuda", lambda a, b: a @ b + 1))
+    monkeypatch.setattr(torch_backend, "product", lambda: ("cuda", lambda a, b: a @ b + 1))
     assert "a product of two matrices is wrong" in doctor._torch([card]).says
 
 

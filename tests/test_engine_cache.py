@@ -5,9 +5,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ul_runtime.control import UNWATCHED, Control
+from ul_runtime.backends.tensorrt_engines import EngineCache, Facts
 from ul_runtime.errors import StoppedError, UntrustedError
-from ul_runtime.tensorrt.engines import EngineCache, Facts
+from ul_runtime.progress import UNWATCHED, Control
 
 FACTS = Facts(
     bundle="garments-32",

@@ -12,13 +12,12 @@ from analytic_bundle import write_analytic_bundle
 
 from ul_export.cli import _build_of, main
 from ul_export.engines import build_engines, open_engines
-from ul_runtime import cards
+from ul_runtime import machine
+from ul_runtime.backends import tensorrt_build
+from ul_runtime.backends.tensorrt_engines import EngineCache, engines_for_card
 from ul_runtime.bundle import Bundle
-from ul_runtime.cards import Card
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
-from ul_runtime.tensorrt import refit
-from ul_runtime.tensorrt.engines import EngineCache
-from ul_runtime.tensorrt.prepare import engines_for_card
+from ul_runtime.machine import Card
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
 
@@ -123,7 +122,7 @@ def test_without_a_card_and_an_architecture_the_way_out_is_said(analytic_bundle,
 def test_what_is_built_for_this_machines_card_is_what_its_backend_looks_for(analytic_bundle, tmp_path, monkeypatch):
     card = [Card(0, "Test card", "sm89", 2**30)]
     monkeypatch.setattr("ul_export.engines.cards", lambda: card)
-    monkeypatch.setattr("ul_runtime.tensorrt.prepare.cards", lambda: card)
+    monkeypatch.setattr("ul_runtime.backends.tensorrt_engines.cards", lambda: card)
     built, wanted = open_engines([], 32, tmp_path), engines_for_card(0, tmp_path)
     bundle = Bundle.open(analytic_bundle)
     built.cache.store(built.facts(bundle, "prior_step"), b"engine")
@@ -146,7 +145,7 @@ def test_weights_that_cannot_be_replaced_are_said_and_the_engine_is_built(analyt
 
 def test_the_library_has_what_replacing_weights_calls():
     api = pytest.importorskip("tensorrt_rtx")
-    source = inspect.getsource(refit)
+    source = inspect.getsource(tensorrt_build)
     assert set(re.findall(r"refitter\.(\w+)\(", source)) <= set(dir(api.Refitter))
     assert hasattr(api.OnnxParserRefitter, "refit_from_bytes")
     assert hasattr(api.BuilderFlag, "REFIT")
@@ -158,7 +157,7 @@ def test_the_bindings_have_what_the_cards_are_asked_for():
     assert {"name", "major", "minor", "totalGlobalMem"} <= set(dir(about))
     assert len(runtime.cudaGetDeviceCount()) == len(runtime.cudaDriverGetVersion()) == 2
     if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
-        assert all(card.architecture.startswith("sm") and card.memory > 0 for card in cards.cards())
+        assert all(card.architecture.startswith("sm") and card.memory > 0 for card in machine.cards())
     else:
         with pytest.raises(UsageError, match="no NVIDIA card can be used"):
-            cards.cards()
+            machine.cards()

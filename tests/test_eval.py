@@ -18,9 +18,9 @@ from PIL import Image
 from tiny_run import blobs
 
 import ul_runtime
-from ul_export.eval_cli import main
+from ul_export.evaluation.cli import main
 from ul_runtime.contact_sheet import contact_sheet
-from ul_train.data import epoch_order
+from ul_train.data.imageset import epoch_order
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("disc", "bar")
@@ -251,7 +251,7 @@ def test_nonsense_that_the_images_show_is_one_line_after_what_was_said_of_them(
 
 
 def test_ctrl_c_ends_it_with_75_and_writes_nothing(bundle, own, tmp_path):
-    code = "from ul_export.eval_cli import main; main()"
+    code = "from ul_export.evaluation.cli import main; main()"
     words = [bundle, *own, "--images", 100, "--seeds", 100000, "--features", "pixels", "--out", tmp_path / "out"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
@@ -273,7 +273,7 @@ def test_what_is_not_installed_is_said_with_its_extra(bundle, own, package):
 import importlib.util as util
 found = util.find_spec
 util.find_spec = lambda name, *rest: None if name == {package!r} else found(name, *rest)
-from ul_export.eval_cli import main
+from ul_export.evaluation.cli import main
 main()
 """
     words = [sys.executable, "-c", program, *map(str, (bundle, *own, *QUICK))]
@@ -283,7 +283,7 @@ main()
 
 
 def test_without_the_perceptual_weights_the_report_says_what_to_install(command, bundle, own, monkeypatch):
-    monkeypatch.setattr("ul_export.evaluation.command.find_spec", lambda name: None)
+    monkeypatch.setattr("ul_export.evaluation.evaluate.find_spec", lambda name: None)
     found = figures_of(command, bundle, *own, *QUICK, "--images", 20)
     assert "perceptual_distance" not in found["reconstruction"]
     assert found["absent"]["perceptual_distance"].endswith("pip install 'unified-latents[perceptual]'")

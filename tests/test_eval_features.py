@@ -13,10 +13,9 @@ from tiny_run import splits
 
 from ul_export.evaluation import features as module
 from ul_export.evaluation.classifier import accuracy, load_classifier, save_classifier, train_classifier
-from ul_export.evaluation.features import FeatureSpace, default_spaces, features_of, open_space
-from ul_export.evaluation.packaged_weights import packaged_weights
-from ul_runtime.control import UNWATCHED, Control
+from ul_export.evaluation.features import FeatureSpace, default_spaces, features_of, open_space, packaged_weights
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError, UsageError
+from ul_runtime.progress import UNWATCHED, Control
 
 
 def space(name: str | Path, **given: Any) -> FeatureSpace:

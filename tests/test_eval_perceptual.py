@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_eval_similarity import pair
 
-from ul_export.evaluation.perceptual import open_perceptual
+from ul_export.evaluation.features import open_perceptual
 
 # The package imports what it does not need: empty modules stand in for that.
 ORACLE = """

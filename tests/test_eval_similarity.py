@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from ul_export.evaluation.similarity import squared_error, ssim
-from ul_train.rate_distortion import psnr_db
+from ul_export.evaluation.distances import squared_error, ssim
+from ul_train.heldout import psnr_db
 
 
 def pair(channels: int, size: int = 24, noise: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

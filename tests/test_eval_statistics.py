@@ -11,9 +11,7 @@ from scipy.stats import ortho_group
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ul_export.evaluation.kernel import kernel_distance
-from ul_export.evaluation.moments import Moments, frechet_distance, streamed
-from ul_export.evaluation.sliced import sliced_distance
+from ul_export.evaluation.distances import Moments, frechet_distance, kernel_distance, sliced_distance, streamed
 
 
 def drawn(count: int, dimensions: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:

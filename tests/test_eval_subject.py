@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ul_export.evaluation.subject import Subject
-from ul_train.data import ImageSet, Splits
+from ul_train.data.imageset import ImageSet, Splits
 
 COUNT = 101
 

@@ -22,8 +22,8 @@ from exact_denoisers import (
     two_point_v,
 )
 
-from ul_runtime import bitrate
-from ul_runtime.noise_process import Schedule, alpha, sigma, sigmoid
+from ul_runtime import diffusion
+from ul_runtime.diffusion import Schedule, alpha, sigma, sigmoid
 from ul_train import objective as ul
 
 FIVE_DIGITS = 5e-6
@@ -109,13 +109,13 @@ def discrete_cost(num_steps: int) -> float:
         z_clean = np.full((num_steps, 1), x)
         level = nodes[:-1, None]
         pred = gaussian_mean(alpha(level) * z_clean + sigma(level) * eps, level, 1.0)
-        total += bitrate.discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum() / 4
-    return float(total + bitrate.kl_terminal(np.array([[1.0]]), -12.0)[0])
+        total += diffusion.discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum() / 4
+    return float(total + diffusion.kl_terminal(np.array([[1.0]]), -12.0)[0])
 
 
 def test_discrete_steps_of_an_exact_prediction_telescope():
     z_clean, pred, nodes = np.ones((5, 3)), np.zeros((5, 3)), np.linspace(-3.0, 4.0, 6)
-    total = bitrate.discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum()
+    total = diffusion.discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum()
     assert total == pytest.approx(0.5 * 3 * (math.exp(4.0) - math.exp(-3.0)))
 
 
@@ -123,13 +123,13 @@ def test_terminal_kl_is_the_kl_of_two_gaussians_summed_over_the_latent():
     z_clean = torch.randn(3, 2, 4, 4, dtype=torch.float64)
     mean, std = alpha(-4.0) * z_clean, torch.full_like(z_clean, float(sigma(-4.0)))
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0))
-    assert torch.allclose(bitrate.kl_terminal(z_clean, -4.0), kl.sum((1, 2, 3)), rtol=1e-12)
+    assert torch.allclose(diffusion.kl_terminal(z_clean, -4.0), kl.sum((1, 2, 3)), rtol=1e-12)
 
 
 def test_terminal_kl_in_float32_has_four_digits():
     z_clean = 0.01 * torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    exact = bitrate.kl_terminal(z_clean, -10.0)
-    assert torch.allclose(bitrate.kl_terminal(z_clean.float(), -10.0).double(), exact, rtol=1e-4)
+    exact = diffusion.kl_terminal(z_clean, -10.0)
+    assert torch.allclose(diffusion.kl_terminal(z_clean.float(), -10.0).double(), exact, rtol=1e-4)
 
 
 def test_bits_are_nats_over_ln_2_per_image_pixel_or_latent_value():
@@ -150,8 +150,8 @@ def rate_error(std: float = 0.5) -> float:
 
 MISPRINTS = {
     "noise scaled by sigma^2": ("diffuse", lambda x, eps, level: alpha(level) * x + sigma(level) ** 2 * eps),
-    "no minus before the slope": ("diffusion_term", lambda *given: -bitrate.diffusion_term(*given)),
-    "weight 1/2 on the bound": ("diffusion_term", lambda *given: 0.5 * bitrate.diffusion_term(*given)),
+    "no minus before the slope": ("diffusion_term", lambda *given: -diffusion.diffusion_term(*given)),
+    "weight 1/2 on the bound": ("diffusion_term", lambda *given: 0.5 * diffusion.diffusion_term(*given)),
     "x_pred from v with the sign of eps": ("x_from_v", lambda z, v, level: alpha(level) * z + sigma(level) * v),
     "encoder noise 0.1 beside another prior": ("noisy_latent", lambda z, eps, schedule: z * 0.99**0.5 + 0.1 * eps),
     "encoder noise at logsnr 10": ("noisy_latent", lambda z, eps, schedule: alpha(10.0) * z + sigma(10.0) * eps),

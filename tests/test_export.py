@@ -13,8 +13,7 @@ from exported_run import CASES, HALF, PLAIN, Exported, exported_run
 from onnx import ModelProto, numpy_helper
 from safetensors.numpy import load_file
 
-from ul_export.compare import FP32_GRAPH, compare_outputs
-from ul_export.verify import BATCH_SIZES, PROOF_BATCHES
+from ul_export.verify import BATCH_SIZES, FP32_GRAPH, PROOF_BATCHES, compare_outputs
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate

@@ -15,13 +15,13 @@ from safetensors.numpy import load
 from safetensors.numpy import save as save_weights
 from tiny_run import SHORT, tree
 
-from ul_export import command as export_command
+from ul_export import export as export_command
 from ul_export.cli import main as export
 from ul_runtime.bundle import Bundle
 from ul_train import checkpoint as ckpt
-from ul_train import session
+from ul_train import train as training
 from ul_train.cli import main as train
-from ul_train.processes import run_to_end
+from ul_train.sweep import run_to_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread_and_a_sound_disk")]
 FIGURES = {"worst_graph_difference", "worst_z_0_difference", "worst_image_psnr_db", "seconds"}
@@ -122,7 +122,7 @@ def test_a_check_that_fails_ends_training_with_its_exit_code_and_keeps_the_check
 def test_a_signal_during_a_check_stops_training_with_all_saved(command, train_options, monkeypatch, tmp_path):
     """As Ctrl-C on a terminal, which reaches both processes."""
     stopped = "import os, signal; os.kill(os.getppid(), signal.SIGINT); raise SystemExit(75)"
-    monkeypatch.setattr(session, "run_main", lambda *words, **options: run_to_end([sys.executable, "-c", stopped]))
+    monkeypatch.setattr(training, "run_main", lambda *words, **options: run_to_end([sys.executable, "-c", stopped]))
     result = command(train, "tiny", *train_options, *SHORT, "--export-check", 2)
     assert result.code == 75, result
     assert "stage joint, step 2: stopped in the export check, saved; go on with ul-train " in result.err

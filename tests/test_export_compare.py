@@ -8,9 +8,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from ul_export import compare
+from ul_export import verify
 
-TOLERANCE = compare.Tolerance(absolute=1e-5, relative=1e-4)
+TOLERANCE = verify.Tolerance(absolute=1e-5, relative=1e-4)
 RIGHT = np.random.default_rng(0).standard_normal((3, 4, 5, 5)).astype(np.float32)
 
 
@@ -69,26 +69,26 @@ def wrongly_accepted(module: ModuleType) -> list[str]:
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_faulty_output_is_refused_with_its_reason(name):
     expected, actual, reason = FAULTY[name]
-    difference = compare.compare(expected, actual, TOLERANCE)
+    difference = verify.compare(expected, actual, TOLERANCE)
     assert not difference.within
     assert reason in difference.reason
     assert difference.largest > 0
 
 
 def test_every_faulty_output_is_refused_among_right_ones():
-    assert wrongly_accepted(compare) == []
+    assert wrongly_accepted(verify) == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99, -0.99])
 def test_a_difference_within_tolerance_is_accepted_and_measured(share):
-    difference = compare.compare(RIGHT, off_by(share), TOLERANCE)
+    difference = verify.compare(RIGHT, off_by(share), TOLERANCE)
     assert difference.within
     assert difference.largest == pytest.approx(float(np.abs(RIGHT - off_by(share)).max()))
 
 
 def test_psnr_of_images_is_that_of_their_mean_squared_error():
-    assert compare.image_psnr_db(RIGHT, RIGHT) == np.inf
-    assert compare.image_psnr_db(RIGHT, RIGHT + np.float32(0.02)) == pytest.approx(40.0, abs=1e-3)
+    assert verify.image_psnr_db(RIGHT, RIGHT) == np.inf
+    assert verify.image_psnr_db(RIGHT, RIGHT + np.float32(0.02)) == pytest.approx(40.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_psnr_of_images_is_that_of_their_mean_squared_error():
 )
 def test_images_without_a_psnr_are_an_error(expected, actual):
     with pytest.raises(ValueError, match="images"):
-        compare.image_psnr_db(expected, actual)
+        verify.image_psnr_db(expected, actual)
 
 
 WEAKER = {
@@ -138,7 +138,7 @@ ALSO = {"NaN becomes 0": ("not np.isfinite(array).all()", "False")}
 
 def weakened(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A copy of compare.py with one thing (or, in ALSO, two) made weaker."""
-    source = Path(compare.__file__).read_text()
+    source = Path(verify.__file__).read_text()
     for old, new in (WEAKER[name], *([ALSO[name]] if name in ALSO else [])):
         assert source.count(old) == 1, f"compare.py has {old!r} {source.count(old)} times"
         source = source.replace(old, new)

@@ -18,11 +18,11 @@ from random_run import randomise, save, write_run
 from safetensors.numpy import load
 from safetensors.numpy import save as save_weights
 
-from ul_export import command as export_command
+from ul_export import export as export_command
 from ul_export.cli import main
 from ul_runtime import durable
 from ul_runtime.bundle import Bundle
-from ul_train.session import read_run
+from ul_train.run import read_run
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,9 @@ from exported_run import PLAIN, exported_run
 from tool_module import load_tool
 
 from ul_export.onnx_graphs import step_graphs
-from ul_export.precision.memory import in_memory
+from ul_export.precision.graphs import in_memory
 from ul_runtime.bundle import Bundle
-from ul_train.session import load_networks
+from ul_train.run import load_networks
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ from exported_run import CASES, exported_run
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
+from ul_export.bench.measure import Node, count_flops, node_flops
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError
-from ul_runtime.flops import Node, count_flops, node_flops
-from ul_train.accounting import account
+from ul_train.account import account
 from ul_train.config import load_config
 
 HEADS = {"q_num_heads": 4, "kv_num_heads": 4}

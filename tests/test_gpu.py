@@ -10,16 +10,16 @@ import torch
 from exported_run import PLAIN, Exported, exported_run
 
 import ul_runtime
-from ul_export.compare import FP32, image_psnr_db
+from ul_export.verify import FP32, image_psnr_db
 from ul_runtime import noise
-from ul_runtime.backends import ON_A_CARD, open_backend
-from ul_runtime.backends.on_a_card import check_step
+from ul_runtime.backends import ON_A_CARD
+from ul_runtime.backends.choose import check_step, open_backend
 from ul_runtime.bundle import Bundle
-from ul_runtime.cards import cards
 from ul_runtime.cli import generate
 from ul_runtime.errors import UsageError
+from ul_runtime.machine import cards
 from ul_runtime.pipeline import Pipeline
-from ul_train.torch_device import TorchMemory
+from ul_train.torch_backend import TorchMemory
 
 pytestmark = pytest.mark.gpu
 GUIDED = {"steps": 8, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)}

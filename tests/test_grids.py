@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul_runtime.grids import GRID_NUMBERS, GRIDS, mix_grid
+from ul_runtime.samplers import GRID_NUMBERS, GRIDS, mix_grid
 
 LOW, HIGH = -10.0, 5.0
 each_grid = pytest.mark.parametrize("grid", list(GRIDS))

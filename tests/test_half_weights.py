@@ -10,11 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 from random_run import randomise, save, write_run
 
 from ul_export.cli import main
-from ul_export.half_weights import effect_of_rounding, exact_in_half, rounded, store_half
+from ul_export.export import effect_of_rounding, rounded
+from ul_export.precision.lower import exact_in_half, store_half
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.errors import BadInputError
 from ul_runtime.pipeline import Pipeline
-from ul_train.session import read_run
+from ul_train.run import read_run
 
 
 def product(weight: np.ndarray) -> onnx.ModelProto:

@@ -7,24 +7,24 @@ from exact_denoisers import gaussian_mean, gaussian_v
 from tiny_run import CPU, image_set, tiny
 from torch import Tensor, nn
 
-from ul_runtime.bitrate import NATS_PER_BIT
-from ul_runtime.control import Control
+from ul_runtime.diffusion import NATS_PER_BIT, alpha, sigma, v_from_x
 from ul_runtime.errors import StoppedError
+from ul_runtime.images import from_uint8
 from ul_runtime.manifest import BundleInfo
-from ul_runtime.noise_process import alpha, sigma, v_from_x
 from ul_runtime.pipeline import Pipeline
-from ul_train.data import ImageSet
-from ul_train.describe import describe
+from ul_runtime.progress import Control
+from ul_train.data.imageset import ImageSet
 from ul_train.heldout import (
     DEAD_BITS_PER_VALUE,
     HeldoutFigures,
-    from_uint8,
+    gaussian_psnr_db,
+    image_covariance_eigenvalues,
     latent_capacity_bits,
     measure,
-    torch_pipeline,
     yardstick,
 )
-from ul_train.rate_distortion import gaussian_psnr_db, image_covariance_eigenvalues
+from ul_train.run import describe
+from ul_train.torch_backend import torch_pipeline
 
 STD = 0.25  # of every pixel, in [-1, 1]
 SCALE = 2.0  # of the encoder

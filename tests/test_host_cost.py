@@ -4,7 +4,7 @@ import json
 
 from tool_module import load_tool
 
-from ul_runtime.device.cuda_noise import PTX_FILE
+from ul_runtime.backends.gpu import PTX_FILE
 
 
 def test_every_size_and_sampler_has_its_seconds(command, tmp_path):

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from ul_runtime import image_conversion as convert_module
+from ul_runtime import images as convert_module
 from ul_runtime.errors import UsageError
-from ul_runtime.image_conversion import Conversion, ImageRejectedError, convert
+from ul_runtime.images import Conversion, ImageRejectedError, convert
 
 RGB_16 = Conversion(16, 3)
 GREY_16 = Conversion(16, 1)

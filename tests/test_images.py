@@ -10,8 +10,8 @@ from ul_runtime.errors import BadInputError
 from ul_runtime.images import list_images, load_image
 from ul_runtime.manifest import ImageFormat
 from ul_train.config import load_config
-from ul_train.data import open_data
-from ul_train.describe import describe
+from ul_train.data.prepare import open_data
+from ul_train.run import describe
 
 
 def saved(tmp_path: Path, picture: Image.Image, name: str = "a.png", **options) -> Path:

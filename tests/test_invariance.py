@@ -102,7 +102,7 @@ def test_the_tool_prints_one_json_line_and_fails_where_bytes_differ(tool, comman
     assert result.code == 0, result
     assert result.out.count("\n") == 1
     assert json.loads(result.out)["equal"] is True
-    load = ul_runtime.load
+    load = ul_runtime.loading.load
 
     def load_sloppy(*args, **kwargs):
         pipeline = load(*args, **kwargs)

@@ -13,7 +13,7 @@ from exported_run import PLAIN, exported_run
 from tool_module import TOOLS, load_tool
 
 from ul_runtime.bundle import Bundle
-from ul_runtime.noise_process import x_from_v
+from ul_runtime.diffusion import x_from_v
 from ul_train.config import load_config
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import pytest
 from analytic_bundle import write_analytic_bundle
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ul_export.onnx_graphs import check_graph, join_weights, split_weights
+from ul_export.onnx_model import check_graph, join_weights, split_weights
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError

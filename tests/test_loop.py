@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError
 from ul_runtime.loop import run_steps
-from ul_runtime.noise_process import alpha, sigma
 from ul_runtime.samplers import ALPHA, LOGSNR, SIGMA, A, S, sampler_table
 
 START = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)

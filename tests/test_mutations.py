@@ -55,9 +55,11 @@ class Fault:
 
 
 FAULTS = {
-    "the minus removed": Fault("ul_runtime/bitrate.py", "-0.5 * slope", "0.5 * slope", RATES, "gaussian_latents_cost"),
+    "the minus removed": Fault(
+        "ul_runtime/diffusion.py", "-0.5 * slope", "0.5 * slope", RATES, "gaussian_latents_cost"
+    ),
     "values averaged instead of summed": Fault(
-        "ul_runtime/bitrate.py",
+        "ul_runtime/diffusion.py",
         "return xp.sum(xp.reshape(",
         "return xp.mean(xp.reshape(",
         TERMS,
@@ -98,10 +100,10 @@ FAULTS = {
         "prior_share_scales",
     ),
     "noise scaled by sigma squared": Fault(
-        "ul_runtime/noise_process.py", "+ sigma(logsnr) * eps\n", "+ sigma(logsnr) ** 2 * eps\n", PROCESS, "diffuse_has"
+        "ul_runtime/diffusion.py", "+ sigma(logsnr) * eps\n", "+ sigma(logsnr) ** 2 * eps\n", PROCESS, "diffuse_has"
     ),
     "the score with its sign turned": Fault(
-        "ul_runtime/noise_process.py", "(alpha(logsnr) * x - z_t)", "(z_t - alpha(logsnr) * x)", PROCESS, "score_is"
+        "ul_runtime/diffusion.py", "(alpha(logsnr) * x - z_t)", "(z_t - alpha(logsnr) * x)", PROCESS, "score_is"
     ),
     "the prior ending clean": Fault(
         "ul_runtime/samplers.py", "    if ends_clean:", "    if True:", SAMPLERS, "z_0_leaves_the_prior_with_its_noise"
@@ -130,14 +132,14 @@ FAULTS = {
         "nodes_that_touch_a_magnitude",
     ),
     "ranges of positive values alone": Fault(
-        "ul_export/precision/ranges.py",
+        "ul_export/precision/graphs.py",
         'make_node("Abs",',
         'make_node("Identity",',
         PRECISION,
         "ranges_are_the_largest",
     ),
     "one scale for all channels": Fault(
-        "ul_export/precision/quantize.py",
+        "ul_export/precision/lower.py",
         "np.abs(weight).max(axis=others)",
         "np.full(weight.shape[axis], np.abs(weight).max())",
         INT8,

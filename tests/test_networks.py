@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from ul_train.networks import DecoderUViT, Encoder, LatentViT, layers
+from ul_train import networks
+from ul_train.networks import DecoderUViT, Encoder, LatentViT
 
 BATCH = 3
 
@@ -237,16 +238,16 @@ def test_dropout_acts_in_training_only():
 
 def test_merging_tokens_is_pixel_unshuffle_and_splitting_them_is_its_inverse():
     h = torch.randn(2, 8 * 8, 3)
-    merged = layers.merge_tokens(h, 8)
-    assert torch.equal(merged, layers.to_tokens(nn.functional.pixel_unshuffle(layers.to_grid(h, 8), 2)))
-    assert torch.equal(layers.split_tokens(merged, 4), h)
+    merged = networks.merge_tokens(h, 8)
+    assert torch.equal(merged, networks.to_tokens(nn.functional.pixel_unshuffle(networks.to_grid(h, 8), 2)))
+    assert torch.equal(networks.split_tokens(merged, 4), h)
 
 
 @pytest.mark.parametrize(
     ("layer", "shapes", "fused"),
     [
-        (layers.attention, [(2, 3, 5, 16)] * 3, "scaled_dot_product"),
-        (layers.rms_norm, [(2, 3, 5, 16), (16,)], "rms_norm"),
+        (networks.attention, [(2, 3, 5, 16)] * 3, "scaled_dot_product"),
+        (networks.rms_norm, [(2, 3, 5, 16), (16,)], "rms_norm"),
     ],
 )
 def test_what_is_written_out_for_export_is_the_operator_of_torch(layer, shapes, fused):

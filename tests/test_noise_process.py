@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul_runtime import noise_process as process
-from ul_runtime.noise_process import Schedule, alpha, resolution_shift, sigma, sigmoid
+from ul_runtime import diffusion as process
+from ul_runtime.diffusion import Schedule, alpha, resolution_shift, sigma, sigmoid
 
 LEVELS = np.linspace(-30.0, 30.0, 61)
 FAR = np.array([-1500.0, -700.0, -40.0, 0.0, 40.0, 700.0, 1500.0])

@@ -8,8 +8,8 @@ import torch
 from exact_denoisers import LATENT_SCHEDULE
 from torch import nn
 
+from ul_runtime.diffusion import Schedule, alpha, sigma, sigmoid
 from ul_runtime.errors import UsageError
-from ul_runtime.noise_process import Schedule, alpha, sigma, sigmoid
 from ul_train import objective as ul
 from ul_train.config import load_config
 from ul_train.stages import Batch, base_stage, joint_stage

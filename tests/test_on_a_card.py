@@ -5,13 +5,13 @@ import pytest
 from exported_run import PLAIN, exported_run
 from host_memory import HostMemory
 
-from ul_runtime.backends import on_a_card, open_backend, ort_cuda
-from ul_runtime.backends.on_a_card import MOST_DIFFERENCE, CardOptions, check_step
+from ul_runtime.backends import choose, ort_cuda
+from ul_runtime.backends.choose import MOST_DIFFERENCE, CardOptions, check_step, open_backend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend, _BoundSession, ran_out_of_memory
 from ul_runtime.bundle import Bundle
-from ul_runtime.cards import Card
 from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
+from ul_runtime.machine import Card
 from ul_runtime.samplers import A
 
 
@@ -37,10 +37,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
             return backends[name]
         raise UsageError(f"{name} is not installed")
 
-    monkeypatch.setattr(on_a_card, "has_bindings", lambda: True)
-    monkeypatch.setattr(on_a_card, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
-    monkeypatch.setattr(on_a_card, "open_on_a_card", opened)
-    monkeypatch.setattr(on_a_card, "_require_engines", lambda *_: None)
+    monkeypatch.setattr(choose, "has_bindings", lambda: True)
+    monkeypatch.setattr(choose, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
+    monkeypatch.setattr(choose, "open_on_a_card", opened)
+    monkeypatch.setattr(choose, "_require_engines", lambda *_: None)
     return backends
 
 

@@ -15,10 +15,10 @@ from command import Runner
 from exported_run import exported_run
 from safetensors.numpy import save
 
-from ul_export.compare import FP32, FP32_GRAPH, compare_outputs, image_psnr_db
-from ul_export.verify import Recorder
-from ul_runtime.backends import Backend, choose_backend, open_backend
+from ul_export.verify import FP32, FP32_GRAPH, Recorder, compare_outputs, image_psnr_db
+from ul_runtime.backends import Backend
 from ul_runtime.backends import openvino as module
+from ul_runtime.backends.choose import choose_backend, open_backend
 from ul_runtime.backends.openvino import OpenVinoBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main
@@ -289,7 +289,7 @@ def test_a_signal_is_handled_after_backends_were_opened_and_dropped(analytic_bun
     code = """
 import os, signal, sys
 import ul_runtime
-from ul_runtime.signals import stop_on_signal
+from ul_runtime.progress import stop_on_signal
 for _ in range(2):
     first, second = (ul_runtime.load(sys.argv[1], backend="openvino", threads=1) for _ in range(2))
     for pipeline in (first, second):

@@ -7,7 +7,7 @@ import pytest
 from analytic_bundle import write_analytic_bundle
 from safetensors.numpy import load, save
 
-from ul_runtime.backends import open_backend
+from ul_runtime.backends.choose import open_backend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, ULError, UsageError

@@ -12,7 +12,7 @@ from PIL import Image
 from tool_module import TOOLS, load_tool
 
 from ul_runtime.errors import UsageError
-from ul_train.accounting import account
+from ul_train.account import account
 from ul_train.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_a_table_is_trained_measured_and_drawn_and_goes_on_where_it_stopped(tmp_
 
     first, second = run(), run()
     assert first.stdout == second.stdout == (tmp_path / "out" / "loss-factor.md").read_text()
-    assert "ul_export.eval_cli" in first.stderr
+    assert "ul_export.evaluation.cli" in first.stderr
     assert "ul_export" not in second.stderr, "exported and evaluated before"
     (row,) = json.loads((tmp_path / "out" / "loss-factor.json").read_text())["figures"]
     assert (row["row"], row["seed"], row["count"], row["num_images"]) == ("1.5", 0, 20, 20)

@@ -10,11 +10,11 @@ from exact_denoisers import gaussian_mean, walk
 
 import ul_runtime
 from ul_runtime import noise
-from ul_runtime.batches import to_uint8
-from ul_runtime.control import Control
+from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
-from ul_runtime.noise_process import alpha, sigma
+from ul_runtime.images import to_uint8
 from ul_runtime.pipeline import Pipeline
+from ul_runtime.progress import Control
 from ul_runtime.samplers import B_0, SAMPLERS
 
 NO_MEAN = np.zeros((4, 4))

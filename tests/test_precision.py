@@ -9,11 +9,10 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ul_export.module_paths import module_of, name_nodes
+from ul_export.onnx_model import float_tensors, module_of, name_nodes, tensor_types
+from ul_export.precision.graphs import OUTPUT, headroom_bits, weight_ranges, with_ranges
 from ul_export.precision.lower import HALF, by_design, emulated, half_nodes, lower
-from ul_export.precision.ranges import OUTPUT, headroom_bits, weight_ranges, with_ranges
 from ul_export.precision.search import overflow_pins
-from ul_export.precision.tensors import float_tensors, tensor_types
 from ul_runtime.errors import ULError
 
 DRAW = np.random.default_rng(0)

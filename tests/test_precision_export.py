@@ -17,21 +17,20 @@ from tiny_run import blobs, write_npz
 from tool_module import load_tool
 from torch import nn
 
-from ul_export import command as export_command
+from ul_export import export as export_command
 from ul_export.cli import main
-from ul_export.compare import FP32, REDUCED, Tolerance, image_psnr_db
-from ul_export.precision.command import with_their_weights
-from ul_export.precision.kinds import KINDS
-from ul_export.precision.layers import node_errors
-from ul_export.precision.lower import half_nodes, lower
-from ul_export.precision.ranges import headroom_bits
+from ul_export.precision.graphs import headroom_bits, node_errors
+from ul_export.precision.lower import KINDS, half_nodes, lower
+from ul_export.precision.reduce import with_their_weights
 from ul_export.precision.search import Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
-from ul_runtime import load
-from ul_runtime.backends import choose_backend, openvino
+from ul_export.verify import FP32, REDUCED, Tolerance, image_psnr_db
+from ul_runtime.backends import openvino
+from ul_runtime.backends.choose import choose_backend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
+from ul_runtime.images import from_uint8
+from ul_runtime.loading import load
 from ul_runtime.manifest import GRAPH_NAMES
-from ul_train.heldout import from_uint8
 
 pytestmark = pytest.mark.slow
 LARGE = 3000.0
@@ -289,7 +288,7 @@ def test_what_cannot_be_asked_for_is_refused_before_any_work(words, code, messag
 
 
 def test_a_precision_that_would_be_float32_for_the_most_part_is_refused(plain, command, monkeypatch, tmp_path):
-    monkeypatch.setattr("ul_export.precision.command.LEAST_SHARE", 0.98)
+    monkeypatch.setattr("ul_export.precision.reduce.LEAST_SHARE", 0.98)
     words = ("--fp16", "--threads", 1, "--calibrate", plain.run.parent / "images.npz", "--out", tmp_path / "bundle")
     result = command(main, plain.run, *words)
     assert result.code == 65

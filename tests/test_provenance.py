@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.grids import GRIDS
-from ul_runtime.image_folder import png_bytes, read_png
-from ul_runtime.provenance import (
+from ul_runtime.png import (
     ALL_CLASSES,
     SOFTWARE,
     DecodeJob,
@@ -20,10 +18,12 @@ from ul_runtime.provenance import (
     fingerprint,
     is_picture_of,
     picture_chunks,
+    png_bytes,
     read_chunks,
+    read_png,
     sheet_chunks,
 )
-from ul_runtime.samplers import SAMPLERS
+from ul_runtime.samplers import GRIDS, SAMPLERS
 from ul_runtime.settings import SamplerSettings, Settings
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ul_export.precision.quantize import by_channel, quantisable, quantised, quantised_weights
+from ul_export.precision.lower import by_channel, quantisable, quantised, quantised_weights
 
 DRAW = np.random.default_rng(0)
 KERNEL = DRAW.standard_normal((4, 2, 3, 3)).astype(np.float32)

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul_train.objective import low_discrepancy_times
-from ul_train.randomness import STAGES, draw_joint, draw_times, flip_some, step_generator
+from ul_train.objective import STAGES, draw_joint, draw_times, flip_some, low_discrepancy_times, step_generator
 
 
 def numbers(seed: int, stage: str, step: int) -> list[float]:

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul_train.config import config_hash, config_toml, load_config
-from ul_train.rate_control import RateControl, missed
-from ul_train.stages import joint_stage
+from ul_train.stages import RateControl, joint_stage, missed
 
 STEPS, RAMP = 700, 250
 
@@ -31,8 +30,8 @@ def test_the_bits_end_within_ten_percent_of_the_target(target, sensitivity, lag,
 
 
 def test_without_steering_the_same_run_misses_the_target(monkeypatch):
-    monkeypatch.setattr("ul_train.rate_control._INTEGRAL", 0.0)
-    monkeypatch.setattr("ul_train.rate_control._PROPORTIONAL", 0.0)
+    monkeypatch.setattr("ul_train.stages._INTEGRAL", 0.0)
+    monkeypatch.setattr("ul_train.stages._PROPORTIONAL", 0.0)
     bits, loss_factor = trained(0.2, 1.5, 30)
     assert loss_factor == pytest.approx(2.0)
     assert bits == pytest.approx(0.12, rel=0.05)

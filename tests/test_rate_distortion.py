@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul_train.rate_distortion import gaussian_psnr_db, image_covariance_eigenvalues, psnr_db, reverse_water_filling
+from ul_train.heldout import gaussian_psnr_db, image_covariance_eigenvalues, psnr_db, reverse_water_filling
 
 spectra = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40).map(np.array)
 rates = st.floats(0.0, 200.0)

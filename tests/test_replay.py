@@ -11,16 +11,14 @@ from analytic_bundle import write_analytic_bundle
 from host_memory import HostMemory
 from PIL import Image
 
+from ul_runtime.backends.gpu_loop import bucket_of
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.bundle import Bundle
-from ul_runtime.cli.decode import main as decode
 from ul_runtime.cli.generate import main
-from ul_runtime.contact_sheet import to_picture
-from ul_runtime.device.steps import bucket_of
-from ul_runtime.image_folder import png_bytes, read_png
+from ul_runtime.cli.latents import decode_main as decode
 from ul_runtime.latents import latents_bytes
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.provenance import picture_chunks, read_chunks
+from ul_runtime.png import picture_chunks, png_bytes, read_chunks, read_png, to_picture
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
 NOISY = ("--sampler", "ancestral", "--decoder-sampler", "ancestral", "--seed", 2**64 - 1)
@@ -274,7 +272,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         backend = Rounding(Bundle.open(path), HostMemory(), ["CPUExecutionProvider"], print)
         return Pipeline(Bundle.open(path), backend)
 
-    monkeypatch.setattr("ul_runtime.load", load)
+    monkeypatch.setattr("ul_runtime.loading.load", load)
 
 
 def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(

@@ -9,14 +9,14 @@ from exact_denoisers import final_variance, gaussian_mean, mixture_mean, walk
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import UsageError
-from ul_runtime.grids import GRIDS
-from ul_runtime.noise_process import alpha, sigma
 from ul_runtime.samplers import (
     ALPHA,
     B_0,
     B_1,
     B_2,
+    GRIDS,
     LOGSNR,
     ROW,
     SAMPLERS,

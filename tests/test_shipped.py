@@ -11,7 +11,7 @@ from PIL import Image
 from tool_module import load_tool
 
 import ul_runtime
-from ul_runtime import shipped
+from ul_runtime import loading
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import BadInputError, UntrustedError, UsageError
@@ -27,8 +27,8 @@ def one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bundle = write_analytic_bundle(tmp_path / "package" / "analytic")
     for file in list(bundle.path.iterdir()):
         (tmp_path / file.name).hardlink_to(file)
-    monkeypatch.setattr(shipped, "MODELS", tmp_path / "package")
-    monkeypatch.setattr(shipped, "DEFAULT", "analytic")
+    monkeypatch.setattr(loading, "MODELS", tmp_path / "package")
+    monkeypatch.setattr(loading, "DEFAULT", "analytic")
     return bundle.path
 
 
@@ -95,15 +95,15 @@ def test_a_model_ships_with_its_quality_and_without_folders_of_a_machine(ship, t
 
 
 def test_the_model_fits_into_twelve_megabytes_and_says_how_good_it_is_and_how_it_was_trained():
-    bundle = shipped.open_bundle(None)
-    assert shipped.shipped_names() == [shipped.DEFAULT]
+    bundle = loading.open_bundle(None)
+    assert loading.shipped_names() == [loading.DEFAULT]
     assert sum(file.stat().st_size for file in bundle.path.iterdir()) <= 12_000_000
     quality = bundle.manifest.quality
     distance = quality["generation"]["classifier"]["frechet_distance"]
     assert distance["count"] == 1000
     assert distance["real"] < distance["value"] < 2 * distance["real"], "what it was trained for"
     assert "MIT" in quality["trained_on"]
-    assert validate(bundle.manifest.recipe, "its recipe").name == shipped.DEFAULT
+    assert validate(bundle.manifest.recipe, "its recipe").name == loading.DEFAULT
     assert "rounded to float16" in bundle.manifest.provenance.weights
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from exact_denoisers import CENTRES, final_variance, mixture_mean, walk
 
-from ul_runtime.noise_process import alpha, sigma
+from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.samplers import B_0, B_1, A, S, needs_noise, sampler_table
 
 LOW, HIGH = -10.0, 5.0

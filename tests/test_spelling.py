@@ -9,9 +9,8 @@ from tiny_bundle import info_fields
 
 from ul_runtime.cli import options
 from ul_runtime.errors import UsageError
-from ul_runtime.grids import GRID_NUMBERS, GRIDS, mix_grid, parse_grid
 from ul_runtime.manifest import BundleInfo
-from ul_runtime.samplers import SAMPLER_NUMBERS, SAMPLERS, parse_sampler, sa2
+from ul_runtime.samplers import GRID_NUMBERS, GRIDS, SAMPLER_NUMBERS, SAMPLERS, mix_grid, parse_grid, parse_sampler, sa2
 from ul_runtime.settings import SamplerSettings
 from ul_train.config import load_config
 

@@ -7,11 +7,11 @@ from exact_denoisers import gaussian_mean, gaussian_v, walk
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from ul_runtime.diffusion import alpha, sigma, x_from_v
 from ul_runtime.loop import run_steps
-from ul_runtime.noise_process import alpha, sigma, x_from_v
 from ul_runtime.samplers import B_0, B_1, B_2, SAMPLERS, A, S, sampler_table
 from ul_train.networks import DecoderUViT, LatentViT
-from ul_train.step import DecoderStep, PriorStep, clean_value, rescale_std, update
+from ul_train.step_graphs import DecoderStep, PriorStep, clean_value, rescale_std, update
 
 BATCH, NO_LABEL = 3, 4
 

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from ul_runtime.errors import StoppedError, UsageError
-from ul_runtime.origin import anonymous, versions
+from ul_runtime.machine import anonymous, versions
 from ul_train.cli import main
-from ul_train.processes import run_to_end
-from ul_train.sweep import parse_factors
+from ul_train.sweep import parse_factors, run_to_end
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,11 +6,11 @@ import torch
 from exported_run import PLAIN, Exported, exported_run
 
 import ul_runtime
-from ul_export.compare import FP32, image_psnr_db
+from ul_export.verify import FP32, image_psnr_db
 from ul_runtime.cli import generate
 from ul_runtime.errors import BadInputError, ULError, UsageError
 from ul_runtime.pipeline import Pipeline
-from ul_train.torch_device import TorchMemory
+from ul_train.torch_backend import TorchMemory
 
 LOOPS = (
     {"steps": 5, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)},
@@ -31,7 +31,10 @@ def pictures(pipeline: Pipeline, images: object = 5, **options: object) -> np.nd
 
 @pytest.mark.parametrize("options", LOOPS)
 def test_pictures_are_those_of_the_bundle(exported, options):
-    bundle, run = ul_runtime.load(exported.bundle, threads=1), ul_runtime.load(exported.run, backend="torch", threads=1)
+    bundle, run = (
+        ul_runtime.load(exported.bundle, threads=1),
+        ul_runtime.load(exported.run, backend="torch", threads=1),
+    )
     for images, batch_size in ((5, 3), ([7, 2], 2)):
         how = {"seed": 4, "labels": [1, 2, "none"], "batch_size": batch_size, **options}
         expected = pictures(bundle, images, **how)

@@ -17,7 +17,7 @@ from tiny_run import SHORT, blobs, refuses, tree, write_npz
 from ul_runtime import durable
 from ul_train.cli import main
 from ul_train.config import preset_names
-from ul_train.runlog import RunLog
+from ul_train.log import RunLog
 
 KEPT = sorted(
     ["config.toml", "run.json", "log.jsonl", "report.json", "report.png", "checkpoints", "previews", "tensorboard"]

@@ -12,7 +12,7 @@ from command import Runner
 from tiny_run import SHORT, refuses, tree, write_npz
 
 from ul_runtime import durable
-from ul_train import command as commands
+from ul_train import train as commands
 from ul_train.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_sound_disk")

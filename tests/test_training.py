@@ -15,12 +15,11 @@ from tiny_run import CPU, image_set, same_tensors, session, splits, stop_at, tin
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
 from ul_runtime.loop import never
 from ul_train import checkpoint as ckpt
-from ul_train import session as sessions
-from ul_train.ema import ema_decay_at
-from ul_train.randomness import step_generator
-from ul_train.runlog import RunLog
-from ul_train.session import check_recipe, load_networks, read_run
-from ul_train.stages import Stage, base_stage, joint_stage
+from ul_train import run
+from ul_train.log import RunLog
+from ul_train.objective import step_generator
+from ul_train.run import check_recipe, load_networks, read_run
+from ul_train.stages import Stage, base_stage, ema_decay_at, joint_stage
 from ul_train.trainer import Trainer, learning_rate_at
 
 HARD = (  # everything that draws random numbers, and everything that is split
@@ -182,7 +181,7 @@ def test_the_base_of_another_encoder_is_not_trained_on(tmp_path: Path) -> None:
     first.run_stage("base")
     longer = tiny("joint.steps=8")
     info = check_recipe(tmp_path, longer, ["joint.steps"])
-    again = session(tmp_path, longer, info=sessions.adopt_recipe(tmp_path, longer, info))
+    again = session(tmp_path, longer, info=run.adopt_recipe(tmp_path, longer, info))
     again.run_stage("joint")
     with pytest.raises(BadInputError, match=r"base-000006: learned the latents of another encoder.*remove.*base-\*"):
         again.run_stage("base")
@@ -193,7 +192,7 @@ def test_the_base_of_another_encoder_is_not_trained_on(tmp_path: Path) -> None:
 def test_a_recipe_changed_with_allow_leaves_the_earlier_stage_usable(tmp_path: Path) -> None:
     session(tmp_path, tiny()).run_stage("joint")
     longer = tiny("base_stage.steps=7")
-    info = sessions.adopt_recipe(tmp_path, longer, check_recipe(tmp_path, longer, ["base_stage.steps"]))
+    info = run.adopt_recipe(tmp_path, longer, check_recipe(tmp_path, longer, ["base_stage.steps"]))
     assert read_run(tmp_path) == (longer, info)
     session(tmp_path, longer, info=info).run_stage("base")
     assert load_networks(tmp_path)[3] == 7

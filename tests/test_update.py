@@ -12,10 +12,11 @@ from test_precision_export import calm
 from tiny_run import contents, write_npz
 from torch import nn
 
-from ul_export import update as updating
+from ul_export import export as updating
 from ul_export.cli import main
-from ul_export.compare import REDUCED
-from ul_export.weight_names import name_weights, replace_weights
+from ul_export.export import replace_weights
+from ul_export.onnx_graphs import name_weights
+from ul_export.verify import REDUCED
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError
 from ul_runtime.manifest import GRAPH_NAMES

@@ -11,10 +11,9 @@ from exported_run import PLAIN, exported_run
 
 import ul_runtime
 from ul_runtime.batches import Images
-from ul_runtime.cli.devices import by_workers
-from ul_runtime.control import UNWATCHED, Control
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError
-from ul_runtime.workers import Workers
+from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.workers import Workers, by_workers
 
 OPTIONS = {"seed": 3, "labels": [1, "none"], "steps": 3, "guidance": 1.5}
 

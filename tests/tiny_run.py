@@ -13,9 +13,10 @@ from ul_runtime.loop import never
 from ul_train import checkpoint as ckpt
 from ul_train.cli import main
 from ul_train.config import Config, load_config
-from ul_train.data import ImageSet, Splits
-from ul_train.runlog import RunLog
-from ul_train.session import RunInfo, Session, create_run
+from ul_train.data.imageset import ImageSet, Splits
+from ul_train.log import RunLog
+from ul_train.run import RunInfo, create_run
+from ul_train.train import Session
 
 CPU = torch.device("cpu")
 SHORT = [  # options of ul-train: four steps a stage

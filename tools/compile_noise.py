@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""ul_runtime/device/noise.cu to noise.ptx, by nvcc: only needed when noise.cu has changed.
+"""ul_runtime/backends/noise.cu to noise.ptx, by nvcc: only needed when noise.cu has changed.
 
     python tools/compile_noise.py
 
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from ul_runtime import durable
-from ul_runtime.device.cuda_noise import PTX_FILE, SOURCE_FILE
+from ul_runtime.backends.gpu import PTX_FILE, SOURCE_FILE
 from ul_runtime.errors import UsageError, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ul_runtime.errors import run_command
-from ul_runtime.origin import anonymous, commit, versions
+from ul_runtime.machine import anonymous, commit, versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,13 +42,12 @@ def exporters(
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Export every step graph by both, compare and time them in turn."""
+    from ul_export.bench.measure import in_turn
     from ul_export.onnx_graphs import export_onnx, step_graphs
-    from ul_export.precision.memory import in_memory
+    from ul_export.precision.graphs import in_memory
     from ul_runtime import durable
-    from ul_runtime.benchmark import in_turn
-    from ul_runtime.control import UNWATCHED
-    from ul_train.describe import describe
-    from ul_train.session import load_networks
+    from ul_runtime.progress import UNWATCHED
+    from ul_train.run import describe, load_networks
 
     config, info, networks, step = load_networks(run)
     described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, OPSET)

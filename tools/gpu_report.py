@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ul_runtime.cli.options import parse_counts
 from ul_runtime.errors import ULError, UsageError, require_packages, run_command
-from ul_runtime.origin import anonymous, commit, versions
+from ul_runtime.machine import anonymous, commit, versions
+from ul_runtime.settings import parse_counts
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from ul_runtime.device.loop import DeviceLoop
+    from ul_runtime.backends.gpu_loop import DeviceLoop
     from ul_runtime.manifest import BundleInfo
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -156,9 +156,9 @@ def seconds_of(work: Callable[[], object], device: Any, times: int) -> float:
 
 def open_model(name: str, folder: Path, contenders: Sequence[str]) -> Model:
     """A bundle, or a preset with random weights: networks, and a bundle in float16 if an engine is to run it."""
-    from ul_runtime.benchmark import work_of_an_image
+    from ul_export.bench.measure import work_of_an_image
+    from ul_runtime.loading import open_bundle, shipped_names
     from ul_runtime.settings import Overrides
-    from ul_runtime.shipped import open_bundle, shipped_names
 
     if name in shipped_names() or Path(name).is_dir():
         bundle = open_bundle(name)
@@ -166,10 +166,10 @@ def open_model(name: str, folder: Path, contenders: Sequence[str]) -> Model:
         return Model(bundle.manifest.name, bundle.manifest, flops, bundles={0: bundle.path})
     import torch
 
-    from ul_train.accounting import account
+    from ul_train.account import account
     from ul_train.config import load_config
-    from ul_train.describe import describe
     from ul_train.model import make_base, make_decoder, make_encoder, randomise
+    from ul_train.run import describe
 
     config, classes = load_config(name, []), tuple(f"class {n}" for n in range(10))
     torch.manual_seed(0)
@@ -189,9 +189,10 @@ def opset_of(contender: str) -> int:
 
 def float16_bundle(info: "BundleInfo", networks: "dict[str, nn.Module]", opset: int, path: Path) -> Path:
     """The networks in float16 wherever ul-export would try it first: for speed, not proved."""
-    from ul_export.onnx_graphs import export_graphs, split_weights
-    from ul_export.precision.command import with_their_weights
+    from ul_export.onnx_graphs import export_graphs
+    from ul_export.onnx_model import split_weights
     from ul_export.precision.lower import half_nodes, lower
+    from ul_export.precision.reduce import with_their_weights
     from ul_runtime.bundle import write_bundle
 
     files = export_graphs(networks, info, opset)
@@ -291,7 +292,7 @@ def make(model: Model, contender: str, device: Any) -> Made:
     path = model.bundles.get(opset_of(contender)) or model.bundles.get(0)
     if path is None or (0 in model.bundles and contender.endswith("-attention")):
         raise UsageError("there is no bundle of that opset")
-    from ul_runtime.backends.on_a_card import CardOptions, open_on_a_card
+    from ul_runtime.backends.choose import CardOptions, open_on_a_card
     from ul_runtime.bundle import Bundle
     from ul_runtime.pipeline import Pipeline
 
@@ -306,11 +307,10 @@ def make(model: Model, contender: str, device: Any) -> Made:
 def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Made:
     import torch
 
-    from ul_export.torch_peers import UserLoop
+    from ul_export.bench.peers import UserLoop
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Overrides, resolve_settings
-    from ul_train.model import in_precision
-    from ul_train.torch_device import RunModel, TorchDeviceBackend, TorchMemory
+    from ul_train.torch_backend import RunModel, TorchDeviceBackend, TorchMemory, in_precision
 
     assert model.networks is not None
     if contender in ("torch-graphs", "torch-no-graphs"):

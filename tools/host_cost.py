@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from ul_runtime.cli.options import parse_counts
 from ul_runtime.errors import require_packages, run_command
-from ul_runtime.origin import anonymous, commit, versions
+from ul_runtime.machine import anonymous, commit, versions
+from ul_runtime.settings import parse_counts
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline
@@ -118,12 +118,10 @@ def host_cost(
 
 def over_no_device(preset: str) -> "Pipeline":
     """The pipeline of a preset, over a device that takes no time."""
-    from ul_runtime.device.backend import DeviceBackend
-    from ul_runtime.device.loop import DeviceLoop
-    from ul_runtime.device.pixels import graphs_of
+    from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, graphs_of
     from ul_runtime.pipeline import Pipeline
     from ul_train.config import load_config
-    from ul_train.describe import describe
+    from ul_train.run import describe
 
     info = describe(load_config(preset, []), tuple(f"class {n}" for n in range(10)), "0" * 32, "0" * 64, 0, 20)
     backend: Any = DeviceBackend()

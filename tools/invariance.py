@@ -20,10 +20,9 @@ import typer
 import ul_runtime
 from ul_runtime import noise
 from ul_runtime.backends import Backend
-from ul_runtime.cli.options import parse_counts
 from ul_runtime.errors import DifferentError, run_command
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.settings import Overrides
+from ul_runtime.settings import Overrides, parse_counts
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 EDGES = (2**32 - 1, 2**32, 2**63 - 1)

@@ -19,14 +19,14 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError, run_command
-from ul_runtime.noise_process import alpha, sigma
-from ul_train.device import choose_device, choose_precision
 from ul_train.stages import Batch, Stage, base_stage, to_model
+from ul_train.torch_backend import choose_device, choose_precision
 
 if TYPE_CHECKING:
     from ul_train.config import Config
-    from ul_train.data import Splits
+    from ul_train.data.imageset import Splits
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 PACKAGES = ("unified-latents", "diffusers", "numpy", "onnxruntime", "torch")
@@ -111,9 +111,9 @@ def flops_per_image(config: "Config", channels: tuple[int, ...], blocks: int) ->
 
 def train(stage: Stage, splits: "Splits", run: Path, encoder: str | None = None) -> nn.Module:
     """The averaged network of a stage, trained from where its checkpoints stand."""
-    from ul_runtime.signals import stop_on_signal
+    from ul_runtime.progress import stop_on_signal
     from ul_train import checkpoint as ckpt
-    from ul_train.runlog import RunLog
+    from ul_train.log import RunLog
     from ul_train.trainer import Trainer
 
     with stop_on_signal() as stop:
@@ -143,11 +143,11 @@ def write(
     bundle: Path, config: "Config", classes: tuple[str, ...], networks: dict[str, nn.Module], threads: int | None
 ) -> None:
     """The bundle of these networks, once proved equal to torch as any other."""
+    from ul_export.export import Trial
     from ul_export.onnx_graphs import export_graphs
-    from ul_export.trial import Trial
     from ul_export.verify import require
     from ul_runtime.bundle import write_bundle
-    from ul_train.describe import describe
+    from ul_train.run import describe
 
     opset = 20
     info = describe(config, classes, "kl-autoencoder", "0" * 64, config.base_stage.steps, opset)
@@ -177,12 +177,11 @@ def compare(
     """Train the autoencoder and its latent diffusion model at equal compute, and put both beside each other."""
     from ul_runtime import durable
     from ul_runtime.loop import never
-    from ul_runtime.origin import anonymous, commit, versions
-    from ul_train.accounting import account
-    from ul_train.cli import cache_dir
-    from ul_train.command import open_splits
-    from ul_train.processes import option_words
-    from ul_train.session import read_run
+    from ul_runtime.machine import anonymous, cache_dir, commit, versions
+    from ul_train.account import account
+    from ul_train.data.prepare import open_splits
+    from ul_train.run import read_run
+    from ul_train.sweep import option_words
 
     if threads:
         torch.set_num_threads(threads)
@@ -242,12 +241,12 @@ def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) ->
     """What ul-eval says of a bundle, and the FLOPs of training and of sampling an image."""
     import os
 
-    from ul_export.evaluation.headline import headline
-    from ul_runtime.benchmark import work_of_an_image
+    from ul_export.bench.measure import work_of_an_image
+    from ul_export.evaluation.report import headline
     from ul_runtime.bundle import Bundle
-    from ul_train.processes import run_main
+    from ul_train.sweep import run_main
 
-    said = run_main("ul_export.eval_cli", str(bundle), "--data", data, *ask, "--json")
+    said = run_main("ul_export.evaluation.cli", str(bundle), "--data", data, *ask, "--json")
     return {
         **headline(json.loads(said)),
         "training_flops": {"first stage": first, "base": second},

@@ -120,9 +120,8 @@ def table(
 ) -> None:
     """Train, export and evaluate every row of a table, and write it."""
     from ul_runtime import durable
-    from ul_runtime.origin import anonymous, commit, versions
-    from ul_train.processes import option_words
-    from ul_train.variants import Variants
+    from ul_runtime.machine import anonymous, commit, versions
+    from ul_train.sweep import Variants, option_words
 
     rows = chosen_rows(name, values)
     shared = option_words({"--heldout": heldout, "--threads": threads, "--cache": cache})
@@ -192,9 +191,9 @@ def run_name(row: Row, seed: int, recipe: str, common: list[str]) -> str:
 
 def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]) -> dict[str, Any]:
     """What ul-train report and ul-eval say of a run; kept in the run's folder."""
-    from ul_export.evaluation.headline import headline
+    from ul_export.evaluation.report import headline
     from ul_runtime import durable
-    from ul_train.processes import run_main
+    from ul_train.sweep import run_main
 
     report = variants.measured(run, images, mean_of)
     file, bundle = run / "evaluated.json", run / "bundle"
@@ -202,7 +201,7 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
     if record.get("asked") != ask:
         if not bundle.exists():
             run_main("ul_export.cli", str(run), "--out", str(bundle))
-        said = run_main("ul_export.eval_cli", str(bundle), "--data", variants.data, *ask, "--json")
+        said = run_main("ul_export.evaluation.cli", str(bundle), "--data", variants.data, *ask, "--json")
         record = {"asked": ask, "figures": json.loads(said)}
         durable.atomic_write(file, json.dumps(record).encode())
     kept = ("bits_per_pixel", "psnr_db", "psnr_mean_db", "gaussian_psnr_db", "latent_std", "decoder_steps", "mean_of")
@@ -219,8 +218,8 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
 
 def flops(run: Path) -> dict[str, int]:
     """Of training, both stages."""
-    from ul_train.accounting import account
-    from ul_train.session import read_run
+    from ul_train.account import account
+    from ul_train.run import read_run
 
     config, info = read_run(run)
     figures = account(config, len(info.class_names))
@@ -276,7 +275,7 @@ def plot(record: dict[str, Any]) -> bytes:
     """PNG: PSNR, rFD and gFD over the rate; a line where the rows are values of one field."""
     from matplotlib.figure import Figure
 
-    from ul_train.plots import figure_png, name_points
+    from ul_train.log import figure_png, name_points
 
     rows = sorted(averaged(record), key=lambda row: float(row["bits_per_pixel"]))
     rates = [row["bits_per_pixel"] for row in rows]

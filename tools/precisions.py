@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ul_runtime.errors import UsageError, run_command
-from ul_runtime.origin import anonymous, commit, versions
+from ul_runtime.machine import anonymous, commit, versions
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -48,7 +48,7 @@ def precisions(
     """Compare them, and write a table."""
     import ul_runtime
     from ul_runtime import durable
-    from ul_train.processes import option_words
+    from ul_train.sweep import option_words
 
     threads = threads or len(os.sched_getaffinity(0))
     pipelines = [ul_runtime.load(path, threads=threads) for path in bundles]
@@ -106,8 +106,8 @@ def facts(pipeline: "Pipeline") -> dict[str, Any]:
 
 def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
     """Images a second of each, by batch size: the median of the batches, in turn."""
-    from ul_runtime.benchmark import in_turn
-    from ul_runtime.control import UNWATCHED
+    from ul_export.bench.measure import in_turn
+    from ul_runtime.progress import UNWATCHED
 
     def make(pipeline: "Pipeline", batch: int) -> None:
         for _ in pipeline.generate(batch, batch_size=batch):
@@ -123,24 +123,24 @@ def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
 
 def quality(path: Path, data: str, ask: list[str]) -> dict[str, Any]:
     """What ul-eval says of the bundle; of half precision, of its copy with the rounding written out."""
-    from ul_export.evaluation.headline import headline
+    from ul_export.evaluation.report import headline
     from ul_export.precision.lower import HALF
     from ul_runtime.backends import bundle_precision
     from ul_runtime.bundle import Bundle
-    from ul_train.processes import run_main
+    from ul_train.sweep import run_main
 
     bundle = Bundle.open(path)
     with tempfile.TemporaryDirectory() as folder:
         half = bundle_precision(bundle) in HALF
         if half:
             path = rounded_copy(bundle, Path(folder) / "rounded").path
-        said = run_main("ul_export.eval_cli", str(path), "--data", data, *ask, "--json")
+        said = run_main("ul_export.evaluation.cli", str(path), "--data", data, *ask, "--json")
     return {"evaluated": "every rounding written out" if half else "as it is", **headline(json.loads(said))}
 
 
 def rounded_copy(bundle: "Bundle", out: Path) -> "Bundle":
     """A bundle in float32 that rounds wherever the typed graphs of this one do."""
-    from ul_export.onnx_graphs import join_weights, split_weights
+    from ul_export.onnx_model import join_weights, split_weights
     from ul_export.precision.lower import emulated
     from ul_runtime.bundle import write_bundle
 

@@ -16,8 +16,8 @@ import typer
 
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError, run_command
+from ul_runtime.loading import MODELS
 from ul_runtime.manifest import BundleInfo
-from ul_runtime.shipped import MODELS
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 MOST_BYTES = 12_000_000

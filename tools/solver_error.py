@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ul_runtime.errors import NonFiniteError, UsageError, run_command
-from ul_runtime.origin import anonymous, commit, versions
+from ul_runtime.machine import anonymous, commit, versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ def mixture_mean(z: "np.ndarray", logsnr: float) -> "np.ndarray":
     """E[x | z_t], z `n`, for an even mixture of N(c, WIDTH^2), c in CENTRES."""
     import numpy as np
 
-    from ul_runtime.noise_process import alpha, sigma
+    from ul_runtime.diffusion import alpha, sigma
 
     a, centres = float(alpha(logsnr)), np.array(CENTRES)
     variance = a**2 * WIDTH**2 + float(sigma(logsnr)) ** 2
@@ -153,8 +153,7 @@ def bundle_figures(
 
     import numpy as np
 
-    from ul_runtime.control import Control
-    from ul_runtime.progress import progress
+    from ul_runtime.progress import Control, progress
     from ul_runtime.settings import label_cycle
 
     plan = [(REFERENCE, reference_steps), (REFERENCE, reference_steps // 2)]
@@ -220,7 +219,7 @@ def plot(record: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    from ul_train.plots import figure_png
+    from ul_train.log import figure_png
 
     found = panels(record, "calls")
     canvas = Figure(figsize=(6.5 * len(found), 5.0), layout="constrained")

@@ -90,20 +90,20 @@ def export(
             raise UsageError(f"{run} is a bundle, whose engines are built as it is; {_ENGINES_ONLY}")
         return _say(build(run), json_)
     require_packages("torch", "onnx", "onnxscript", "matplotlib", extras="train,export")
-    from ul_export.command import ExportOptions, export_bundle
+    from ul_export.export import ExportOptions, export_bundle
+    from ul_runtime.machine import cache_dir
     from ul_runtime.progress import print_line
-    from ul_runtime.user_cache import cache_dir
 
     if check:
         if changed or build is not None or update is not None or out is not None or overwrite:
             raise UsageError("--check writes nothing, in float32; leave out all but --threads and --json")
-        from ul_export.command import check_export
+        from ul_export.export import check_export
 
         return _say(check_export(run, threads, print_line), json_)
     if update is not None:
         if kind != "fp32" or opset is not None or weights != "fp32":
             raise UsageError("--update keeps the bundle's precision and opset; leave them out")
-        from ul_export.update import update_bundle
+        from ul_export.export import update_bundle
 
         out = out or update
         figures = update_bundle(run, update, out, threads, print_line, calibrate=calibrate, cache=cache_dir(cache))
@@ -154,8 +154,8 @@ def _engine_builder(
 
 def _is_bundle(path: Path) -> bool:
     """A folder with a bundle's manifest, or the name of a model inside the package."""
+    from ul_runtime.loading import shipped_names
     from ul_runtime.manifest import is_bundle
-    from ul_runtime.shipped import shipped_names
 
     return is_bundle(path) if path.exists() else str(path) in shipped_names()
 

@@ -5,19 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ul_runtime.backends.tensorrt_build import Profile, library_for
+from ul_runtime.backends.tensorrt_engines import EngineCache, Engines, engines_for_card
 from ul_runtime.bundle import Bundle
-from ul_runtime.cards import cards
-from ul_runtime.control import Control
 from ul_runtime.errors import StoppedError, UsageError
+from ul_runtime.loading import open_bundle
+from ul_runtime.machine import cards, engine_dir
 from ul_runtime.manifest import GRAPH_NAMES
-from ul_runtime.progress import progress
-from ul_runtime.shipped import open_bundle
-from ul_runtime.signals import stop_on_signal
-from ul_runtime.tensorrt.build import Profile
-from ul_runtime.tensorrt.engines import EngineCache
-from ul_runtime.tensorrt.library import library_for
-from ul_runtime.tensorrt.prepare import Engines, engines_for_card
-from ul_runtime.user_cache import engine_dir
+from ul_runtime.progress import Control, progress, stop_on_signal
 
 
 def open_engines(targets: list[str], most: int, folder: Path | None, refittable: bool = False) -> Engines:

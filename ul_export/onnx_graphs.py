@@ -4,31 +4,73 @@ A graph file holds no weights: its initializers point into the safetensors file 
 initializer names), so standard tools can open the directory and graphs can share weights.
 """
 
-import json
 import logging
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
-from safetensors.numpy import save
 from torch import nn
 
-from ul_export.half_weights import exact_in_half, store_half
-from ul_export.module_paths import name_nodes
-from ul_export.weight_names import name_weights
-from ul_runtime.bundle import parse_weights
-from ul_runtime.errors import BadInputError, ULError
+from ul_export.onnx_model import module_of, name_nodes, one_line, split_weights, strip_metadata
+from ul_export.precision.lower import exact_in_half, store_half
+from ul_runtime.errors import ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
-from ul_train.networks.layers import SelfAttention
-from ul_train.step import DecoderStep, PriorStep
+from ul_train.networks import SelfAttention
+from ul_train.step_graphs import DecoderStep, PriorStep
+
+_TRANSPOSED = ".T"
+_AGAIN = re.compile(r"~\d+$")  # another initializer of the same parameter, in another shape
+_HALF = re.compile(r"(?P<weight>.+)\.half")
+_INT8 = re.compile(r"(?P<weight>.+)/axis(?P<axis>\d)\.(?P<part>int8|scale)")
+
+
+def parameters(module: nn.Module) -> dict[str, np.ndarray]:
+    """Float32 arrays of a module's parameters and buffers by name."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: value.detach().cpu().float().numpy() for name, value in named}
+
+
+def name_weights(model: ModelProto, module: nn.Module) -> None:
+    """Rename the initializers that the exporter folded: `PARAMETER.T` is transposed, any other reshaped at most."""
+    given = parameters(module)
+    taken = {tensor.name for tensor in model.graph.initializer}
+    renamed: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or tensor.name in given:
+            continue
+        users = [module_of(node.name) for node in model.graph.node if tensor.name in node.input]
+        source = _source(numpy_helper.to_array(tensor), given, users)
+        if source is None:
+            continue  # a constant
+        name = source
+        while name in taken:
+            name = f"{source}~{len(taken)}"
+        taken.add(name)
+        renamed[tensor.name] = tensor.name = name
+    for node in model.graph.node:
+        for at, each in enumerate(node.input):
+            node.input[at] = renamed.get(each, each)
+
+
+def _source(array: np.ndarray, given: Mapping[str, np.ndarray], users: list[str]) -> str | None:
+    """The parameter with these values, of a module that takes them if there is one."""
+    for near in (True, False):
+        for name, value in given.items():
+            if near != any(name.startswith(f"{user}.") for user in users) or value.size != array.size:
+                continue
+            if value.ndim == 2 and value.T.shape == array.shape and np.array_equal(value.T, array):
+                return name + _TRANSPOSED
+            if np.array_equal(value.reshape(array.shape), array):
+                return name
+    return None
+
 
 OPSETS = (18, 20, 22, 23)  # those that the tests prove
 _ATTENTION = 23  # from here on it is one operator, which ONNX Runtime runs on cards without writing scores down
-_INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
 
 
 @dataclass(frozen=True)
@@ -97,60 +139,6 @@ def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
     name_nodes(model)
     name_weights(model, graph.module)
     return strip_metadata(model)
-
-
-def strip_metadata(model: ModelProto) -> ModelProto:
-    """Remove what torch notes down for itself: its own names, types, and stack traces with paths of this machine."""
-    graph = model.graph
-    del graph.value_info[:]  # a quarter of a graph's bytes; everyone infers it
-    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    return model
-
-
-def split_weights(model: ModelProto, weights_file: str) -> tuple[bytes, bytes]:
-    """(graph without weights, safetensors bytes): every large initializer becomes external data in `weights_file`."""
-    large = [t for t in model.graph.initializer if len(t.raw_data) > _INLINE_BYTES]
-    arrays = {tensor.name: np.ascontiguousarray(numpy_helper.to_array(tensor)) for tensor in large}
-    weights = save(arrays)
-    header_bytes = int.from_bytes(weights[:8], "little")
-    header = json.loads(weights[8 : 8 + header_bytes])
-    for tensor in large:
-        begin, end = header[tensor.name]["data_offsets"]
-        tensor.ClearField("raw_data")
-        tensor.data_location = TensorProto.EXTERNAL
-        del tensor.external_data[:]
-        for key, value in (("location", weights_file), ("offset", 8 + header_bytes + begin), ("length", end - begin)):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
-    return model.SerializeToString(deterministic=True), weights
-
-
-def join_weights(graph: bytes, weights: bytes, weights_file: str) -> ModelProto:
-    """What `split_weights` took apart; never serialised whole, so that it may be larger than protobuf's 2 GiB."""
-    model, arrays = onnx.load_model_from_string(graph), parse_weights(weights, weights_file)
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            tensor.ClearField("data_location")
-            del tensor.external_data[:]
-            tensor.raw_data = arrays[tensor.name].tobytes()
-    return model
-
-
-def check_graph(path: Path) -> None:
-    """onnx.checker with shape inference over a graph file beside its weights; BadInputError says what it found."""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BadInputError(
-            f"{path.name}: onnx.checker refuses the graph: {one_line(error)}; no bundle was written"
-        ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The start of an error's text, for a message."""
-    return " ".join(str(error).split())[:300]
 
 
 def export_graphs(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, UsageError
+from ul_runtime.images import to_uint8
 
 _LOG = logging.getLogger(__name__)
 
@@ -108,11 +109,6 @@ def _in_float32(draw: Draw, part: np.ndarray) -> Drawn:
     x = None if a.x is None or b.x is None else np.concatenate([a.x, b.x])
     labels, images = np.concatenate([a.labels, b.labels]), np.concatenate([a.images, b.images])
     return Drawn(labels, images, np.concatenate([a.finite, b.finite]), x)
-
-
-def to_uint8(x: np.ndarray) -> np.ndarray:
-    """x `b c h w`, finite, clipped to [-1, 1] -> uint8 `b h w c`: round((x + 1) * 127.5)."""
-    return np.rint((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def finite(array: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ul_runtime.png import png_bytes, to_picture
+
 MOST_TILES = 100
 _MOST_COLUMNS = 20
 _MIN_TILE, _MAX_TILE = 96, 256  # px: smaller pictures are enlarged by whole factors, larger ones reduced
@@ -27,11 +29,6 @@ def _tile(image: np.ndarray) -> Image.Image:
         return picture
     factor = max(1, math.ceil(_MIN_TILE / longest))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-def to_picture(image: np.ndarray) -> Image.Image:
-    """uint8 `h w c` with 1 (grey), 3 (RGB) or 4 (RGBA) channels as a picture."""
-    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
 def _fit(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
@@ -76,3 +73,10 @@ def contact_sheet(
         if captions:
             centred(captions[i], column, top + row * cell_h + height + 2)
     return sheet
+
+
+def contact_sheet_png(
+    images: Sequence[np.ndarray], title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
+) -> bytes:
+    """The sheet of images uint8 `h w c` as PNG bytes."""
+    return png_bytes(contact_sheet(images, title, columns, captions), {})

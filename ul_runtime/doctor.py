@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ul_export.bench import measure
+from ul_export.bench.measure import PRODUCT
 from ul_runtime.backends import INSTALL_ORT_GPU, ON_A_CARD, ORT_GPU, REINSTALL_ORT_GPU, one_line
-from ul_runtime.cards import Card, cards, driver_version, has_bindings
+from ul_runtime.backends.tensorrt_build import KINDS, Plan, Profile, build_engine, open_library
+from ul_runtime.backends.tensorrt_engines import EngineCache
 from ul_runtime.errors import ULError, UsageError
+from ul_runtime.machine import Card, cards, driver_version, has_bindings, versions
 from ul_runtime.manifest import TensorFormat
-from ul_runtime.origin import versions
-from ul_runtime.product import PRODUCT
-from ul_runtime.tensorrt.build import Plan, Profile, build_engine
-from ul_runtime.tensorrt.engines import EngineCache
-from ul_runtime.tensorrt.library import KINDS, open_library
 
 DEFAULT = "ort-cpu"  # the backend without which nothing runs
 _SIZE = 8
@@ -57,7 +56,7 @@ def _ort_cpu() -> Finding:
         from ul_runtime.backends import ort_cpu
     except UsageError as error:
         return Finding(DEFAULT, False, str(error))
-    return _computes(DEFAULT, f"onnxruntime {ort_cpu.VERSION}", lambda a, b: ort_cpu.product(1)(a, b))
+    return _computes(DEFAULT, f"onnxruntime {ort_cpu.VERSION}", lambda a, b: measure.product(1)(a, b))
 
 
 def _install(extra: str) -> str:
@@ -137,21 +136,21 @@ def _tensorrt(name: str, found: list[Card]) -> Finding:
 
 def _on_card(name: str, card: Card, engines: Path) -> Finding:
     """A backend opened on a card over the model of the package, and whether its steps are the processor's."""
-    from ul_runtime.backends import on_a_card
-    from ul_runtime.shipped import open_bundle
+    from ul_runtime.backends import choose
+    from ul_runtime.loading import open_bundle
 
     what, bundle, opened = f"{name}, card {card.number}", open_bundle(None), None
     said: list[str] = []
-    options = on_a_card.CardOptions(card.number, engines if name == "tensorrt" else None)
+    options = choose.CardOptions(card.number, engines if name == "tensorrt" else None)
     try:
-        opened = on_a_card.open_on_a_card(name, bundle, None, options, said.append)
-        difference = on_a_card.check_step(opened, bundle)
+        opened = choose.open_on_a_card(name, bundle, None, options, said.append)
+        difference = choose.check_step(opened, bundle)
     except UsageError as error:  # not installed, or not for such a card
         return Finding(what, None, str(error))
     except ULError as error:
         return Finding(what, False, str(error), "; ".join(said))
     finally:
-        on_a_card.close(opened)
+        choose.close(opened)
         opened = None
         gc.collect()
     return Finding(what, True, f"steps of {bundle.manifest.name} differ from the processor's by {difference:.1e}")
@@ -162,7 +161,7 @@ def _torch(found: list[Card]) -> Finding:
     if find_spec("torch") is None:
         return Finding("torch", None, "not installed", _install("train"))
     try:
-        torch_device = import_module("ul_train.torch_device")  # which builds on this package, not this one on it
+        torch_device = import_module("ul_train.torch_backend")  # which builds on this package, not this one on it
     except (ImportError, OSError) as error:
         return Finding("torch", False, f"installed, and cannot be loaded: {error}", _install("train"))
     where, product = torch_device.product()

@@ -6,7 +6,7 @@ Shapes are those of the step graphs: `b` (batch) and `g` (guidance branches) dyn
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Protocol, Self
 
@@ -23,8 +23,7 @@ from pydantic import (
 )
 
 from ul_runtime.errors import BadInputError, UntrustedError, UsageError
-from ul_runtime.grids import parse_grid
-from ul_runtime.samplers import parse_sampler
+from ul_runtime.samplers import parse_grid, parse_sampler
 
 FORMAT: Final = "unified-latents-bundle"
 FORMAT_VERSION: Final = 2
@@ -378,3 +377,31 @@ def manifest_bytes(info: BundleInfo, files: Mapping[str, FileEntry]) -> bytes:
     data = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
     parse_manifest(data)
     return data
+
+
+class Tensor(Protocol):
+    """An input or output; see TensorFormat."""
+
+    @property
+    def name(self) -> str:
+        """As the graph calls it."""
+
+    @property
+    def dtype(self) -> str:
+        """As numpy calls it."""
+
+    @property
+    def shape(self) -> tuple[int | str, ...]:
+        """A string is a dynamic dimension, b or g."""
+
+
+class Interface(Protocol):
+    """What goes into a graph and comes out."""
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """In no order that matters."""
+
+    @property
+    def outputs(self) -> Sequence[Tensor]:
+        """Likewise."""

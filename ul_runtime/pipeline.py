@@ -13,17 +13,36 @@ import numpy as np
 from ul_runtime import noise
 from ul_runtime.backends import Backend
 from ul_runtime.batches import Drawn, Images, finite, in_batches
-from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
-from ul_runtime.control import UNWATCHED, Control
+from ul_runtime.diffusion import NATS_PER_BIT, Schedule, alpha, diffuse, diffusion_term, kl_terminal, sigma
 from ul_runtime.errors import UsageError
-from ul_runtime.guidance import Inputs, autoguided, check_effective, check_guide, classifier_free, unguided
-from ul_runtime.indices import SEEDS, as_indices, check_seed
-from ul_runtime.loop import Step, run_steps
+from ul_runtime.loop import (
+    Guide,
+    Inputs,
+    Noise,
+    Step,
+    Walk,
+    Walker,
+    autoguided,
+    check_effective,
+    check_guide,
+    classifier_free,
+    run_steps,
+    unguided,
+)
 from ul_runtime.manifest import Described, LogsnrRange
-from ul_runtime.noise_process import Schedule, alpha, diffuse, sigma
+from ul_runtime.progress import UNWATCHED, Control
 from ul_runtime.samplers import LOGSNR, sampler_table
-from ul_runtime.settings import Label, Overrides, SamplerSettings, Settings, label_cycle, resolve_settings
-from ul_runtime.walk import Guide, Noise, Walk, Walker
+from ul_runtime.settings import (
+    SEEDS,
+    Label,
+    Overrides,
+    SamplerSettings,
+    Settings,
+    as_indices,
+    check_seed,
+    label_cycle,
+    resolve_settings,
+)
 
 _PIXELS_A_BATCH, _MOST_A_BATCH = 2**15, 16  # on a processor: 16 images of 32 px, 8 of 64 px, 1 of 256 px
 _GOLDEN = (5**0.5 - 1) / 2

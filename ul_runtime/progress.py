@@ -1,9 +1,15 @@
 """Progress on stderr: a bar with rate and ETA on a terminal, a line every few seconds elsewhere."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from ul_runtime.errors import StoppedError
+from ul_runtime.loop import never
 
 _QUIET_S = 2.0  # nothing is shown for work that is shorter
 _LINE_EVERY_S = 10.0
@@ -65,3 +71,44 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
         yield advance
     finally:
         bar.stop()
+
+
+def _ignore(images: float) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Control:
+    """`stop` is asked before each step (True: StoppedError); `progress` gets the share of images just done."""
+
+    stop: Callable[[], bool] = never
+    progress: Callable[[float], None] = _ignore
+
+    def check(self) -> None:
+        """StoppedError if asked to stop."""
+        if self.stop():
+            raise StoppedError("stopped; nothing was written")
+
+
+UNWATCHED = Control()
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Within the block, the first signal makes the yielded `stop()` true; the second has its default effect."""
+    asked = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        for each in _STOPPING:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, handler) for each in _STOPPING}
+    try:
+        yield lambda: asked
+    finally:
+        for each, old in before.items():
+            signal.signal(each, old)

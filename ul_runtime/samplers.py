@@ -6,15 +6,115 @@
 noise. No network graph knows which sampler runs. `logsnr` is the full one; solver papers use half: h = Delta / 2.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
+from ul_runtime.diffusion import Schedule, alpha, sigma, sigmoid
 from ul_runtime.errors import UsageError
-from ul_runtime.grids import parse_grid
-from ul_runtime.noise_process import alpha, sigma
-from ul_runtime.spelling import Ranges, parse_spelling
+
+T = TypeVar("T")
+Ranges: TypeAlias = Mapping[str, Mapping[str, tuple[float, float]]]  # name -> its numbers in order, each with its ends
+
+
+def parse_spelling(where: str, text: str, known: Mapping[str, Callable[..., T]], ranges: Ranges) -> Callable[..., T]:
+    """The function of `known` that `text` names, with the numbers it gives; without numbers, the function's own.
+
+    `where` (sampler, sampling.decoder_grid, ...) begins the message of a UsageError.
+    """
+    name, colon, numbers = text.partition(":")
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        spellings = ", ".join(_spelling(other, ranges) for other in known)
+        raise UsageError(f"{where} {text!r} is not known; expected one of {spellings}{hint}")
+    if not colon:
+        return known[name]
+    ends = ranges.get(name)
+    if ends is None:
+        raise UsageError(f"{where} {text!r}: {name} takes no numbers; give {name}")
+    try:
+        values = [float(number) for number in numbers.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != len(ends) or any(
+        not low <= value <= high for value, (low, high) in zip(values, ends.values(), strict=True)
+    ):
+        wanted = ", ".join(f"{number} {low:g} to {high:g}" for number, (low, high) in ends.items())
+        raise UsageError(f"{where} {text!r}: expected {name}:{_names(ends)} with {wanted}")
+    return partial(known[name], **dict(zip(ends, values, strict=True)))
+
+
+def _spelling(name: str, ranges: Ranges) -> str:
+    return f"{name}[:{_names(ranges[name])}]" if name in ranges else name
+
+
+def _names(ends: Mapping[str, tuple[float, float]]) -> str:
+    return ",".join(number.upper() for number in ends)
+
+
+Grid: TypeAlias = Callable[[int, float, float], np.ndarray]  # (num_steps, logsnr_min, logsnr_max) -> nodes
+
+
+def uniform_grid(num_steps: int, logsnr_min: float, logsnr_max: float) -> np.ndarray:
+    """Evenly spaced in logsnr."""
+    return np.linspace(logsnr_min, logsnr_max, num_steps + 1)
+
+
+def cosine_grid(num_steps: int, logsnr_min: float, logsnr_max: float) -> np.ndarray:
+    """Evenly spaced in the time of the truncated cosine schedule."""
+    return np.asarray(Schedule("cosine", logsnr_min, logsnr_max).logsnr(np.linspace(1.0, 0.0, num_steps + 1)))
+
+
+def karras_grid(num_steps: int, logsnr_min: float, logsnr_max: float) -> np.ndarray:
+    """Karras et al. 2022, eq. 5: evenly spaced in (sigma / alpha)^(1/7)."""
+    noisiest, cleanest = (np.exp(-end / 14.0) for end in (logsnr_min, logsnr_max))
+    return -14.0 * np.log(np.linspace(noisiest, cleanest, num_steps + 1))
+
+
+def flow_grid(num_steps: int, logsnr_min: float, logsnr_max: float) -> np.ndarray:
+    """Evenly spaced in the time of rectified flow (Liu et al. 2022), sigma / alpha = t / (1 - t)."""
+    t = np.linspace(sigmoid(-0.5 * logsnr_min), sigmoid(-0.5 * logsnr_max), num_steps + 1)
+    return 2.0 * (np.log1p(-t) - np.log(t))
+
+
+def mix_grid(
+    num_steps: int,
+    logsnr_min: float,
+    logsnr_max: float,
+    rho: float = 0.5,
+    centre: float = -0.5,
+    width: float = 1.5,
+) -> np.ndarray:
+    """Quantiles of a uniform distribution in logsnr mixed with a logistic one (its share: rho).
+
+    (0.9, -1, 1.5) is near the grid of "Align your steps" (Sabour et al. 2024) for Stable Diffusion 1.5.
+    """
+    nodes = np.linspace(logsnr_min, logsnr_max, 20001)
+    sign = 1.0 if 2.0 * centre > logsnr_min + logsnr_max else -1.0  # of the side where the sigmoid is far from 1
+    mass = sigmoid(sign * (nodes - centre) / width)
+    logistic = (mass - mass[0]) / (mass[-1] - mass[0])
+    share = (1.0 - rho) * (nodes - logsnr_min) / (logsnr_max - logsnr_min) + rho * logistic
+    return np.interp(np.linspace(0.0, 1.0, num_steps + 1), share, nodes)
+
+
+GRIDS: dict[str, Callable[..., np.ndarray]] = {
+    "uniform": uniform_grid,
+    "cosine": cosine_grid,
+    "karras": karras_grid,
+    "flow": flow_grid,
+    "mix": mix_grid,
+}
+GRID_NUMBERS: Ranges = {"mix": {"rho": (0.0, 0.99), "centre": (-20.0, 20.0), "width": (0.25, 20.0)}}
+
+
+def parse_grid(text: str, where: str = "grid") -> Grid:
+    """The grid called `text`, such as `karras` or `mix:0.9,-1,1.5`; UsageError."""
+    return parse_spelling(where, text, GRIDS, GRID_NUMBERS)
+
 
 ROW = ("logsnr", "alpha", "sigma", "a", "b_0", "b_1", "b_2", "s")
 LOGSNR, ALPHA, SIGMA, A, B_0, B_1, B_2, S = range(len(ROW))

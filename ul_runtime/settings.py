@@ -2,13 +2,19 @@
 
 import difflib
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+import numpy as np
 
 from ul_runtime.errors import UsageError
-from ul_runtime.grids import parse_grid
-from ul_runtime.samplers import parse_sampler
+from ul_runtime.samplers import parse_grid, parse_sampler
+
+if TYPE_CHECKING:
+    pass
+
 
 NO_LABEL = "none"
 MOST_STEPS = 65536  # as in a manifest
@@ -146,3 +152,48 @@ def label_cycle(labels: Label | Sequence[Label] | None, classes: Sequence[str]) 
     if not given:
         raise UsageError("the list of labels is empty; expected at least one, or None for all classes in turn")
     return tuple(label_index(label, classes) for label in given)
+
+
+SEEDS = 2**64
+INDICES = 2**63
+
+
+def as_indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    """A count (0, 1, ...) or a list of indices as int64; UsageError for what is not whole or out of range."""
+    if isinstance(images, (int, np.integer)):
+        if images < 1:
+            raise UsageError(f"the number of images is {images}; expected 1 or more")
+        return np.arange(images, dtype=np.int64)
+    try:
+        numbers = [operator.index(index) for index in images]
+    except TypeError as error:
+        raise UsageError(f"image indices: {error}; a flat list of whole numbers is expected") from error
+    for number in numbers:
+        if not 0 <= number < INDICES:
+            raise UsageError(f"image index {number} is out of range; expected 0 to 2^63 - 1")
+    return np.array(numbers, np.int64)
+
+
+def check_seed(seed: int) -> None:
+    """UsageError for a seed that is not 0 to 2^64 - 1."""
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"the seed is {seed}; expected 0 to {SEEDS - 1}")
+
+
+def check_count(option: str, count: int, most: int | None = None) -> None:
+    """UsageError for a count below 1 or above `most`."""
+    if count < 1:
+        raise UsageError(f"{option} is {count}; expected 1 or more")
+    if most is not None and count > most:
+        raise UsageError(f"{option} is {count}; expected at most {most}")
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """`1,2,8` as numbers; UsageError."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UsageError(f"{option} {text!r}: expected numbers from 1 up, such as 1,2,8")
+    return counts

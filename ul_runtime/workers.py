@@ -3,17 +3,20 @@
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from ul_runtime.batches import Images
-from ul_runtime.control import Control
 from ul_runtime.errors import NonFiniteError, StoppedError, ULError
+from ul_runtime.pipeline import Pipeline
+from ul_runtime.progress import Control
 
 _ASK_S = 0.2  # between two questions whether to stop
 _END_S = 10.0  # for a process to end by itself
@@ -29,7 +32,7 @@ class _Done(NamedTuple):
 class Workers:
     """Processes that make images of one bundle; the block ends them.
 
-    `opened`: for each process the arguments of ul_runtime.load, and under "name" what errors call it.
+    `opened`: for each process the arguments of ul_runtime.loading.load, and under "name" what errors call it.
     """
 
     def __init__(self, opened: Sequence[Mapping[str, Any]]) -> None:
@@ -136,3 +139,31 @@ def _work(connection: Connection, opened: dict[str, Any]) -> None:
         return
     except ULError as error:
         connection.send(error)
+
+
+@contextmanager
+def several_devices(
+    pipeline: Pipeline, bundle: Path | None, cards: Sequence[int], **machine: Any
+) -> Iterator[Callable[..., Iterator[Images]]]:
+    """Yields what takes the arguments of Pipeline.generate. `machine`: arguments of ul_runtime.loading.load."""
+    if len(cards) < 2:
+        yield pipeline.generate
+        return
+    opened = [{"name": f"card {card}", "path": bundle, **machine, "device": card} for card in cards]
+    with by_workers(pipeline, opened) as generate:
+        yield generate
+
+
+@contextmanager
+def by_workers(pipeline: Pipeline, opened: Sequence[dict[str, Any]]) -> Iterator[Callable[..., Iterator[Images]]]:
+    """As above, by a process for each of `opened`; the pipeline itself only checks what is asked for."""
+    with Workers(opened) as workers:
+
+        def generate(
+            images: np.ndarray, *, batch_size: int | None, control: Control, **options: Any
+        ) -> Iterator[Images]:
+            pipeline.generate(images, batch_size=batch_size, control=control, **options)
+            size = batch_size or pipeline.default_batch_size
+            return workers.generate(images, size, control, pipeline.remade, **options)
+
+        yield generate

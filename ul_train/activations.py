@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ul_train.networks.layers import ResidualBlock, TransformerBlock
+from ul_train.networks import ResidualBlock, TransformerBlock
 
 LARGEST_FLOAT16 = 65504.0
 LEAST_HEADROOM_BITS = 2.0  # less than this is warned of; ul-export pins at one bit

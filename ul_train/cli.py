@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ul_runtime.errors import BadInputError, UsageError, require_packages, run_command
-from ul_runtime.user_cache import cache_dir
+from ul_runtime.machine import cache_dir
 
 train_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -89,7 +89,7 @@ def train(
         return
     if export_check is not None:
         require_packages("onnx", "onnxscript", "onnxruntime", extras="export")
-    from ul_train.command import TrainOptions, train_command
+    from ul_train.train import TrainOptions, train_command
 
     options = TrainOptions(
         out=out or run,
@@ -130,7 +130,7 @@ def report(
 ) -> None:
     """Measure bits per pixel and reconstruction PSNR of a run on held-out images, beside the Gaussian bound."""
     require_packages("torch", extras="train")
-    from ul_train.command import report_command
+    from ul_train.train import report_command
 
     figures = report_command(
         run, data, heldout, images, mean_of, decoder_steps, threads, cache_dir(cache), device, precision
@@ -156,11 +156,10 @@ def sweep(
 ) -> None:
     """Train stage joint once for each loss factor, and draw the rate-distortion curve; run again, it goes on."""
     require_packages("torch", "matplotlib", extras="train")
-    from ul_runtime.origin import anonymous
+    from ul_runtime.machine import anonymous
     from ul_train import sweep as sweeping
     from ul_train.config import load_config
-    from ul_train.processes import option_words
-    from ul_train.variants import Variants
+    from ul_train.sweep import Variants, option_words
 
     if data is None or out is None:
         raise UsageError(f"{'--out' if data else '--data'} is missing; see ul-train sweep --help")
@@ -204,7 +203,7 @@ def _dry_run(config: Any, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from ul_train.accounting import account, account_table
+    from ul_train.account import account, account_table
     from ul_train.config import config_toml
 
     figures = account(config, num_classes=10 if config.image.labels else 0)

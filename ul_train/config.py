@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ul_runtime.diffusion import Schedule, resolution_shift
 from ul_runtime.errors import UsageError
-from ul_runtime.grids import parse_grid
-from ul_runtime.noise_process import Schedule, resolution_shift
-from ul_runtime.samplers import parse_sampler
+from ul_runtime.samplers import parse_grid, parse_sampler
 from ul_train.objective import Objective
 
 Positive = Annotated[int, Field(gt=0)]

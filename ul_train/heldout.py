@@ -1,25 +1,60 @@
 """What a model does on held-out images: bits, reconstruction error, and the yardstick at that rate."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 
 import numpy as np
-import torch
-from torch import nn
 
 from ul_runtime import noise
-from ul_runtime.bitrate import NATS_PER_BIT
-from ul_runtime.contact_sheet import contact_sheet
-from ul_runtime.control import UNWATCHED, Control
-from ul_runtime.image_folder import png_bytes
-from ul_runtime.manifest import BundleInfo
-from ul_runtime.noise_process import alpha
+from ul_runtime.contact_sheet import contact_sheet_png
+from ul_runtime.diffusion import NATS_PER_BIT, alpha
+from ul_runtime.images import from_uint8
 from ul_runtime.pipeline import Encoded, Pipeline
-from ul_train.data import ImageSet
-from ul_train.model import TorchBackend
-from ul_train.rate_distortion import gaussian_psnr_db, image_covariance_eigenvalues, psnr_db
+from ul_runtime.progress import UNWATCHED, Control
+from ul_train.data.imageset import ImageSet
+from ul_train.torch_backend import TorchBackend
+
+
+def reverse_water_filling(eigenvalues: np.ndarray, bits: float) -> float:
+    """Least squared error, summed over dimensions, of a Gaussian with these variances at `bits` in all.
+
+    D = sum min(level, lambda), R = sum max(0, 1/2 log2(lambda / level)); the water level is found in closed form.
+    """
+    if bits < 0:
+        raise ValueError(f"bits {bits} must be 0 or more")
+    variances = np.sort(np.asarray(eigenvalues, np.float64))[::-1]
+    variances = variances[variances > 0]
+    if bits == 0 or not len(variances):
+        return float(variances.sum())
+    logs = np.cumsum(np.log2(variances))
+    active = np.arange(1, len(variances) + 1)
+    levels = (logs - 2.0 * bits) / active  # log2 of the level if exactly the k largest are above water
+    below = np.append(np.log2(variances[1:]), -np.inf)
+    count = int(np.argmax(levels >= below)) + 1
+    return float(count * np.exp2(levels[count - 1]) + variances[count:].sum())
+
+
+def image_covariance_eigenvalues(images: np.ndarray, chunk: int = 4096) -> np.ndarray:
+    """Eigenvalues `c*h*w` of the covariance of uint8 images `n c h w`, scaled to [-1, 1]; one chunk in memory."""
+    num, size = len(images), int(np.prod(images.shape[1:]))
+    total, second = np.zeros(size), np.zeros((size, size))
+    for first in range(0, num, chunk):
+        x = images[first : first + chunk].reshape(-1, size).astype(np.float64) / 127.5 - 1.0
+        total += x.sum(axis=0)
+        second += x.T @ x
+    mean = total / num
+    return np.maximum(np.linalg.eigvalsh(second / num - np.outer(mean, mean)), 0.0)
+
+
+def psnr_db(mean_squared_error: float) -> float:
+    """10 log10(4 / mse) for values in [-1, 1]; infinite without error."""
+    return float(10.0 * np.log10(4.0 / mean_squared_error)) if mean_squared_error > 0 else float("inf")
+
+
+def gaussian_psnr_db(eigenvalues: np.ndarray, bits: float) -> float:
+    """PSNR of the Gaussian rate-distortion function at `bits` an image."""
+    return psnr_db(reverse_water_filling(eigenvalues, bits) / len(eigenvalues))
+
 
 DEAD_BITS_PER_VALUE = 0.05  # below this rate a latent carries next to nothing
 MOST_DIMENSIONS = 4096  # of an image, for its covariance
@@ -58,26 +93,6 @@ class HeldoutFigures:
 def latent_capacity_bits(latent_std: float, logsnr_0: float) -> float:
     """1/2 log2(1 + std^2 e^logsnr_0): most bits that a value of z_0 can carry, whatever the prior (Shannon 1948)."""
     return 0.5 * math.log2(1.0 + latent_std**2 * math.exp(logsnr_0))
-
-
-def torch_pipeline(
-    info: BundleInfo,
-    encoder: nn.Module,
-    prior: nn.Module,
-    decoder: nn.Module,
-    device: torch.device,
-    precision: str,
-) -> Pipeline:
-    """The runtime's own pipeline over torch networks; `prior` is the base, or the prior of stage 1 for its bits."""
-    backend = TorchBackend(encoder, prior, decoder, device, precision)
-    pipeline = Pipeline(SimpleNamespace(manifest=info), backend)
-    pipeline.default_batch_size = min(64, max(1, 2**16 // info.image.size**2))  # a GPU gains from more than a CPU does
-    return pipeline
-
-
-def from_uint8(images: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1], any shape."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def measure(
@@ -180,10 +195,3 @@ def sample_sheet(pipeline: Pipeline, title: str, rows: int = 8, **settings: int)
     labels = list(range(len(names))) if names else None
     batches = pipeline.generate(num, labels=labels, **settings)  # type: ignore[arg-type]
     return contact_sheet_png([image for batch in batches for image in batch.images], title, names)
-
-
-def contact_sheet_png(
-    images: Sequence[np.ndarray], title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
-) -> bytes:
-    """The sheet of images uint8 `h w c` as PNG bytes."""
-    return png_bytes(contact_sheet(images, title, columns, captions), {})

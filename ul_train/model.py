@@ -1,15 +1,12 @@
 """The four networks of a recipe, and a backend that runs their step graphs in torch."""
 
-import copy
 import hashlib
 
-import numpy as np
 import torch
 from torch import nn
 
 from ul_train.config import Config, PriorConfig
 from ul_train.networks import DecoderUViT, Encoder, LatentViT
-from ul_train.step import DecoderStep, PriorStep
 
 
 def make_encoder(config: Config) -> Encoder:
@@ -80,72 +77,3 @@ def weights_sha256(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-class Moments(nn.Module):
-    """An encoder's mean and log of the variance, as a graph."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_variance = self.encoder.moments(x)  # type: ignore[operator]
-        return mean, log_variance
-
-
-class TorchBackend:
-    """Runs the graphs of ul_runtime.pipeline with torch networks: numpy float32 in and out.
-
-    `prior` is whichever prior is asked about: the base to sample, the prior of stage 1 to measure bits.
-    """
-
-    name = "torch"
-    threads = None
-
-    def __init__(
-        self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, device: torch.device, precision: str = "fp32"
-    ) -> None:
-        self.device, self.precision = device, precision
-        self.graphs: dict[str, nn.Module] = {
-            "encoder": encoder,
-            "prior_step": PriorStep(prior),
-            "decoder_step": DecoderStep(decoder),
-        }
-        self.outputs = {
-            "encoder": ("z_clean",),
-            "prior_step": ("z_next", "pred"),
-            "decoder_step": ("x_next", "pred"),
-        }
-        if getattr(encoder, "learned_variance", False):  # what no bundle has: it encodes by the mean
-            self.graphs["moments"] = Moments(encoder)
-            self.outputs["moments"] = ("z_clean", "log_variance")
-
-    @torch.inference_mode()
-    def run(self, graph_name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs of a graph by name; networks run in evaluation mode."""
-        graph = self.graphs[graph_name]
-        if was_training := graph.training:
-            graph.eval()
-        tensors = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()
-        }
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            results = graph(**tensors)
-        if was_training:
-            graph.train()
-        results = results if isinstance(results, tuple) else (results,)
-        return {
-            name: value.float().cpu().numpy() for name, value in zip(self.outputs[graph_name], results, strict=True)
-        }
-
-
-def in_precision(network: nn.Module, precision: str) -> nn.Module:
-    """The network, or a copy with weights in bfloat16, which autocast would otherwise convert in every call."""
-    if precision == "fp32":
-        return network
-    network = copy.deepcopy(network)
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(torch.bfloat16)
-    return network

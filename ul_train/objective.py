@@ -9,15 +9,15 @@ Networks predict v and get logsnr; any callable with their signature serves, an 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ul_runtime.bitrate import NATS_PER_BIT, diffusion_term, kl_terminal
-from ul_runtime.noise_process import Schedule, diffuse, sigmoid, x_from_v
+from ul_runtime.diffusion import NATS_PER_BIT, Schedule, diffuse, diffusion_term, kl_terminal, sigmoid, x_from_v
 
 
 @dataclass(frozen=True)
@@ -169,3 +169,34 @@ def total_loss(nats_prior: Tensor, nats_decoder: Tensor, num_image_values: int) 
 def bits(nats: Tensor | float, per: int = 1) -> Tensor | float:
     """Nats to bits, per image (`per` = 1), per pixel (`per` = H W) or per latent value (`per` = h w c)."""
     return nats / (NATS_PER_BIT * per)
+
+
+STAGES = ("joint", "base", "evaluation")
+
+
+def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
+    """A CPU generator for one step of one stage."""
+    words = np.random.SeedSequence((seed, STAGES.index(stage), step)).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+def draw_times(num: int, generator: torch.Generator) -> torch.Tensor:
+    """Low-discrepancy times `num` in random order."""
+    return low_discrepancy_times(torch.rand((), generator=generator), torch.randperm(num, generator=generator))
+
+
+def draw_joint(num: int, latent_shape: Sequence[int], image_shape: Sequence[int], generator: torch.Generator) -> Draws:
+    """Everything random in one batch of stage 1 but the flips."""
+    return Draws(
+        t_z=draw_times(num, generator),
+        eps_prior=torch.randn((num, *latent_shape), generator=generator),
+        eps_z=torch.randn((num, *latent_shape), generator=generator),
+        t_x=draw_times(num, generator),
+        eps_x=torch.randn((num, *image_shape), generator=generator),
+    )
+
+
+def flip_some(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Mirror each image `b c h w` with chance one half."""
+    flipped = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(flipped[:, None, None, None], x.flip(3), x)

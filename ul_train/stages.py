@@ -1,18 +1,84 @@
 """The two stages of training: which networks learn, and the loss of one batch."""
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ul_train import objective
 from ul_train import objective as ul
-from ul_train import randomness
 from ul_train.config import Config, StageConfig
-from ul_train.data import ImageSet
-from ul_train.model import Moments, joint_networks, make_base
-from ul_train.rate_control import LEAST, RateControl
+from ul_train.data.imageset import ImageSet
+from ul_train.model import joint_networks, make_base
+from ul_train.torch_backend import Moments
+
+_PROPORTIONAL = 3.0  # e-folds of loss_factor for bits that are one e-fold off
+_INTEGRAL = 20.0  # the same, gathered in a whole run
+_SMOOTHING = 0.02  # of a run: time constant of the average of the bits
+_MOST_OFF = 0.7  # e-folds of bits that are answered; more is answered as this
+_MOST = 200.0  # of loss_factor
+LEAST = {"diffusion": 1.05, "mse": 0.01}  # at 1 and below a diffusion decoder leaves the latent empty
+MISSED = 0.1  # a rate further than this from its target has missed it
+
+
+@dataclass
+class RateControl:
+    """Proportional and integral control in logarithms: with off = log(bits / target), from step `start` on
+
+        log loss_factor = log_factor - 3 off,   d log_factor = -20 off d(step / num_steps)
+
+    Bits follow loss_factor a fifth of a run late, and by one to three times its relative change. Before `start` (the
+    ramp of the prior's gradient) they are far above where they settle, so nothing is steered, only averaged.
+    """
+
+    target: float  # bits a pixel
+    num_steps: int
+    start: int  # step
+    loss_factor: float
+    least: float = LEAST["diffusion"]  # that loss_factor may become
+    log_factor: float = field(init=False)  # the integral; starts at the log of the first loss_factor
+    log_bits: float = math.nan  # average of log bits a pixel so far
+
+    def __post_init__(self) -> None:
+        self.log_factor = math.log(self.loss_factor)
+
+    def follow(self, bits_per_pixel: float, step: int) -> None:
+        """Take in the bits of a batch, one step after another; what is not finite and positive is passed over."""
+        if not (math.isfinite(bits_per_pixel) and bits_per_pixel > 0.0):
+            return
+        seen = math.log(bits_per_pixel)
+        share = min(1.0, 1.0 / (_SMOOTHING * self.num_steps))
+        self.log_bits = seen if math.isnan(self.log_bits) else self.log_bits + share * (seen - self.log_bits)
+        if step >= self.start:
+            off = max(-_MOST_OFF, min(_MOST_OFF, self.log_bits - math.log(self.target)))
+            self.log_factor = self._bounded(self.log_factor - _INTEGRAL / self.num_steps * off)
+            self.loss_factor = math.exp(self._bounded(self.log_factor - _PROPORTIONAL * off))
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps: all that has changed."""
+        factors = {"loss_factor": self.loss_factor, "log_factor": self.log_factor}
+        return factors if math.isnan(self.log_bits) else factors | {"log_bits": self.log_bits}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """The inverse of `state`; an empty one leaves all as it is."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _bounded(self, log_factor: float) -> float:
+        return max(math.log(self.least), min(math.log(_MOST), log_factor))
+
+
+def missed(bits_per_pixel: float, target: float | None) -> str | None:
+    """What to say of a rate that missed its target; None if it did not, or had none."""
+    if target is None or abs(bits_per_pixel / target - 1.0) <= MISSED:
+        return None
+    return (
+        f"the latent costs {bits_per_pixel:.3f} bits/pixel, the target was {target:g}: train longer, or give another "
+        "target; the log has loss_factor, which may have come to its end"
+    )
 
 
 @dataclass
@@ -72,10 +138,10 @@ class Stage:
         """The images of a step and everything random about it: a function of (seed, stage, step)."""
         pixels, labels = images.batch(ids)
         x, label = to_model(torch.from_numpy(pixels)), torch.from_numpy(labels)
-        generator = randomness.step_generator(self.config.seed, self.name, step)
-        draws = randomness.draw_joint(len(x), self.config.latent_shape, self.config.image_shape, generator)
+        generator = objective.step_generator(self.config.seed, self.name, step)
+        draws = objective.draw_joint(len(x), self.config.latent_shape, self.config.image_shape, generator)
         if self.config.image.flip:
-            x = randomness.flip_some(x, generator)
+            x = objective.flip_some(x, generator)
         if self.num_classes:
             hidden = torch.rand(len(x), generator=generator) < self.settings.label_dropout
             label = torch.where(hidden, self.num_classes, label)
@@ -151,3 +217,16 @@ def base_stage(
     torch.manual_seed(config.seed + 1)
     modules: dict[str, nn.Module] = {"base": make_base(config, num_classes)}
     return Stage("base", config, config.base_stage, num_classes, device, precision, modules, joint_ema)
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """min(decay, (1 + step) / (10 + step)): early weights are forgotten fast; step counts from 0."""
+    return min(decay, (1.0 + step) / (10.0 + step))
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) module, in float32; both have the same parameters."""
+    targets: list[torch.Tensor] = list(average.parameters())
+    sources: list[torch.Tensor] = list(module.parameters())
+    torch._foreach_lerp_(targets, sources, 1.0 - decay)

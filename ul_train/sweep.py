@@ -1,6 +1,9 @@
 """ul-train sweep: one short training of stage joint for each loss factor, and the rate-distortion curve they make."""
 
-from collections.abc import Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,16 +11,82 @@ from typing import Any
 import numpy as np
 
 from ul_runtime import durable
-from ul_runtime.errors import UsageError
+from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.loop import never
-from ul_runtime.origin import commit, versions
-from ul_train.command import open_splits
+from ul_runtime.machine import commit, versions
+from ul_runtime.progress import stop_on_signal
 from ul_train.config import Config
-from ul_train.heldout import yardstick
-from ul_train.plots import figure_png, name_points
-from ul_train.rate_distortion import gaussian_psnr_db
-from ul_train.session import read_run
-from ul_train.variants import Variants
+from ul_train.data.prepare import open_splits
+from ul_train.heldout import gaussian_psnr_db, yardstick
+from ul_train.log import figure_png, name_points
+from ul_train.run import read_run
+
+
+def option_words(given: Mapping[str, object]) -> list[str]:
+    """The options that are given, and their values, as words of a command."""
+    return [str(word) for name, value in given.items() if value is not None for word in (name, value)]
+
+
+def run_main(module: str, *words: str, name: str | None = None) -> str:
+    """`main` of a module as a command in a process of its own, said on stderr as `name`; see run_to_end."""
+    print(name or module, *words, file=sys.stderr, flush=True)
+    return run_to_end([sys.executable, "-c", f"from {module} import main; main()", *words])
+
+
+def run_to_end(program: Sequence[str]) -> str:
+    """stdout of a command in a process of its own, whose progress goes to stderr; ends this one with its exit code.
+
+    A signal is left to the command, which saves what it has; then StoppedError.
+    """
+    with stop_on_signal() as stop, subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        said, _ = process.communicate()
+        stopped = stop()
+    if stopped or process.returncode == StoppedError.exit_code:
+        raise StoppedError("stopped; run the same command again to go on")
+    if process.returncode:
+        sys.exit(process.returncode)  # it has said why
+    return said
+
+
+_REPORT_IMAGES = 16  # in the report at the end of training, which is not the one that counts
+
+
+@dataclass(frozen=True)
+class Variants:
+    """A recipe, its images, the folder `runs` with a run directory in it each, and options that all commands share."""
+
+    recipe: str
+    data: str
+    runs: Path
+    shared: Sequence[str] = ()  # of ul-train and ul-train report: --threads, --cache, --heldout
+
+    def train(self, name: str, overrides: Sequence[str], stage: str = "joint") -> Path:
+        """The run called `name`, trained through `stage` (joint or all). A run of another recipe there is refused.
+
+        Ends this process with the exit code of ul-train where that fails.
+        """
+        run = self.runs / name
+        changes = [word for override in overrides for word in ("--set", override)]
+        going_on = ["--resume"] if (run / "run.json").is_file() else []
+        options = ["--out", str(run), "--stage", stage, "--report-images", str(_REPORT_IMAGES)]
+        _ul_train(self.recipe, "--data", self.data, *options, *changes, *self.shared, *going_on)
+        return run
+
+    def measured(self, run: Path, images: int, mean_of: int) -> dict[str, Any]:
+        """Held-out figures of a run by ul-train report, kept in measured.json with how they were taken."""
+        file, asked = run / "measured.json", {"images": images, "mean_of": mean_of}
+        record = json.loads(file.read_bytes()) if file.is_file() else {}
+        if record.get("asked") != asked:
+            options = ["--images", str(images), "--mean-of", str(mean_of)]
+            _ul_train("report", str(run), "--data", self.data, *options, *self.shared)
+            record = {"asked": asked, "figures": json.loads((run / "report.json").read_bytes())}
+            durable.atomic_write(file, json.dumps(record).encode())
+        return dict(record["figures"])
+
+
+def _ul_train(*words: str) -> None:
+    run_main("ul_train.cli", *words, name="ul-train")
+
 
 FILES = ("results.json", "table.md", "plot.png")
 _STEERED = ("objective.loss_factor", "objective.target_bits_per_pixel")

@@ -11,11 +11,10 @@ import torch
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
 from ul_train import checkpoint as ckpt
 from ul_train.config import StageConfig, config_hash
-from ul_train.data import ImageSet, sample_ids
-from ul_train.ema import ema_decay_at, update_ema
-from ul_train.randomness import step_generator
-from ul_train.runlog import RunLog
-from ul_train.stages import Stage
+from ul_train.data.imageset import ImageSet, sample_ids
+from ul_train.log import RunLog
+from ul_train.objective import step_generator
+from ul_train.stages import Stage, ema_decay_at, update_ema
 
 MOST_BAD_STEPS = 3  # non-finite steps in a row before training stops
 

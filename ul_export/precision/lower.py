@@ -5,13 +5,13 @@ float32, so that bundles of any precision are interchangeable.
 """
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Literal
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ul_export.module_paths import module_of
-from ul_export.precision.tensors import copied, float_tensors, half_tensor, set_nodes, stored_name, tensor_types
+from ul_export.onnx_model import copied, float_tensors, half_tensor, module_of, set_nodes, stored_name, tensor_types
 from ul_train.activations import CONDITIONING, RESULT
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -210,3 +210,151 @@ def emulated(lowered: ModelProto) -> ModelProto:
                     nodes.append(helper.make_node("Cast", [rounded], [name], to=TensorProto.FLOAT))
     set_nodes(model, nodes)
     return model
+
+
+_FLOAT = TensorProto.FLOAT
+
+
+def exact_in_half(model: ModelProto) -> set[str]:
+    """Names of the float32 initializers that float16 holds exactly."""
+    return {each.name for each in model.graph.initializer if each.data_type == _FLOAT and each.dims and _exact(each)}
+
+
+def store_half(model: ModelProto, names: Collection[str], kind: int = TensorProto.FLOAT16) -> ModelProto:
+    """These float32 initializers are stored in half precision, and cast where the graph begins."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.name not in names:
+            continue
+        name, stored = tensor.name, stored_name(tensor.name)
+        tensor.CopyFrom(half_tensor(tensor, kind))
+        tensor.name = stored
+        casts.append(helper.make_node("Cast", [stored], [name], name=f"{stored}/Cast", to=_FLOAT))
+    set_nodes(model, [*casts, *model.graph.node])
+    return model
+
+
+def _exact(tensor: TensorProto) -> bool:
+    half = numpy_helper.to_array(half_tensor(tensor, TensorProto.FLOAT16)).astype(np.float32)  # infinity: overflow
+    return np.array_equal(half, numpy_helper.to_array(tensor))
+
+
+LARGEST_INT8 = 127
+_TINY = float(np.finfo(np.float32).tiny)  # scale of what is zero throughout
+
+
+def quantisable(model: ModelProto) -> set[str]:
+    """Names of the products and convolutions of activations with weights, but for those in float32 by design."""
+    weights = {each.name for each in model.graph.initializer if each.data_type == TensorProto.FLOAT}
+    fixed = by_design(model)
+    return {
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+        and node.name not in fixed
+        and node.input[1] in weights
+        and node.input[0] not in weights
+    }
+
+
+def quantised(model: ModelProto, nodes: set[str], largest: Mapping[str, float]) -> ModelProto:
+    """A copy in which `nodes` take int8: activations by their `largest` magnitude, weights by output channel."""
+    copy = quantised_weights(model, nodes)
+    made: list[NodeProto] = []
+    known: set[str] = set()
+    for node in copy.graph.node:
+        if node.name in nodes:
+            name = node.input[0]
+            if name not in known:
+                known.add(name)
+                scale = max(largest[name], _TINY) / LARGEST_INT8
+                copy.graph.initializer.extend(
+                    [
+                        numpy_helper.from_array(np.array(scale, np.float32), f"{name}/scale"),
+                        numpy_helper.from_array(np.array(0, np.int8), f"{name}/zero"),
+                    ]
+                )
+                how = [f"{name}/scale", f"{name}/zero"]
+                quantise = helper.make_node("QuantizeLinear", [name, *how], [f"{name}/int8"], f"{name}/Quantize")
+                back = helper.make_node(
+                    "DequantizeLinear", [f"{name}/int8", *how], [f"{name}/back"], f"{name}/Dequantize"
+                )
+                made += [quantise, back]
+            node.input[0] = f"{name}/back"
+        made.append(node)
+    set_nodes(copy, made)
+    return copy
+
+
+def quantised_weights(model: ModelProto, nodes: set[str]) -> ModelProto:
+    """A copy in which the weights of `nodes` alone are int8; it computes in float32."""
+    copy = copied(model)
+    arrays = {each.name: each for each in copy.graph.initializer}
+    made: list[NodeProto] = []
+    taken: set[str] = set()
+    for node in copy.graph.node:
+        if node.name in nodes:
+            name, axis = node.input[1], _output_axis(node)
+            back = f"{name}/axis{axis}"
+            if back not in taken:
+                values, scale = by_channel(numpy_helper.to_array(arrays[name]), axis)
+                copy.graph.initializer.extend(
+                    [numpy_helper.from_array(values, f"{back}.int8"), numpy_helper.from_array(scale, f"{back}.scale")]
+                )
+                given = [f"{back}.int8", f"{back}.scale"]
+                made.append(helper.make_node("DequantizeLinear", given, [back], f"{back}/Dequantize", axis=axis))
+                taken.add(back)
+            node.input[1] = back
+        made.append(node)
+    set_nodes(copy, made)
+    used = {name for node in copy.graph.node for name in node.input}
+    kept = [each for each in copy.graph.initializer if each.name in used]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
+    return copy
+
+
+def by_channel(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 values, float32 scales): weight ~ values * scale along `axis`, by the largest magnitude of each channel."""
+    others = tuple(each for each in range(weight.ndim) if each != axis)
+    scale = np.maximum(np.abs(weight).max(axis=others), _TINY) / LARGEST_INT8
+    shape = [-1 if each == axis else 1 for each in range(weight.ndim)]
+    values = np.rint(weight / scale.reshape(shape)).clip(-LARGEST_INT8, LARGEST_INT8)
+    return values.astype(np.int8), scale.astype(np.float32)
+
+
+def _output_axis(node: NodeProto) -> int:
+    """Of the weight: the axis of the channels that a node makes."""
+    if node.op_type == "Conv":
+        return 0
+    transposed = any(each.name == "transB" and each.i for each in node.attribute)
+    return 0 if node.op_type == "Gemm" and transposed else 1
+
+
+Kind = Literal["fp16", "bf16", "int8"]
+KINDS: tuple[Kind, ...] = ("fp16", "bf16", "int8")
+
+
+def candidates(model: ModelProto, kind: Kind, pinned: Collection[str]) -> set[str]:
+    """Names of the nodes that compute in `kind` where `pinned` ones may not."""
+    return quantisable(model) - set(pinned) if kind == "int8" else half_nodes(model, pinned)
+
+
+def typed(model: ModelProto, kind: Kind, nodes: set[str], largest: Mapping[str, float]) -> ModelProto:
+    """A copy in which `nodes` compute in `kind`; `largest`: magnitudes of the calibration, for int8."""
+    return quantised(model, nodes, largest) if kind == "int8" else lower(model, kind, nodes)
+
+
+def as_computed(graph: ModelProto, kind: Kind) -> ModelProto:
+    """A typed graph as ONNX Runtime's CPU can run it with all its rounding: int8 as it is, half precision emulated."""
+    return graph if kind == "int8" else emulated(graph)
+
+
+def in_float32(model: ModelProto, kind: Kind, nodes: set[str], graph: ModelProto) -> ModelProto:
+    """The same weights as the typed `graph` of `model`, all computed in float32."""
+    if kind == "int8":
+        return quantised_weights(model, nodes)
+    copy = copied(model)
+    stored = {tensor.name for tensor in graph.graph.initializer}
+    halved = {tensor.name for tensor in copy.graph.initializer if stored_name(tensor.name) in stored}
+    return store_half(copy, halved, HALF[kind])

@@ -10,18 +10,16 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto
 
-from ul_export.compare import REDUCED
-from ul_export.module_paths import module_of
+from ul_export.bench.measure import in_turn, node_flops
+from ul_export.onnx_model import module_of
 from ul_export.page import page, paragraph, picture, table
+from ul_export.precision.graphs import headroom_bits, in_memory
 from ul_export.precision.lower import by_design
-from ul_export.precision.memory import in_memory
-from ul_export.precision.ranges import headroom_bits
 from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
-from ul_runtime.benchmark import in_turn
-from ul_runtime.control import UNWATCHED
-from ul_runtime.flops import node_flops
+from ul_export.verify import REDUCED
+from ul_runtime.machine import versions
 from ul_runtime.manifest import GraphName
-from ul_runtime.origin import versions
+from ul_runtime.progress import UNWATCHED
 from ul_train.activations import LARGEST_FLOAT16
 
 _PACKAGES = ("unified-latents", "onnx", "onnxruntime", "torch")
@@ -255,7 +253,7 @@ def drift_plot(figures: list[tuple[str, Mapping[str, Any]]]) -> bytes:
     """PNG: root-mean-square difference of z and x after each step, a line a path, a colour for each guidance."""
     from matplotlib.figure import Figure
 
-    from ul_train.plots import figure_png
+    from ul_train.log import figure_png
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, graph, state in zip(figure.subplots(1, 2), ("prior_step", "decoder_step"), ("z", "x"), strict=True):
@@ -276,7 +274,7 @@ def headroom_plot(record: Mapping[str, Any]) -> bytes:
     """PNG: largest magnitude of every node in the graph's order; those that stay in float32 apart."""
     from matplotlib.figure import Figure
 
-    from ul_train.plots import figure_png
+    from ul_train.log import figure_png
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, (graph, each) in zip(figure.subplots(1, 3, sharey=True), record["graphs"].items(), strict=True):

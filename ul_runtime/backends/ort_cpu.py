@@ -2,25 +2,27 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ul_export.bench.measure import Node, _node
 from ul_runtime.backends import (
     ORT_GPU,
     REINSTALL_ORT_GPU,
     cannot_load,
     check_threads,
     cpu_precision,
-    one_line,
     run_failed,
 )
-from ul_runtime.errors import BadInputError, ULError, UsageError
-from ul_runtime.flops import Node
-from ul_runtime.origin import versions
-from ul_runtime.product import PRODUCT
+from ul_runtime.errors import UsageError
+from ul_runtime.machine import versions
+
+if TYPE_CHECKING:
+    from ul_runtime.bundle import Bundle
+    from ul_runtime.manifest import GraphName
+
 
 try:
     import onnxruntime as ort
@@ -30,10 +32,6 @@ except ImportError as error:
     if ORT_GPU in versions([ORT_GPU]):  # whose files went with those of the other
         advice = REINSTALL_ORT_GPU
     raise UsageError(f"onnxruntime cannot be imported ({error}); {advice}") from error
-
-if TYPE_CHECKING:
-    from ul_runtime.bundle import Bundle
-    from ul_runtime.manifest import GraphName
 
 VERSION = str(ort.__version__)
 # ONNX Runtime's errors share no base class of their own
@@ -156,46 +154,3 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options.log_severity_level = 4  # errors come as exceptions
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
     return options
-
-
-def _node(event: dict[str, Any]) -> Node:
-    """An event of the profile; shapes come as [{"float": [1, 64]}, ...]."""
-    about = event["args"]
-    inputs, outputs = (
-        tuple(tuple(shape) for typed in about[key] for shape in typed.values())
-        for key in ("input_type_shape", "output_type_shape")
-    )
-    return Node(about["op_name"], inputs, outputs, event["name"].removesuffix("_kernel_time"))
-
-
-def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
-    session = ort.InferenceSession(PRODUCT, session_options(threads), providers=["CPUExecutionProvider"])
-    return lambda a, b: session.run(None, {"a": a, "b": b})[0]
-
-
-def open_model(
-    data: bytes, where: str, threads: int | None
-) -> tuple[list[int | str | None], Callable[[np.ndarray], np.ndarray]]:
-    """An ONNX model of one picture input: its shape `b c h w` (names or None where free), and x -> first output.
-
-    The weights must lie in `data`. BadInputError: cannot be loaded, or another input; ULError: it fails.
-    """
-    try:
-        session = ort.InferenceSession(data, session_options(threads), providers=["CPUExecutionProvider"])
-    except (*ORT_ERRORS, ValueError) as error:
-        advice = "expected an ONNX file that holds its weights itself"
-        raise BadInputError(f"{where}: cannot be loaded: {one_line(error)}; {advice}") from error
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
-        given = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
-        raise BadInputError(f"{where}: takes {given}; expected one input, float32 b c h w")
-    outputs = [session.get_outputs()[0].name]
-
-    def run(x: np.ndarray) -> np.ndarray:
-        try:
-            return session.run(outputs, {inputs[0].name: x})[0]
-        except (*ORT_ERRORS, ValueError) as error:
-            raise ULError(f"{where}: ONNX Runtime failed on {list(x.shape)}: {one_line(error)}") from error
-
-    return inputs[0].shape, run

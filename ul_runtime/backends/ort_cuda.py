@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision, one_line
+from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision, gpu_loop, one_line
+from ul_runtime.backends.gpu import CudaMemory, Memory
+from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine, graphs_of
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, load_session, session_options
-from ul_runtime.device import pixels
-from ul_runtime.device.backend import DeviceBackend
-from ul_runtime.device.loop import DeviceLoop
-from ul_runtime.device.memory import CudaMemory, Memory
-from ul_runtime.device.pixels import graphs_of
-from ul_runtime.device.steps import Dims, Engine
 from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES
 
@@ -26,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ul_runtime.bundle import Bundle
+
 
 _PROVIDER = "CUDAExecutionProvider"
 _CAPTURES = "enable_cuda_graph"
@@ -118,7 +115,7 @@ class OrtDeviceBackend(DeviceBackend):
                 self._values += values
                 return session
         try:
-            return ort.InferenceSession(pixels.ONNX, options, providers=providers)
+            return ort.InferenceSession(gpu_loop.ONNX, options, providers=providers)
         except (*ORT_ERRORS, ValueError, RuntimeError) as error:
             raise _failed(f"{graph}: ONNX Runtime cannot load it", error) from error
 

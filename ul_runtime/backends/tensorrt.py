@@ -4,15 +4,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ul_runtime.backends import bundle_precision
-from ul_runtime.device.backend import DeviceBackend
-from ul_runtime.device.loop import DeviceLoop
-from ul_runtime.device.memory import CudaMemory
-from ul_runtime.device.pixels import graphs_of
-from ul_runtime.device.steps import Dims, Engine
+from ul_runtime.backends.gpu import CudaMemory
+from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine, graphs_of
+from ul_runtime.backends.tensorrt_build import Library
+from ul_runtime.backends.tensorrt_engines import Engines, Prepared
 from ul_runtime.errors import OutOfMemoryError, ULError
 from ul_runtime.manifest import GRAPH_NAMES
-from ul_runtime.tensorrt.library import Library
-from ul_runtime.tensorrt.prepare import Engines, Prepared
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle

@@ -23,9 +23,9 @@ def doctor(
     as_json: options.AsJson = False,
 ) -> None:
     """Try every backend and library here; exit code 1 if something that is installed does not work."""
+    from ul_runtime.backends.tensorrt_engines import EngineCache
     from ul_runtime.doctor import examine
-    from ul_runtime.tensorrt.engines import EngineCache
-    from ul_runtime.user_cache import engine_dir
+    from ul_runtime.machine import engine_dir
 
     findings = []
     for finding in examine(EngineCache(engine_dir(engines))):

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ul_runtime.backends import choose
 from ul_runtime.cli import options
 from ul_runtime.errors import UsageError, run_command
+from ul_runtime.settings import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from ul_runtime.batches import Images
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Overrides, Settings
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -57,15 +60,15 @@ def generate(
         return _replay(context, replay, bundle, guide, out, as_json, backend=backend, **machine)
     if out is None:
         raise UsageError("--out is missing; give the folder of the images")
-    options.check_count("--num-images", num_images, most=2**63)  # an index is an int64
+    check_count("--num-images", num_images, most=2**63)  # an index is an int64
     interval = options.parse_interval(guidance_interval)
     import ul_runtime
-    from ul_runtime.cli.devices import several_devices
-    from ul_runtime.cli.fill import summary
+    from ul_runtime.jobs import summary
     from ul_runtime.settings import Overrides
+    from ul_runtime.workers import several_devices
 
     pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine)
-    options.say_choice(backend, precision, pipeline)
+    choose.say_choice(backend, precision, pipeline)
     if pipeline.guide_hash == pipeline.bundle.hash:
         print("the guide is the bundle itself: guidance has no effect", file=sys.stderr, flush=True)
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)
@@ -88,8 +91,8 @@ def _generate(
     batch_size: int | None,
     overrides: "Overrides",
 ) -> dict[str, Any]:
-    from ul_runtime.cli.fill import fill, job_of
-    from ul_runtime.provenance import ALL_CLASSES, GenerateJob
+    from ul_runtime.jobs import fill, job_of
+    from ul_runtime.png import ALL_CLASSES, GenerateJob
     from ul_runtime.settings import NO_LABEL, label_cycle
 
     settings = pipeline.settings(**overrides)

@@ -1,6 +1,5 @@
 """Options that several commands share, spelled once."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -9,7 +8,8 @@ import typer
 from ul_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from ul_runtime.pipeline import Pipeline
+    pass
+
 
 _BUNDLES = "the bundle's"
 _SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2, heun"
@@ -165,43 +165,8 @@ def parse_devices(text: str | None) -> list[int]:
 
 
 def one_card(devices: str | None, engines: Path | None) -> dict[str, Any]:
-    """What ul_runtime.load takes of a card, for a command that works on one. UsageError."""
+    """What ul_runtime.loading.load takes of a card, for a command that works on one. UsageError."""
     cards = parse_devices(devices)
     if len(cards) > 1:
         raise UsageError(f"--devices {devices}: one card is expected; ul-generate alone works on several")
     return {"device": cards[0] if cards else None, "engines": engines}
-
-
-def check_count(option: str, count: int, most: int | None = None) -> None:
-    """UsageError for a count below 1 or above `most`."""
-    if count < 1:
-        raise UsageError(f"{option} is {count}; expected 1 or more")
-    if most is not None and count > most:
-        raise UsageError(f"{option} is {count}; expected at most {most}")
-
-
-def parse_counts(option: str, text: str) -> list[int]:
-    """`1,2,8` as numbers; UsageError."""
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise UsageError(f"{option} {text!r}: expected numbers from 1 up, such as 1,2,8")
-    return counts
-
-
-def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> None:
-    """One line on stderr: what `--backend auto` chose and why; of another, if it computes unlike the bundle."""
-    from ul_runtime.backends import ON_A_CARD, TORCH, bundle_precision, choose_backend, in_another
-
-    computed = pipeline.backend.precision
-    if backend == "auto" and pipeline.backend.name in ON_A_CARD:
-        print(f"backend auto: {pipeline.backend.name}, whose step equals the processor's", file=sys.stderr, flush=True)
-    elif backend == "auto":
-        why = choose_backend(pipeline.bundle, precision).why
-        print(f"backend auto: {pipeline.backend.name}, {why}", file=sys.stderr, flush=True)
-    elif backend == TORCH and computed != bundle_precision(pipeline.bundle):
-        print(f"backend torch: computes in {computed}", file=sys.stderr, flush=True)
-    elif computed != bundle_precision(pipeline.bundle):
-        print(f"backend {pipeline.backend.name}: {in_another(pipeline.bundle, computed)}", file=sys.stderr, flush=True)

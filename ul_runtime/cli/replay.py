@@ -9,15 +9,23 @@ import numpy as np
 import ul_runtime
 from ul_runtime import durable
 from ul_runtime.backends import BACKENDS, TORCH
-from ul_runtime.contact_sheet import to_picture
-from ul_runtime.control import Control
 from ul_runtime.errors import BadInputError, DifferentError, UsageError
-from ul_runtime.image_folder import image_name, png_bytes, read_png
 from ul_runtime.manifest import is_bundle
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.provenance import SOFTWARE, DecodeJob, GenerateJob, Provenance, picture_chunks, read_chunks
+from ul_runtime.png import (
+    SOFTWARE,
+    DecodeJob,
+    GenerateJob,
+    Provenance,
+    image_name,
+    picture_chunks,
+    png_bytes,
+    read_chunks,
+    read_png,
+    to_picture,
+)
+from ul_runtime.progress import Control, stop_on_signal
 from ul_runtime.settings import NO_LABEL, Overrides
-from ul_runtime.signals import stop_on_signal
 
 
 def replay(
@@ -34,7 +42,7 @@ def replay(
 ) -> dict[str, Any]:
     """Make `image` again from `bundle` (into the folder `out`, if given); what agrees and what does not.
 
-    `cards`: what ul_runtime.load takes for NVIDIA cards.
+    `cards`: what ul_runtime.loading.load takes for NVIDIA cards.
 
     `backend` "auto" is the one that made it, with its precision and threads unless they are given.
     UsageError: no such file, or a picture of that name in `out`.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.image_conversion import SUFFIXES, ImageRejectedError, Rejected, check_regular
+from ul_runtime.images import SUFFIXES, ImageRejectedError, Rejected, check_regular
 from ul_train.data.records import Record, Source, printable
 
 _MAX_DEPTH = 32

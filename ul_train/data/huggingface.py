@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ul_runtime.errors import BadInputError, UsageError
-from ul_runtime.image_conversion import ImageRejectedError, Rejected
+from ul_runtime.images import ImageRejectedError, Rejected
 from ul_train.data.records import Record, Source, file_identity, printable
 
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "heldout")

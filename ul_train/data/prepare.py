@@ -2,12 +2,14 @@
 
 import fcntl
 import hashlib
+import heapq
 import json
+import math
 import os
 import shutil
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,13 +20,247 @@ from typing import Literal, cast
 import numpy as np
 
 from ul_runtime import durable
-from ul_runtime.errors import BadInputError, OutputError, UsageError
-from ul_runtime.image_conversion import SMALLER, Conversion, ImageRejectedError, Rejected, convert
-from ul_train.data.heldout import SplitRows
-from ul_train.data.imageset import INDEX_NAME, SCHEMA, Index, PartIndex, Splits, load, read_index
+from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
+from ul_runtime.images import SMALLER, Conversion, ImageRejectedError, Rejected, convert
+from ul_runtime.progress import print_line, progress
+from ul_train.config import ImageConfig
+from ul_train.data.imageset import (
+    INDEX_NAME,
+    SCHEMA,
+    Index,
+    PartIndex,
+    RejectedEntry,
+    Splits,
+    images_path,
+    labels_path,
+    load,
+    read_index,
+)
 from ul_train.data.records import Record, Source
-from ul_train.data.rows import Classes, Rows, Tally
 from ul_train.data.sources import recognise
+
+MAX_LISTED = 10_000
+_CHUNK_ROWS = 1 << 16
+
+
+class Classes:
+    """Class names while they are found; numbers are provisional until `final`."""
+
+    def __init__(self, fixed: tuple[str, ...] | None) -> None:
+        self._fixed = fixed
+        self._numbers = {name: number for number, name in enumerate(fixed or ())}
+        self._labelled: bool | None = True if fixed else None
+        self._closed = fixed is not None
+
+    def close(self) -> None:
+        """After the training images: no new class from here on."""
+        self._closed = True
+
+    def number(self, label: str | None) -> int:
+        """Provisional number; -1 without classes. ImageRejectedError if the first image decided otherwise."""
+        if self._labelled is None:
+            self._labelled = label is not None
+        if not self._labelled:
+            if label is not None and not self._closed:
+                raise ImageRejectedError("has a class", "the images before it have none")
+            return -1
+        if label is None:
+            raise ImageRejectedError("no class", "other images have one")
+        if label not in self._numbers:
+            if self._closed:
+                raise ImageRejectedError("a class that the training images do not have", label)
+            self._numbers[label] = len(self._numbers)
+        return self._numbers[label]
+
+    def final(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """Names in final order (given, else sorted; numbers by value) and final number of each provisional one."""
+        names = list(self._numbers)
+        if self._fixed is None and all(name.isdecimal() and name.isascii() for name in names):
+            order = sorted(names, key=lambda name: (int(name), name))
+        else:
+            order = names if self._fixed is not None else sorted(names)
+        rank = {name: number for number, name in enumerate(order)}
+        return tuple(order), np.array([rank[name] for name in names], dtype=np.int64)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A failed write names the cache folder and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{folder}: cannot write the prepared images: {error.strerror or error}"
+        raise OutputError(f"{message}; free space or choose another cache folder") from error
+
+
+class Rows:
+    """Image and label files of one part, appended to in order."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self.images = images_path(folder, name)
+        self.labels = labels_path(folder, name)
+        self.count = 0
+        self._digest = hashlib.sha256()
+        with writing(folder), ExitStack() as on_failure:
+            self._image_file = on_failure.enter_context(open(self.images, "xb", buffering=1 << 20))
+            self._label_file = open(self.labels, "xb", buffering=1 << 16)  # noqa: SIM115 (closed in `close`)
+            on_failure.pop_all()
+
+    def append(self, pixels: np.ndarray, label: int) -> None:
+        """One image uint8 c h w with its provisional class number. OutputError."""
+        data = pixels.tobytes()
+        self._digest.update(data)
+        with writing(self._folder):
+            self._image_file.write(data)
+            self._label_file.write(label.to_bytes(8, "little", signed=True))
+        self.count += 1
+
+    def read(self, index: int, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+        """Image and provisional label of a row appended before. OutputError."""
+        with writing(self._folder):
+            self._image_file.flush()
+            self._label_file.flush()
+            size = math.prod(shape)
+            pixels = np.fromfile(self.images, np.uint8, size, offset=index * size).reshape(shape)
+            return pixels, int(np.fromfile(self.labels, "<i8", 1, offset=index * 8)[0])
+
+    def close(self) -> None:
+        """Close both files. OutputError."""
+        with writing(self._folder):
+            self._image_file.close()
+            self._label_file.close()
+
+    def finish(self, names: tuple[str, ...], final: np.ndarray) -> tuple[str, dict[str, int]]:
+        """Give the labels their final numbers; -> fingerprint, images per class."""
+        counts = np.zeros(len(names), dtype=np.int64)
+        digest = hashlib.sha256()
+        with writing(self._folder), open(self.labels, "r+b") as file:
+            for start in range(0, self.count, _CHUNK_ROWS):
+                file.seek(start * 8)
+                labels = np.frombuffer(file.read(_CHUNK_ROWS * 8), "<i8")
+                if names:
+                    labels = final[labels].astype("<i8")
+                    counts += np.bincount(labels, minlength=len(names))
+                file.seek(start * 8)
+                file.write(labels.tobytes())
+                digest.update(labels.tobytes())
+        facts = [self._digest.hexdigest(), digest.hexdigest(), names]
+        fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return fingerprint, {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+    def rename(self, name: str) -> None:
+        """Give the files of this part another free name."""
+        with writing(self._folder):
+            self.images = self.images.rename(images_path(self._folder, name))
+            self.labels = self.labels.rename(labels_path(self._folder, name))
+
+    def remove(self) -> None:
+        """Close and delete both files."""
+        self.close()
+        self.images.unlink()
+        self.labels.unlink()
+
+
+class Tally:
+    """What happened to the images of one source."""
+
+    def __init__(self) -> None:
+        self.rejected: list[Rejected] = []
+        self.reasons: Counter[str] = Counter()
+        self.converted: Counter[str] = Counter()
+
+    def reject(self, image: Rejected) -> None:
+        """Count an image that was set aside, and list it while the list is short."""
+        self.reasons[image.reason] += 1
+        if len(self.rejected) < MAX_LISTED:
+            self.rejected.append(image)
+
+    def part(self, rows: Rows, names: tuple[str, ...], final: np.ndarray, ignored: dict[str, int]) -> PartIndex:
+        """The part's entry of index.json; finishes the rows."""
+        fingerprint, class_counts = rows.finish(names, final)
+        return PartIndex(
+            num_images=rows.count,
+            fingerprint=fingerprint,
+            class_counts=class_counts,
+            num_rejected=self.reasons.total(),
+            reasons=dict(self.reasons),
+            rejected=[RejectedEntry(path=r.path, reason=r.reason, detail=r.detail) for r in self.rejected],
+            converted=dict(self.converted),
+            ignored=ignored,
+        )
+
+
+SHARE = 0.05
+MAX_HELDOUT = 1000
+
+
+def rank(name: str) -> int:
+    """Uniform in 0..2^64-1, a function of the name alone."""
+    return int.from_bytes(hashlib.sha256(b"heldout\0" + name.encode()).digest()[:8], "big")
+
+
+def in_share(value: int) -> bool:
+    """Whether a rank lies in the held-out share."""
+    return value < int(SHARE * 2**64)
+
+
+class SplitRows:
+    """Writes train and heldout: about `SHARE` of the images is held out, at most `MAX_HELDOUT`, at least one.
+
+    Below the maximum an image's side depends on its name alone, so images added later move none; above it,
+    they can only return held-out images to training. Holds `MAX_HELDOUT` numbers in memory, no images.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+        self._folder, self._shape = folder, shape
+        self._train = Rows(folder, "train")
+        self._candidates = Rows(folder, "candidates")
+        self._kept: list[tuple[int, int]] = []  # heap of (-rank, row of candidates): the highest rank first
+        self._least = (2**64, -1)  # lowest rank outside the share and its row of train
+
+    @property
+    def count(self) -> int:
+        """Images appended so far."""
+        return self._train.count + len(self._kept)
+
+    def append(self, name: str, pixels: np.ndarray, label: int) -> None:
+        """One image uint8 c h w with its provisional class number. OutputError."""
+        value = rank(name)
+        if in_share(value):
+            heapq.heappush(self._kept, (-value, self._candidates.count))
+            self._candidates.append(pixels, label)
+        else:
+            self._least = min(self._least, (value, self._train.count))
+            self._train.append(pixels, label)
+        if len(self._kept) > MAX_HELDOUT:
+            self._return_one()
+
+    def _return_one(self) -> None:
+        _, row = heapq.heappop(self._kept)
+        self._train.append(*self._candidates.read(row, self._shape))
+
+    def finish(self) -> tuple[Rows, Rows]:
+        """-> training and held-out rows; at least two images must have been appended. OutputError."""
+        if self._train.count == 0:
+            self._return_one()
+        heldout = Rows(self._folder, "heldout")
+        for row in sorted(row for _, row in self._kept):
+            heldout.append(*self._candidates.read(row, self._shape))
+        self._candidates.remove()
+        if heldout.count == 0:  # then there are few images: none of them is in the share
+            self._move_least(heldout)
+        return self._train, heldout
+
+    def _move_least(self, heldout: Rows) -> None:
+        rest = Rows(self._folder, "rest")
+        for row in range(self._train.count):
+            to = heldout if row == self._least[1] else rest
+            to.append(*self._train.read(row, self._shape))
+        self._train.remove()
+        rest.rename("train")
+        self._train = rest
+
 
 Progress = Callable[[int, int | None], None]
 _THREADS = min(4, max(2, os.cpu_count() or 2))
@@ -314,3 +550,48 @@ def _check_rejected(
             f"{folder / INDEX_NAME}; {_TOO_SMALL if small else 'repair them'} "
             f"or raise --set image.max_rejected_share=SHARE"
         )
+
+
+def open_splits(image: ImageConfig, data: str, heldout: str | None, cache: Path, stop: Callable[[], bool]) -> Splits:
+    """The images, prepared or mapped; what was converted or set aside is said. StoppedError."""
+    with ExitStack() as stack:
+        advance: Callable[[float], None] | None = None
+        shown = 0
+
+        def show(done: int, total: int | None) -> None:
+            nonlocal advance, shown
+            if stop():
+                raise StoppedError("stopped while preparing the images; run the same command again")
+            if advance is None and total:
+                advance = stack.enter_context(progress("preparing images", total, "images"))
+            if advance is not None:
+                advance(done - shown)
+                shown = done
+
+        splits = open_data(
+            data,
+            size=image.size,
+            channels=image.channels,
+            background=image.background,
+            fit=image.fit,
+            cache_dir=cache,
+            heldout_source=heldout,
+            classes="auto" if image.labels else "none",
+            max_rejected_share=image.max_rejected_share,
+            progress=show,
+        )
+    _describe(splits, image.size, data)
+    return splits
+
+
+def _describe(splits: Splits, size: int, data: str) -> None:
+    train = splits.train
+    classes = f"{len(train.class_names)} classes" if train.class_names else "no classes"
+    print_line(f"{len(train)} training and {len(splits.heldout)} held-out images of {size} px, {classes}, from {data}")
+    for note in train.notes:
+        print_line(f"note: {note}")
+    if train.num_rejected:
+        first = "; ".join(str(rejected) for rejected in train.rejected[:3])
+        print_line(f"set aside: {train.num_rejected}: {first}{'; ...' * (train.num_rejected > 3)}")
+    if train.converted:
+        print_line("converted: " + ", ".join(f"{count} {reason}" for reason, count in train.converted.items()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ul_runtime.image_conversion import Rejected
+from ul_runtime.images import Rejected
 
 
 @dataclass(frozen=True)

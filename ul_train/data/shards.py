@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Literal, Self, cast
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.image_conversion import SUFFIXES, ImageRejectedError, Rejected, open_regular
+from ul_runtime.images import SUFFIXES, ImageRejectedError, Rejected, open_regular
 from ul_train.data.records import Record, Source, file_identity, printable
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")

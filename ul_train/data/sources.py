@@ -1,22 +1,17 @@
 """Which kind of source a `--data` string names."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from ul_runtime.errors import BadInputError, UsageError
-from ul_runtime.image_conversion import SUFFIXES
+from ul_runtime.errors import BadInputError
+from ul_runtime.images import SUFFIXES
+from ul_train.data.arrays import DIGITS, _digits, find_idx, idx_sources, npz_source
 from ul_train.data.folder import folder_source
 from ul_train.data.huggingface import huggingface_sources
-from ul_train.data.idx import find_idx, idx_sources
-from ul_train.data.npz import npz_source
-from ul_train.data.records import Record, Source, printable
+from ul_train.data.records import Source, printable
 from ul_train.data.shards import SHARD_SUFFIXES, expand_braces, find_shards, shard_source
 
-DIGITS = "sklearn-digits"
 _HELDOUT_FOLDERS = ("heldout", "val", "valid", "validation", "test")
 _KINDS = (
     f"a folder of images, a folder of IDX files, a .npz, WebDataset shards (.tar), hf:NAME_OR_PATH[:split] or {DIGITS}"
@@ -78,29 +73,3 @@ def _without_splits(path: Path, classes: Literal["auto", "none"]) -> Source:
 
 def _with_note(source: Source, note: str) -> Source:
     return replace(source, notes=(*source.notes, note))
-
-
-def _digits(classes: Literal["auto", "none"]) -> Source:
-    """scikit-learn's 1,797 hand-written digits, 8x8, values 0 to 16, scaled up to the model."""
-    try:
-        import sklearn
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        message = f"{DIGITS}: needs scikit-learn; pip install 'unified-latents[quickstart]'"
-        raise UsageError(message) from error
-
-    def records() -> Iterator[Record]:
-        digits = load_digits()
-        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        for index, (image, digit) in enumerate(zip(pixels, digits.target, strict=True)):
-            yield Record(f"{index:08d}", str(digit) if classes == "auto" else None, image)
-
-    return Source(
-        where=DIGITS,
-        identity={"kind": DIGITS, "version": sklearn.__version__, "labelled": classes == "auto"},
-        records=records,
-        num_records=1797,
-        class_names=tuple("0123456789") if classes == "auto" else None,
-        background="black",
-        enlarge=True,
-    )

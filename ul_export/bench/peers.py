@@ -1,0 +1,149 @@
+"""The same networks in torch, as contenders of ul-bench.
+
+torch          eager, behind the project's own loop
+torch-compile  compiled by inductor with frozen weights, for each batch size anew, behind the same loop
+torch-loop     eager, and the loop that a user of the networks would write
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ul_export.bench.measure import Contender, fresh_process, pipeline_contender
+from ul_export.onnx_graphs import OPSETS
+from ul_runtime.bundle import Bundle
+from ul_runtime.errors import UsageError
+from ul_runtime.manifest import BundleInfo, LogsnrRange
+from ul_runtime.pipeline import table_between
+from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
+from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
+from ul_train.run import describe, load_networks
+from ul_train.torch_backend import TorchBackend, in_precision
+
+_LOAD = """
+import sys, time
+started = time.perf_counter()
+from pathlib import Path
+from ul_export.bench.peers import load_images
+from ul_export.bench.measure import report
+run, name, threads = sys.argv[1:]
+report(started, lambda: load_images(Path(run), name, int(threads)))
+"""
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class TorchRun:
+    """The networks of a run, and what a bundle of them says."""
+
+    info: BundleInfo
+    networks: dict[str, nn.Module]
+
+    @classmethod
+    def load(cls, run: Path, threads: int) -> "TorchRun":
+        """The finished run at `run`, with torch on so many threads. BadInputError."""
+        torch.set_num_threads(threads)
+        config, info, networks, step = load_networks(run)
+        described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, OPSETS[-1])
+        return cls(described, {name: network.eval() for name, network in networks.items()})
+
+    def check_same(self, run: Path, bundle: Bundle) -> None:
+        """UsageError unless the bundle is of this run, at this step."""
+        ours, its = self.info.provenance, bundle.manifest.provenance
+        for field in ("run_id", "config_sha256", "data_fingerprint", "step", "weights"):
+            if getattr(ours, field) != getattr(its, field):
+                message = f"its {field} is {getattr(ours, field)}, the bundle's {getattr(its, field)}"
+                raise UsageError(f"{run}: is not the run of {bundle.path}: {message}; give the run that was exported")
+
+    def contender(self, name: str, bundle: Bundle, overrides: Overrides) -> Contender:
+        """One of TORCH_PEERS."""
+        precision = "bf16" if name.endswith("-bf16") else "fp32"
+        networks = {key: in_precision(network, precision) for key, network in self.networks.items()}
+        if name.startswith("torch-loop"):
+            settings = resolve_settings(self.info.defaults, overrides, can_guide=bool(self.info.classes))
+            loop = UserLoop(self.info, settings, networks["prior"], networks["decoder"], precision)
+            return Contender(name, precision, None, loop.images)
+        backend = TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], _CPU, precision)
+        if name.startswith("torch-compile"):
+            torch.compiler.reset()  # the shapes of the batch size before; beyond a few, torch silently runs eagerly
+            for key in ("prior_step", "decoder_step"):
+                compiled = torch.compile(backend.graphs[key], dynamic=False, options={"freezing": True})
+                backend.graphs[key] = cast(nn.Module, compiled)
+        return pipeline_contender(name, bundle, backend, overrides)
+
+
+@dataclass(frozen=True)
+class UserLoop:
+    """Sampling as one writes it by hand: torch's random numbers, one batch, the step inlined, all in torch tensors."""
+
+    info: BundleInfo
+    settings: Settings
+    prior: nn.Module
+    decoder: nn.Module
+    precision: str
+    device: torch.device = _CPU
+
+    @torch.inference_mode()
+    def images(self, batch: int, control: Control = UNWATCHED) -> np.ndarray:
+        """uint8 `b h w c`."""
+        latent, image, num_classes = self.info.latent, self.info.image, len(self.info.classes)
+        label = torch.arange(batch, device=self.device) % max(1, num_classes)
+        no_label = torch.full_like(label, num_classes)
+        low, high = self.settings.guidance_interval or (-np.inf, np.inf)
+        w = self.settings.guidance
+
+        def prior(z: Tensor, logsnr: float) -> Tensor:
+            if w == 1.0 or not low <= logsnr <= high:
+                return self.prior(z, torch.full((batch,), logsnr, device=self.device), label)
+            both = torch.full((2 * batch,), logsnr, device=self.device)
+            v, v_0 = self.prior(torch.cat([z, z]), both, torch.cat([label, no_label])).chunk(2)
+            return w * v + (1.0 - w) * v_0
+
+        z = torch.randn(batch, latent.channels, latent.size, latent.size, device=self.device)
+        x = torch.randn(batch, image.channels, image.size, image.size, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            z = _sample(prior, _table(self.settings.prior, self.info.logsnr_z, ends_clean=False), z, control)
+            table = _table(self.settings.decoder, self.info.logsnr_x, ends_clean=True)
+            x = _sample(self._decoder(z), table, x, control)
+        return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _decoder(self, z_0: Tensor) -> Callable[[Tensor, float], Tensor]:
+        return lambda x, logsnr: self.decoder(x, torch.full((len(x),), logsnr, device=self.device), z_0)
+
+
+def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> Tensor:
+    return torch.tensor(table_between(sampler, ends, ends_clean=ends_clean), dtype=torch.float32)
+
+
+def _sample(predict_v: Callable[[Tensor, float], Tensor], table: Tensor, state: Tensor, control: Control) -> Tensor:
+    """The state after all steps of the table."""
+    earlier = [torch.zeros_like(state)] * 2
+    for row in table.tolist():
+        control.check()
+        pred = row[ALPHA] * state - row[SIGMA] * predict_v(state, row[LOGSNR]).float()
+        state = row[A] * state + row[B_0] * pred + row[B_1] * earlier[0]
+        if row[B_2]:
+            state = state + row[B_2] * earlier[1]
+        if row[S]:
+            state = state + row[S] * torch.randn_like(state)
+        earlier = [pred, earlier[0]]
+    return state
+
+
+def torch_start_up(run: Path, name: str, threads: int) -> dict[str, Any]:
+    """As ul_export.bench.measure.start_up, for one of TORCH_PEERS."""
+    return fresh_process(_LOAD, run, name, threads)
+
+
+def load_images(run: Path, name: str, threads: int) -> Callable[[], object]:
+    """What makes one image, without a bundle: a contender of its own process."""
+    loaded = TorchRun.load(run, threads)
+    contender = loaded.contender(name, cast(Bundle, SimpleNamespace(manifest=loaded.info)), Overrides())
+    return lambda: contender.generate(1, UNWATCHED)

@@ -1,0 +1,248 @@
+"""What nearest neighbours tell: precision, recall, density, coverage, and whether samples are copies."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+
+import numpy as np
+from scipy import linalg
+from scipy.ndimage import correlate1d
+from scipy.stats import rankdata
+
+_KERNEL_ROWS = 1024  # rows of a kernel matrix in memory
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Unbiased MMD^2 of features `n d` and `m d` with k(x, y) = (x.y / d + 1)^3 (Binkowski et al. 2018).
+
+    sum_{i != j} k(a_i, a_j) / n(n-1)  +  the same of b  -  2 sum_ij k(a_i, b_j) / nm
+
+    Over all pairs, not over random subsets: zero in the mean where both are of one distribution, at any count.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return _within(a) + _within(b) - 2.0 * _between(a, b) / (len(a) * len(b))
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T / a.shape[1] + 1.0) ** 3
+
+
+def _rows(a: np.ndarray) -> Iterator[np.ndarray]:
+    return (a[first : first + _KERNEL_ROWS] for first in range(0, len(a), _KERNEL_ROWS))
+
+
+def _between(a: np.ndarray, b: np.ndarray) -> float:
+    return sum(float(_kernel(rows, b).sum()) for rows in _rows(a))
+
+
+def _within(a: np.ndarray) -> float:
+    with_itself = ((np.square(a).sum(axis=1) / a.shape[1] + 1.0) ** 3).sum()
+    return float((_between(a, a) - with_itself) / (len(a) * (len(a) - 1)))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean `d` and centred scatter `d d` (sum of outer products about the mean) of features, in float64."""
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Of features `n d`, n >= 1."""
+        rows = features.astype(np.float64)
+        mean = rows.mean(axis=0)
+        rows -= mean
+        return cls(len(rows), mean, rows.T @ rows)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of both sets together, exactly, wherever they were computed (Chan, Golub, LeVeque 1979).
+
+        M = M_a + M_b + n_a n_b / n (mean_b - mean_a)(mean_b - mean_a)^T
+        """
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.count / count)
+        between = np.outer(apart, apart) * (self.count * other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Unbiased, `d d`; of two features or more."""
+        return self.scatter / (self.count - 1)
+
+
+def streamed(features: np.ndarray, chunk: int = 1024) -> Moments:
+    """Moments of features `n d`, with one chunk at a time in float64."""
+    parts = (Moments.of(features[first : first + chunk]) for first in range(0, len(features), chunk))
+    return reduce(Moments.merge, parts)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): squared Wasserstein-2 of two Gaussians (Heusel et al. 2017).
+
+    tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of R C_b R with R = C_a^(1/2): real, and stable where
+    there are fewer features than dimensions.
+    """
+    values, vectors = linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    shared = linalg.eigvalsh(root @ b.covariance @ root)
+    cross = np.sqrt(np.maximum(shared, 0.0)).sum()
+    apart = a.mean - b.mean
+    return float(apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * cross)
+
+
+PRECISION_NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
+COVERAGE_NEIGHBOURS = 5  # k of Naeem et al. 2020
+_CHUNK = 512  # rows of a matrix of distances in memory
+
+
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a_i - b_j|^2 in float64, `n m`, of features `n d` and `m d`; 0 rather than rounding errors below it."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    centre = b.mean(axis=0)  # keeps the cancellation below small
+    a, b = a - centre, b - centre
+    found = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2.0 * (a @ b.T)
+    return np.maximum(found, 0.0, out=found)
+
+
+def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of a, and their squared distances to all of b."""
+    for first in range(0, len(a), _CHUNK):
+        rows = slice(first, min(first + _CHUNK, len(a)))
+        yield rows, squared_distances(a[rows], b)
+
+
+def squared_radii(features: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each of `n d` to its k-th nearest among the others, `n`; n > k."""
+    radii = np.empty(len(features))
+    for rows, distance in _blocks(features, features):
+        at = np.arange(rows.start, rows.stop)
+        distance[at - rows.start, at] = np.inf
+        radii[rows] = np.partition(distance, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _share_within(points: np.ndarray, centres: np.ndarray, k: int) -> float:
+    """Share of points inside at least one ball about the centres that reaches to its k-th nearest other centre."""
+    radii = squared_radii(centres, k)
+    return float(np.mean(np.concatenate([(d <= radii).any(axis=1) for _, d in _blocks(points, centres)])))
+
+
+def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = PRECISION_NEIGHBOURS) -> tuple[float, float]:
+    """(share of samples within the balls of the real, share of the real within those of the samples).
+
+    Kynkaanniemi et al. 2019; features `n d` and `m d`. Precision alone says little: noise in the midst of the real
+    images has a precision of 1.
+    """
+    return _share_within(samples, real, k), _share_within(real, samples, k)
+
+
+def density_coverage(samples: np.ndarray, real: np.ndarray, k: int = COVERAGE_NEIGHBOURS) -> tuple[float, float]:
+    """(balls about the real that a sample lies in, over k; share of these balls with a sample in them).
+
+    Naeem et al. 2020. Density may exceed 1. Samples of the real distribution, as many: 1 and 1 - 2^-k on average.
+    """
+    radii = squared_radii(real, k)
+    inside, covered = 0, np.zeros(len(real), bool)
+    for _, distance in _blocks(samples, real):
+        within = distance <= radii
+        inside += int(within.sum())
+        covered |= within.any(axis=0)
+    return inside / (k * len(samples)), float(covered.mean())
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The k nearest of each of n queries, nearest first: `index` int64 and `distance` float64, both `n k`."""
+
+    index: np.ndarray
+    distance: np.ndarray
+
+    @classmethod
+    def none(cls, queries: int, k: int) -> "Nearest":
+        """Before anything was searched."""
+        return cls(np.full((queries, k), -1), np.full((queries, k), np.inf))
+
+    def among(self, queries: np.ndarray, features: np.ndarray, first: int) -> "Nearest":
+        """Updated by features `m d`, which have the indices first, first + 1, ...: a search goes chunk by chunk."""
+        distance = np.concatenate([self.distance, np.sqrt(squared_distances(queries, features))], axis=1)
+        new = np.broadcast_to(np.arange(first, first + len(features)), (len(queries), len(features)))
+        index = np.concatenate([self.index, new], axis=1)
+        order = np.argsort(distance, axis=1, kind="stable")[:, : self.index.shape[1]]
+        return Nearest(np.take_along_axis(index, order, axis=1), np.take_along_axis(distance, order, axis=1))
+
+
+def share_nearer(a: np.ndarray, b: np.ndarray) -> float:
+    """P(a_i < b_j) + P(a_i = b_j) / 2 over all pairs of `n` and `m` values (Mann-Whitney U / nm).
+
+    With distances to the nearest training image, of samples and of held-out images: 0.5 where samples are as far from
+    the training images as unseen ones are, 1 for copies (Meehan, Chaudhuri, Dasgupta 2020).
+    """
+    ranks = rankdata(np.concatenate([b, a]))
+    return float((ranks[: len(b)].sum() - len(b) * (len(b) + 1) / 2) / (len(a) * len(b)))
+
+
+_WINDOW_PX, _WINDOW_STD_PX = 11, 1.5
+SMALLEST_PX = _WINDOW_PX  # image that SSIM is defined for
+_RANGE = 2.0  # of values in [-1, 1]
+
+
+def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared difference of each image, `b`, of x `b c h w` in [-1, 1]."""
+    return np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Structural similarity of each image, `b`, of x `b c h w` in [-1, 1], SMALLEST_PX or larger (Wang et al. 2004).
+
+    (2 m_a m_b + C_1)(2 s_ab + C_2) / ((m_a^2 + m_b^2 + C_1)(s_a^2 + s_b^2 + C_2)), averaged over channels and over the
+    places of an 11 px Gaussian window of standard deviation 1.5 px that lie within the image.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    c_1, c_2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
+    mean_a, mean_b = _windowed(a), _windowed(b)
+    var_a, var_b = _windowed(a * a) - mean_a**2, _windowed(b * b) - mean_b**2
+    covariance = _windowed(a * b) - mean_a * mean_b
+    above = (2.0 * mean_a * mean_b + c_1) * (2.0 * covariance + c_2)
+    below = (mean_a**2 + mean_b**2 + c_1) * (var_a + var_b + c_2)
+    return (above / below).mean(axis=(1, 2, 3))
+
+
+def _windowed(values: np.ndarray) -> np.ndarray:
+    """Weighted mean within the window around each place, where the window lies within `b c h w`."""
+    half = _WINDOW_PX // 2
+    weights = np.exp(-0.5 * (np.arange(-half, half + 1) / _WINDOW_STD_PX) ** 2)
+    for axis in (2, 3):
+        values = correlate1d(values, weights / weights.sum(), axis=axis)
+    return values[:, :, half:-half, half:-half]
+
+
+_SEED = 0
+_FEWEST_DIRECTIONS = 1024
+
+
+def sliced_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """d mean_u W_2^2(u.a, u.b) of features `n d` each, u of unit length (MIND, Berthet et al. 2026, arXiv 2605.06797).
+
+    In one dimension W_2^2 is the mean square of the differences in order. The factor d (ours) makes it the squared
+    distance where one set is the other, shifted: the scale of a Frechet distance. The directions are random orthonormal
+    bases, of a fixed seed, so that every basis gives shifts and scalings exactly. ValueError: other counts.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"features of shape {list(a.shape)} and {list(b.shape)}; expected as many of each")
+    bases = _bases(a.shape[1])
+    total = 0.0
+    for basis in bases:
+        basis = basis.astype(a.dtype)
+        apart = np.sort(basis @ a.T, axis=1) - np.sort(basis @ b.T, axis=1)  # a direction in each row
+        total += float(np.square(apart, dtype=np.float64).mean(axis=1).sum())
+    return total / len(bases)
+
+
+@lru_cache(maxsize=2)
+def _bases(d: int) -> tuple[np.ndarray, ...]:
+    """Orthonormal bases of `d` directions, enough of them."""
+    draw = np.random.default_rng(_SEED)
+    return tuple(np.linalg.qr(draw.standard_normal((d, d)))[0] for _ in range(-(-_FEWEST_DIRECTIONS // d)))

@@ -1,0 +1,488 @@
+"""The loops of every sampler on a device, from noise to images: one step is enqueued, or replayed, row after row.
+
+The host reads nothing before the last step of the last loop is done. Table, noise, labels and guidance are data, so
+that no step is captured anew for them; noise is made on the device, and what one loop ends with the next one takes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from ul_runtime.backends.gpu import Memory, Scratch
+from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
+from ul_runtime.loop import Guide, Inputs, Walk
+from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, Interface, Tensor
+from ul_runtime.samplers import S
+
+PIXELS = "pixels"
+# round((clip(x, -1, 1) + 1) * 127.5) as uint8, channels last; and the sum of the magnitudes of x, finite where x is.
+# What tests/pixels_graph.py builds, which a test compares.
+ONNX = (
+    b"\x08\x08\x12\x00:\x86\x04\n#\n\x01x\n\x03low\n\x04high\x12\x07clipped\x1a\x04cl"
+    b'ip"\x04Clip\n$\n\x07clipped\n\x04high\x12\x07shifted\x1a\x05'
+    b'shift"\x03Add\n$\n\x07shifted\n\x05scale\x12\x06scaled'
+    b'\x1a\x05scale"\x03Mul\n\x1d\n\x06scaled\x12\x05whole\x1a\x05round'
+    b'"\x05Round\n:\n\x05whole\x12\x04last\x1a\rchannels_las'
+    b't"\tTranspose*\x11\n\x04perm@\x00@\x02@\x03@\x01\xa0\x01\x07\n&\n\x04l'
+    b'ast\x12\x06images\x1a\x05uint8"\x04Cast*\t\n\x02to\x18\x02\xa0\x01\x02\n'
+    b'\x1e\n\x01x\x12\tmagnitude\x1a\tmagnitude"\x03Abs\n7\n\tm'
+    b'agnitude\n\x04axes\x12\x03sum\x1a\x03sum"\tReduceSum*'
+    b"\x0f\n\x08keepdims\x18\x00\xa0\x01\x02\x12\x06pixels*\r\x10\x01B\x03lowJ\x04\x00"
+    b"\x00\x80\xbf*\x0e\x10\x01B\x04highJ\x04\x00\x00\x80?*\x0f\x10\x01B\x05scaleJ\x04\x00\x00\xffB"
+    b"*$\x08\x03\x10\x07B\x04axesJ\x18\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x00\x00"
+    b"\x00\x00Z\x1f\n\x01x\x12\x1a\n\x18\x08\x01\x12\x14\n\x03\x12\x01b\n\x03\x12\x01c\n\x03\x12\x01h\n\x03\x12\x01wb"
+    b"$\n\x06images\x12\x1a\n\x18\x08\x02\x12\x14\n\x03\x12\x01b\n\x03\x12\x01h\n\x03\x12\x01w\n\x03\x12\x01"
+    b"cb\x12\n\x03sum\x12\x0b\n\t\x08\x01\x12\x05\n\x03\x12\x01bB\x04\n\x00\x10\x12"
+)
+
+
+@dataclass(frozen=True)
+class PixelTensor:
+    """As TensorFormat."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class PixelGraph:
+    """x `b c h w` float32 -> images `b h w c` uint8, sum `b` float32: NaN or Inf where x is not finite."""
+
+    inputs: tuple[PixelTensor, ...]
+    outputs: tuple[PixelTensor, ...]
+
+    @classmethod
+    def of(cls, image: ImageFormat) -> "PixelGraph":
+        """For images of this format."""
+        size, channels = image.size, image.channels
+        x = PixelTensor("x", "float32", ("b", channels, size, size))
+        images = PixelTensor("images", "uint8", ("b", size, size, channels))
+        return cls((x,), (images, PixelTensor("sum", "float32", ("b",))))
+
+
+def graphs_of(manifest: BundleInfo) -> dict[str, Interface]:
+    """All graphs that a device runs for a bundle: its own and, as PIXELS, this one."""
+    graphs: dict[str, Interface] = {str(name): graph for name, graph in manifest.graphs.items()}
+    return graphs | {PIXELS: PixelGraph.of(manifest.image)}
+
+
+Dims = dict[str, int]  # size of each dynamic dimension
+
+
+class Engine(Protocol):
+    """A step graph on the device, for one set of sizes."""
+
+    def enqueue(self) -> None:
+        """Run it on the tensors it was bound to, in the device's order of work. ULError."""
+
+
+# (graph, sizes, tensor name -> address) -> the graph bound to these addresses
+Bind = Callable[[str, Dims, dict[str, int]], Engine]
+
+
+def bucket_of(batch: int) -> int:
+    """The smallest power of two that holds a batch."""
+    return 1 << (batch - 1).bit_length()
+
+
+@dataclass
+class Bound:
+    """A graph of some sizes: its tensors on the device, and what runs a step and moves its results to its inputs."""
+
+    addresses: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+    step: Callable[[], None]
+
+    def size(self, name: str) -> int:
+        """Bytes of a float32 tensor."""
+        return size_of(self.shapes[name], np.float32)
+
+
+@dataclass
+class DeviceSteps:
+    """The graphs of one bundle, and PIXELS, which `graphs` holds as well, bound as they are asked for.
+
+    `captures`: whether steps are captured here; engines that do it themselves want False. A capture that fails is said,
+    and its step enqueued as before, or with `require_graphs` ends the work. `captured` counts the others.
+    """
+
+    memory: Memory
+    graphs: Mapping[str, Interface]
+    bind: Bind
+    say: Callable[[str], None]
+    captures: bool = True
+    require_graphs: bool = False
+    captured: int = 0
+    on_release: Callable[[], None] = lambda: None  # the engines give back what they hold beside their tensors
+    scratch: Scratch = field(init=False)
+    bound: dict[tuple[str, str | None, int, int], Bound] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Engines take from `scratch` what they need on their way."""
+        self.scratch = Scratch(self.memory)
+
+    def run(self, graph: str, inputs: Inputs) -> Inputs:
+        """One call of a graph: its outputs by name. Errors are those of the engine."""
+        with self.memory.lock:
+            try:
+                return self._run(graph, inputs)
+            except OutOfMemoryError:
+                self.release()
+                raise
+
+    def _run(self, graph: str, inputs: Inputs) -> Inputs:
+        self.memory.use()
+        batch = len(next(iter(inputs.values())))
+        bound = self.bound_for(graph, None, bucket_of(batch), inputs)
+        held = self.upload(bound, inputs, bucket_of(batch))
+        bound.step()
+        outputs = {tensor.name: self.leaving(bound, tensor.name, tensor.dtype) for tensor in self.graphs[graph].outputs}
+        self.memory.wait()
+        del held
+        return {name: array[:batch] for name, array in outputs.items()}
+
+    def leaving(self, source: Bound, name: str, dtype: DTypeLike = "float32") -> np.ndarray:
+        """A tensor on its way from the device."""
+        result = np.empty(source.shapes[name], dtype)
+        self.memory.download(source.addresses[name], result)
+        return result
+
+    def upload(self, bound: Bound, inputs: Inputs, bucket: int) -> list[np.ndarray]:
+        """Inputs, which have to live until they are there; what is all zero is made there."""
+        padded = {name: padded_to(bucket, array) for name, array in inputs.items()}
+        for name, array in padded.items():
+            assert array.shape == bound.shapes[name], name
+            if array.any():
+                self.memory.upload(bound.addresses[name], array)
+            else:
+                self.memory.clear(bound.addresses[name], array.nbytes)
+        return list(padded.values())
+
+    def release(self) -> None:
+        """Give back the memory of all steps: a batch that does not fit leaves room for a smaller one."""
+        with self.memory.lock:
+            self.memory.use()
+            self.memory.wait()
+            for bound in self.bound.values():
+                for address in bound.addresses.values():
+                    self.memory.free(address)
+            self.bound.clear()
+            self.scratch.release()
+            self.on_release()
+
+    def bound_for(self, graph: str, state: str | None, bucket: int, inputs: Inputs) -> Bound:
+        """The graph bound for these sizes; with a `state`, its step ends by making outputs the next inputs."""
+        dims: Dims = {"b": bucket}
+        for tensor in self.graphs[graph].inputs:
+            if tensor.name in inputs and "g" in tensor.shape:
+                dims["g"] = inputs[tensor.name].shape[tensor.shape.index("g")]
+        key = graph, state, dims.get("g", 0), bucket
+        if key not in self.bound:
+            self.bound[key] = self._make(graph, state, dims)
+        return self.bound[key]
+
+    def _make(self, name: str, state: str | None, dims: Dims) -> Bound:
+        tensors = [*self.graphs[name].inputs, *self.graphs[name].outputs]
+        shapes = {tensor.name: _shape(tensor, dims) for tensor in tensors}
+        addresses: dict[str, int] = {}
+        try:
+            for tensor in tensors:
+                addresses[tensor.name] = self.memory.allocate(size_of(shapes[tensor.name], tensor.dtype))
+            engine = self.bind(name, dims, addresses)
+        except ULError:
+            for address in addresses.values():
+                self.memory.free(address)
+            raise
+        if state is None:
+            return Bound(addresses, shapes, engine.enqueue)
+        shift = _shift(self.memory, state, addresses, shapes)
+
+        def step() -> None:
+            engine.enqueue()
+            shift()
+
+        return Bound(addresses, shapes, self._captured(f"{name} {dims}", step) if self.captures else step)
+
+    def _captured(self, what: str, step: Callable[[], None]) -> Callable[[], None]:
+        """The step as it is in its first run, in which engines may set themselves up; then by one launch."""
+        runs = 0
+        replay = step
+
+        def run() -> None:
+            nonlocal replay, runs
+            runs += 1
+            if runs == 2:
+                try:
+                    replay = self.memory.capture(step)
+                    self.captured += 1
+                except OutOfMemoryError:
+                    raise
+                except ULError as error:
+                    if self.require_graphs:
+                        raise
+                    self.say(f"{what} is enqueued step by step, it could not be captured: {error}")
+            replay()
+
+        return run
+
+
+def _shift(
+    memory: Memory, state: str, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]
+) -> Callable[[], None]:
+    """What makes the outputs of a step the inputs of the next: state, and history = [pred, history[:, 0]]."""
+    batch = shapes[state][0]
+    one = size_of(shapes[state][1:], np.float32)  # of one image
+    history, both = addresses["history"], 2 * one
+
+    def shift() -> None:
+        memory.copy(history + one, history, one, rows=batch, to_pitch=both, pitch=both)
+        memory.copy(history, addresses["pred"], one, rows=batch, to_pitch=both, pitch=one)
+        memory.copy(addresses[state], addresses[f"{state}_next"], batch * one)
+
+    return shift
+
+
+def _shape(tensor: Tensor, dims: Dims) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
+
+
+def size_of(shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def padded_to(bucket: int, array: np.ndarray) -> np.ndarray:
+    """The batch of a bucket: the last image again for those that are missing, so that nothing is not finite there."""
+    missing = bucket - len(array)
+    filled = array if missing == 0 else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+    return np.ascontiguousarray(filled)
+
+
+Stop = Callable[[], bool]
+Advance = Callable[[int], None]
+
+
+@dataclass
+class _Batch:
+    """The images of one run through all loops; addresses are the device's."""
+
+    count: int
+    bucket: int
+    indices: int  # address
+    sent: list[np.ndarray]  # what is uploaded, until it is there
+    stop: Stop
+    advance: Advance
+    asked: Bound | None = None  # the guide's step
+
+
+@dataclass
+class _End:
+    """Where a loop ended: the tensor `state` of its last step."""
+
+    step: Bound
+    state: str
+
+    @property
+    def address(self) -> int:
+        """Of the state."""
+        return self.step.addresses[self.state]
+
+
+class DeviceLoop(DeviceSteps):
+    """Loops over bound steps."""
+
+    def walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance) -> list[np.ndarray]:
+        """See Walker.walk."""
+        return self._walk(walks, stop, advance, pixels=False)
+
+    def walk_to_images(
+        self, walks: Sequence[Walk], stop: Stop, advance: Advance
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """See Walker.walk_to_images."""
+        *states, images, total = self._walk(walks, stop, advance, pixels=True)
+        return states, images, np.isfinite(total)
+
+    def _walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance, pixels: bool) -> list[np.ndarray]:
+        """The last states; of the last walk with `pixels` its pixels and the sums of its magnitudes instead."""
+        with self.memory.lock:
+            return self._locked_walk(walks, stop, advance, pixels)
+
+    def _locked_walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance, pixels: bool) -> list[np.ndarray]:
+        indices = walks[0].noise.indices
+        bucket = bucket_of(max(len(indices), walks[0].batch))
+        sent = [padded_to(bucket, indices)]
+        sent += [np.repeat(walk.table.astype(np.float32)[:, None], bucket, axis=1) for walk in walks]  # rows bucket 8
+        ends: list[_End] = []
+        with self._region(sum(array.nbytes for array in sent), walks) as region:
+            places = [region + sum(array.nbytes for array in sent[:n]) for n in range(len(sent))]
+            for place, array in zip(places, sent, strict=True):
+                self.memory.upload(place, array)
+            batch = _Batch(len(indices), bucket, places[0], sent, stop, advance)
+            for walk, table in zip(walks, places[1:], strict=True):
+                ends.append(self._steps(walk, table, batch, ends[-1] if ends else None))
+            # only now: what leaves for pageable memory is waited for
+            made = self._pixels(ends.pop(), bucket) if pixels else []
+            results = [*[self.leaving(end.step, end.state) for end in ends], *made]
+        return [result[: len(indices)] for result in results]
+
+    def _steps(self, walk: Walk, table: int, batch: _Batch, before: _End | None) -> _End:
+        """All rows of one walk, enqueued. `table` is an address, `before` where the walk before ended."""
+        last: Bound | None = None
+        condition: object = None
+        quiet = False
+        for k in range(len(walk.table)):
+            if batch.stop():
+                raise StoppedError(
+                    f"stopped before step {k + 1} of {len(walk.table)}; run the same command again to go on"
+                )
+            inputs = walk.condition(k)
+            bound = self.bound_for(walk.graph, walk.state, batch.bucket, inputs)
+            if inputs is not condition:
+                batch.sent += self.upload(bound, inputs, batch.bucket)
+                condition = inputs
+            if bound is not last:
+                self._enter(walk, batch, bound, last, before)
+                last, quiet = bound, False
+            if walk.table[k, S] != 0.0:
+                self._draw(walk, batch, bound, "noise", walk.noise.step(k))
+                quiet = False
+            elif not quiet:
+                self.memory.clear(bound.addresses["noise"], bound.size("noise"))
+                quiet = True
+            row = table + k * bound.size("row")
+            if walk.guide is not None and walk.guide.asked(k):
+                self._ask(walk, walk.guide, bound, batch, row)
+            self.memory.copy(bound.addresses["row"], row, bound.size("row"))
+            bound.step()
+            batch.advance(batch.count)
+        assert last is not None
+        return _End(last, walk.state)
+
+    def _ask(self, walk: Walk, guide: Guide, bound: Bound, batch: _Batch, row: int) -> None:
+        """The guide's prediction for the state of a step, into that step's `guide`; `row` is an address."""
+        theirs = _loop_of(guide).bound_for(walk.graph, walk.state, batch.bucket, guide.condition)
+        if theirs is not batch.asked:
+            batch.sent += self.upload(theirs, guide.condition, batch.bucket)
+            for name in ("history", "noise"):  # which its prediction does not depend on
+                self.memory.clear(theirs.addresses[name], theirs.size(name))
+            batch.asked = theirs
+        self.memory.copy(theirs.addresses[walk.state], bound.addresses[walk.state], bound.size(walk.state))
+        self.memory.copy(theirs.addresses["row"], row, bound.size("row"))
+        theirs.step()
+        self.memory.copy(bound.addresses["guide"], theirs.addresses["pred"], bound.size("guide"))
+
+    def _enter(self, walk: Walk, batch: _Batch, bound: Bound, last: Bound | None, before: _End | None) -> None:
+        """Fill what a step goes on from: noise in a walk's first step, else what `last`, of other sizes, left."""
+        if last is None:
+            self._draw(walk, batch, bound, walk.state, walk.noise.start)
+            self.memory.clear(bound.addresses["history"], bound.size("history"))
+        else:
+            for name in (walk.state, "history"):
+                self.memory.copy(bound.addresses[name], last.addresses[name], bound.size(name))
+        if walk.takes is not None and before is not None:
+            self.memory.copy(bound.addresses[walk.takes], before.address, bound.size(walk.takes))
+
+    def _draw(self, walk: Walk, batch: _Batch, bound: Bound, name: str, stream: int) -> None:
+        """Noise into a tensor."""
+        values = math.prod(walk.noise.shape)
+        self.memory.normals(bound.addresses[name], walk.noise.seed, batch.indices, batch.bucket, stream, values)
+
+    def _pixels(self, end: _End, bucket: int) -> list[np.ndarray]:
+        """(Images, sums of magnitudes) of a state, on their way."""
+        source = self.bound_for(PIXELS, None, bucket, {})
+        self.memory.copy(source.addresses["x"], end.address, source.size("x"))
+        source.step()
+        return [self.leaving(source, tensor.name, tensor.dtype) for tensor in self.graphs[PIXELS].outputs]
+
+    @contextmanager
+    def _region(self, size: int, walks: Sequence[Walk]) -> Iterator[int]:
+        """Memory for these walks, given back when their work is done. Where memory is short, all steps are released."""
+        memory, failed = self.memory, True
+        memory.use()
+        try:
+            region = memory.allocate(size)
+        except OutOfMemoryError:
+            self._release_all(walks)
+            raise
+        try:
+            yield region
+            memory.wait()
+            failed = False
+        except OutOfMemoryError:
+            self._release_all(walks)
+            raise
+        finally:
+            # a device that failed may fail here again: the first error says why
+            with suppress(ULError) if failed else nullcontext():
+                if failed:
+                    memory.wait()
+                memory.free(region)
+
+    def _release_all(self, walks: Sequence[Walk]) -> None:
+        """Of the guides as well."""
+        self.release()
+        for walk in walks:
+            if walk.guide is not None:
+                _loop_of(walk.guide).release()
+
+
+class _OnDevice(Protocol):
+    loop: DeviceLoop
+
+
+def _loop_of(guide: Guide) -> DeviceLoop:
+    """Of a walker that `can_ask` took."""
+    return cast(_OnDevice, guide.walker).loop
+
+
+_LIKELY_BATCH = 64  # fills a card; the batch is halved where its memory is short
+
+
+class DeviceBackend:
+    """A Backend and Walker over `loop`; subclasses make it, and have name, precision and threads."""
+
+    loop: DeviceLoop
+
+    def run(self, graph_name: GraphName, inputs: Inputs) -> Inputs:
+        """See Backend.run. BadInputError: a graph cannot be loaded or built. ULError: it fails."""
+        return self.loop.run(graph_name, inputs)
+
+    @property
+    def likely_batch(self) -> int | None:
+        """See Walker.likely_batch."""
+        return _LIKELY_BATCH if self.loop.memory.kind == "cuda" else None
+
+    def computed_as(self, count: int) -> int | None:
+        """See Walker.computed_as: a card's kernels for another size round otherwise."""
+        return bucket_of(count) if self.loop.memory.kind == "cuda" else None
+
+    def can_ask(self, other: object) -> bool:
+        """See Walker.can_ask."""
+        return isinstance(other, DeviceBackend) and other is not self and other.loop.memory is self.loop.memory
+
+    def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
+        """See Walker.walk. Errors as for `run`."""
+        with self._watched():
+            return self.loop.walk(walks, stop, advance)
+
+    def walk_to_images(
+        self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """See Walker.walk_to_images. Errors as for `run`."""
+        with self._watched():
+            return self.loop.walk_to_images(walks, stop, advance)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        bound = len(self.loop.bound)
+        yield
+        self._walked(len(self.loop.bound) != bound)
+
+    def _walked(self, bound_more: bool) -> None:
+        """After a loop; `bound_more`: it ran graphs in sizes that were not run before."""

@@ -1,0 +1,275 @@
+"""What ul-generate and ul-decode share: fill a folder with one job's images, then draw its contact sheet."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, Self, TypeAlias, TypeVar
+
+import numpy as np
+
+from ul_runtime import durable
+from ul_runtime.batches import Images
+from ul_runtime.contact_sheet import MOST_TILES, contact_sheet
+from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, UsageError
+from ul_runtime.loop import never
+from ul_runtime.pipeline import Pipeline
+from ul_runtime.png import (
+    _JOB_FILES,
+    SHEET,
+    Job,
+    fingerprint,
+    image_name,
+    is_picture_of,
+    picture_chunks,
+    png_bytes,
+    read_png,
+    sheet_chunks,
+    to_picture,
+)
+from ul_runtime.progress import UNWATCHED, Control, progress, stop_on_signal
+from ul_runtime.settings import NO_LABEL, check_seed
+
+Item = TypeVar("Item")
+
+
+class Background(Generic[Item]):
+    """A block in which `put(item)` has `work(item)` done; at most `most` items wait or are worked on.
+
+    The first error of `work` is raised by the next `put` or `check`, or at the end of the block, and no later item is
+    worked on. However the block ends, what was put before is done first.
+    """
+
+    def __init__(self, work: Callable[[Item], None], most: int) -> None:
+        self._work = work
+        self._most = most
+        self._failed = False
+        self._pending: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(max_workers=1)
+
+    def _do(self, item: Item) -> None:
+        if not self._failed:
+            self._failed = True  # until it has not
+            self._work(item)
+            self._failed = False
+
+    def put(self, item: Item) -> None:
+        """Hand an item over, as soon as fewer than `most` are unfinished. Raises the error of an earlier one."""
+        while len(self._pending) >= self._most:
+            self._pending.popleft().result()
+        self.check()
+        self._pending.append(self._pool.submit(self._do, item))
+
+    def check(self) -> None:
+        """Raise the error of an item, if one has failed; does not wait."""
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            while self._pending:
+                self._pending.popleft().result()
+        finally:
+            self._pool.shutdown()
+
+
+_FORMAT = "unified-latents-images"
+_NAME = re.compile(r"\d{6}\.png|[1-9]\d{6,18}\.png")  # image_name
+
+
+class ImageFolder:
+    """The open folder of one job; made by `open_image_folder`."""
+
+    def __init__(self, path: Path, job: Job, bundle_name: str, num_images: int) -> None:
+        self.path = path
+        self.job = job
+        self.bundle_name = bundle_name
+        self.num_images = num_images
+        self.fingerprint = fingerprint(job)
+
+    def _read(self, index: int) -> np.ndarray | None:
+        """Image `index` as uint8 `h w c` if it is there, whole and of this job."""
+        try:
+            pixels, text, _ = read_png(self.path / image_name(index))
+        except BadInputError:
+            return None
+        return pixels if is_picture_of(text, self.fingerprint, index) else None
+
+    def done(self, stop: Callable[[], bool] = never) -> set[int]:
+        """Indices of the images that are there, whole and of this job. `stop` is asked often: StoppedError."""
+        found = set()
+        for path in self.path.iterdir():
+            if stop():
+                raise StoppedError(f"{self.path}: stopped before any image; run the same command again to go on")
+            index = int(path.stem) if _NAME.fullmatch(path.name) else self.num_images
+            if index < self.num_images and self._read(index) is not None:
+                found.add(index)
+        return found
+
+    def write(self, index: int, image: np.ndarray, label: str, batch: int | None = None) -> None:
+        """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its provenance. OutputError."""
+        text = picture_chunks(self.job, self.bundle_name, index, label, batch)
+        durable.atomic_write(self.path / image_name(index), png_bytes(to_picture(image), text))
+
+    def write_sheet(self, title: str, columns: Sequence[str]) -> Path | None:
+        """The contact sheet of the first images that are there; None if there are none. OutputError."""
+        found = [self._read(index) for index in range(min(self.num_images, MOST_TILES))]
+        example = next((image for image in found if image is not None), None)
+        if example is None:
+            return None
+        images = [np.full_like(example, 255) if image is None else image for image in found]
+        path = self.path / SHEET
+        text = sheet_chunks(self.job, self.bundle_name)
+        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns), text))
+        return path
+
+    def begin(self, job_file: Path) -> None:
+        """Write the job file, or check that the one there is of the same job. UsageError, BadInputError."""
+        if job_file.exists():
+            self._check_same(job_file, _read_job(job_file))
+        elif next(self.path.glob("*.png"), None):
+            raise UsageError(f"{self.path}: holds images but no {job_file.name}; choose an empty folder")
+        head = {"format": _FORMAT, "format_version": 1, "num_images": self.num_images}
+        content = {**head, "fingerprint": self.fingerprint, "job": self.job.model_dump(mode="json")}
+        durable.atomic_write(job_file, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _check_same(self, job_file: Path, found: dict[str, Any]) -> None:
+        job, count = found["job"], found["num_images"]
+        wanted = self.job.model_dump(mode="json")
+        for key in sorted(set(job) | set(wanted)):
+            if job.get(key) != wanted.get(key):
+                message = f"{job_file}: the images here were made with {key} {job.get(key)}, now {wanted.get(key)}"
+                raise UsageError(f"{message}; choose another folder, or the same settings to go on")
+        if count > self.num_images:
+            message = f"{job_file}: the folder holds a job of {count} images, now {self.num_images}"
+            raise UsageError(f"{message}; ask for at least as many, or choose another folder")
+
+
+def _read_job(job_file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(job_file.read_bytes())
+        if found["format"] == _FORMAT and isinstance(found["job"], dict) and isinstance(found["num_images"], int):
+            return found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise BadInputError(f"{job_file}: is not a job file of this toolkit; choose another folder")
+
+
+@contextmanager
+def open_image_folder(path: Path, job: Job, bundle_name: str, num_images: int) -> Iterator[ImageFolder]:
+    """The folder `path`, held for this process: new, empty, or filled by the same job before, or by less of it.
+
+    UsageError: other things in it, or another job. OutputError: not writable.
+    """
+    job_name = _JOB_FILES[job.command]
+    durable.check_output_directory(path, [job_name, SHEET, "[0-9]" * 6 + "*.png"])
+    with durable.lock_directory(path):
+        folder = ImageFolder(path, job, bundle_name, num_images)
+        folder.begin(path / job_name)
+        durable.sweep(path)
+        yield folder
+
+
+_MOST_BATCHES = 2  # made and not yet written
+_MOST_WRITERS = 8  # threads
+_MOST_INDICES = 2**14  # in memory: many whole batches
+SomeJob = TypeVar("SomeJob", bound=Job)
+Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
+
+
+def job_of(pipeline: Pipeline, kind: type[SomeJob], seed: int, **fields: Any) -> SomeJob:
+    """The job of `kind` on this bundle and backend. UsageError: a seed that cannot be."""
+    check_seed(seed)
+    return kind(bundle=pipeline.bundle.hash, seed=seed, **fields, **pipeline.computed_by)
+
+
+def fill(
+    out: Path,
+    job: Job,
+    num_images: int,
+    pipeline: Pipeline,
+    batches: Batches,
+    title: str,
+    columns: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Make the images that `out` lacks, then the sheet; returns the command's result.
+
+    Images are written while the next are made; an error of writing ends the work before the next step.
+    StoppedError on a signal: what is written is whole. NonFiniteError after all other images are written.
+    """
+    if (channels := pipeline.manifest.image.channels) not in (1, 3, 4):
+        raise BadInputError(f"{pipeline.bundle.path}: images have {channels} channels; PNG takes 1, 3 or 4")
+    batches(np.zeros(0, np.int64), UNWATCHED)  # refuses what cannot be before anything is written
+    failed: list[NonFiniteError] = []
+    names = [*pipeline.manifest.classes, NO_LABEL]
+    with stop_on_signal() as stop, open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
+        done = folder.done(stop)
+        start, made = time.monotonic(), 0
+        pool = ThreadPoolExecutor(min(_MOST_WRITERS, len(os.sched_getaffinity(0))))
+        writer: Background[Images] = Background(lambda batch: _write(folder, batch, names, pool), _MOST_BATCHES)
+
+        def stopped() -> bool:
+            writer.check()
+            return stop()
+
+        with progress(job.command.removeprefix("ul-"), num_images - len(done), "images") as advance, pool, writer:
+            for missing in _missing(num_images, done):
+                try:
+                    for batch in batches(missing, Control(stopped, advance)):
+                        writer.put(batch)
+                        made += len(batch.indices)
+                except NonFiniteError as error:
+                    failed.append(error)
+                except StoppedError as error:
+                    there = f"{out}: {len(done) + made} of {num_images} images are there"
+                    raise StoppedError(f"{there}; {error}") from None
+        seconds = time.monotonic() - start
+        sheet = folder.write_sheet(title, columns)
+    if failed:
+        raise NonFiniteError("; ".join(map(str, failed)))
+    rate = round(made / seconds, 3) if made else None
+    if again := pipeline.remade:
+        shown = ", ".join(map(str, again[:10])) + (" ..." if len(again) > 10 else "")
+        what = f"not finite in {pipeline.backend.precision} and made again in float32: images {shown}"
+        print(f"{len(again)} of {made} {what}", file=sys.stderr, flush=True)
+    counts = {"num_images": num_images, "made": made, "seconds": round(seconds, 3), "images_per_s": rate}
+    counts["made_again_in_float32"] = len(again)
+    where = {"out": str(out), "sheet": str(sheet)}
+    return where | counts | {"fingerprint": folder.fingerprint} | job.model_dump(mode="json")
+
+
+def _missing(num_images: int, done: Collection[int]) -> Iterator[np.ndarray]:
+    """Indices below num_images that are not done, int64, a bounded number at a time."""
+    for first in range(0, num_images, _MOST_INDICES):
+        indices = [index for index in range(first, min(first + _MOST_INDICES, num_images)) if index not in done]
+        if indices:
+            yield np.array(indices, np.int64)
+
+
+def _write(folder: ImageFolder, batch: Images, names: list[str], pool: ThreadPoolExecutor) -> None:
+    """All images of a batch, by several threads: a card makes more of them than one can compress."""
+    pictures = zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
+    pieces = [
+        pool.submit(folder.write, index, image, names[label], batch.computed_as) for index, label, image in pictures
+    ]
+    try:
+        for piece in pieces:
+            piece.result()
+    finally:
+        for piece in pieces:
+            piece.cancel()  # after an error, what has not begun
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The result for people: one line."""
+    rate = f", {result['images_per_s']:.2f} images/s" if result["images_per_s"] else ""
+    return f"{result['num_images']} images in {result['out']} ({result['made']} made now{rate}); {result['sheet']}"

@@ -1,0 +1,162 @@
+"""What a run says: progress on stderr, log.jsonl, TensorBoard events. All three from one stream of figures."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ul_runtime import durable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def figure_png(figure: "Figure", dpi: int) -> bytes:
+    """The figure as PNG bytes, the same for the same figure."""
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=dpi, metadata={"Software": None})
+    return data.getvalue()
+
+
+def name_points(axes: "Axes", points: Iterable[tuple[float, float, str]]) -> None:
+    """Write the name of each point (x, y, name) beside it, above and below in turn along x."""
+    for number, (x, y, name) in enumerate(sorted(points)):
+        offset, edge = ((4, 6), "bottom") if number % 2 == 0 else ((4, -6), "top")
+        axes.annotate(name, (x, y), offset, textcoords="offset points", verticalalignment=edge)
+
+
+_LINE_EVERY_S = 10.0
+_ON_SCREEN = {  # name in the log: how the screen says it
+    "prior_nats": "prior {:.4g} nats",
+    "decoder_nats": "decoder {:.4g} nats",
+    "base_nats": "base {:.4g} nats",
+    "bits_per_pixel": "{:.3g} bits/pixel",
+    "psnr_db": "PSNR {:.2f} dB",
+    "images_per_s": "{:.3g} images/s",
+}
+
+
+def on_screen(figures: dict[str, float]) -> str:
+    """The figures that matter while one waits, in short."""
+    return "  ".join(text.format(figures[name]) for name, text in _ON_SCREEN.items() if name in figures)
+
+
+class RunLog:
+    """Figures of a run by (stage, step). Losses on screen are means over the steps since the last line."""
+
+    def __init__(self, run: Path, log_every: int) -> None:
+        self.run, self.log_every = run, log_every
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self.sums: dict[str, list[float]] = {}
+        self._writer: SummaryWriter | None = None
+        self._bar: Progress | None = None  # on a terminal: a bar, and two rows of figures below it
+        self._figures: Progress
+        self._tasks: tuple[TaskID, TaskID, TaskID]  # bar, training figures, held-out figures
+        self._started = self._last_line = 0.0
+        self._first_step = self._steps = self._batch_size = 0
+
+    @contextmanager
+    def stage(self, name: str, steps: int, batch_size: int, first_step: int) -> Iterator[None]:
+        """Progress of one stage, from `first_step` to `steps`."""
+        self.sums = {}
+        self._steps, self._batch_size, self._first_step = steps, batch_size, first_step
+        self._started = self._last_line = time.monotonic()
+        if not sys.stderr.isatty():
+            yield
+            return
+        text = TextColumn("{task.description}")
+        count = TextColumn("{task.completed}/{task.total}, left:")
+        bar = Progress(text, BarColumn(20), count, TimeRemainingColumn(), speed_estimate_period=60.0)
+        figures = Progress(text)
+        self._bar, self._figures = bar, figures
+        first_row = bar.add_task(name, total=steps, completed=first_step)
+        self._tasks = first_row, figures.add_task(""), figures.add_task("", visible=False)
+        with Live(Group(bar, figures), console=self.console, refresh_per_second=4):
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def step(self, stage: str, step: int, figures: dict[str, float]) -> None:
+        """Figures of one training step; written every `log_every` steps as means over those that are finite."""
+        for name, value in figures.items():
+            self.sums.setdefault(name, []).extend([value] if math.isfinite(value) else [])
+        if self._bar is not None:
+            self._bar.update(self._tasks[0], completed=step)
+        if step % self.log_every and step != self._steps:
+            return
+        means = {name: sum(values) / len(values) for name, values in self.sums.items() if values}
+        self.sums = {}
+        now = time.monotonic()
+        figures = {**means, "images_per_s": (step - self._first_step) * self._batch_size / (now - self._started)}
+        self.write(stage, step, figures)
+        if self._bar is not None:
+            self._figures.update(self._tasks[1], description=on_screen(figures))
+        elif now - self._last_line >= _LINE_EVERY_S or step == self._steps:
+            self._last_line = now
+            left = (self._steps - step) * (now - self._started) / (step - self._first_step)
+            self.say(f"{stage} {step}/{self._steps}  {on_screen(figures)}  {timedelta(seconds=round(left))} left")
+
+    def write(self, stage: str, step: int, figures: dict[str, float]) -> None:
+        """One JSON line, and one TensorBoard scalar a figure."""
+        line = {"stage": stage, "step": step, **{name: float(f"{value:.7g}") for name, value in figures.items()}}
+        durable.append_line(self.run / "log.jsonl", json.dumps(line, allow_nan=False))
+        for name, value in figures.items():
+            self._tensorboard().add_scalar(f"{stage}/{name}", value, step)
+
+    def evaluation(self, stage: str, step: int, figures: dict[str, float]) -> None:
+        """Held-out figures: logged, and kept below the bar until the next ones."""
+        self.write(stage, step, {f"heldout_{name}": value for name, value in figures.items()})
+        text = f"held-out {on_screen(figures)}"
+        if self._bar is None:
+            self.say(f"{stage} {step}/{self._steps}  {text}")
+        else:
+            self._figures.update(self._tasks[2], description=f"{text} at step {step}", visible=True)
+
+    def say(self, text: str) -> None:
+        """One line on stderr, above the progress bar."""
+        self.console.print(text, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A warning on stderr and in the log."""
+        self.say(f"warning: {text}")
+        durable.append_line(self.run / "log.jsonl", json.dumps({"warning": text}))
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _tensorboard(self) -> "SummaryWriter":
+        if self._writer is None:  # no events file for a run that logs nothing
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.run / "tensorboard"))
+        return self._writer
+
+
+def drop_lines_after(run: Path, stage: str, step: int) -> None:
+    """On resume: remove the log's lines of steps that will be done again, and of later stages."""
+    order = ("joint", "base")
+    file = run / "log.jsonl"
+    with suppress(FileNotFoundError):
+        kept = []
+        for line in file.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # a line cut by a crash
+                entry = json.loads(line)
+                place = (order.index(entry["stage"]), entry["step"]) if "stage" in entry else (0, 0)
+                if place <= (order.index(stage), step):
+                    kept.append(line + "\n")
+        durable.atomic_write(file, "".join(kept).encode())
