@@ -5,6 +5,7 @@ A message says where, what was given, what was expected and what to do, in one l
 """
 
 import errno
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -77,6 +78,22 @@ def require_packages(*packages: str, extras: str) -> None:
             raise UsageError(f"{package} is not installed; pip install 'unified-latents[{extras}]'")
 
 
+class _Lines(logging.Handler):
+    """What the packages log, each message one line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _log_to_stderr() -> None:
+    """Messages of INFO and above of our packages go to stderr as they are; once, however often it is called."""
+    for package in ("ul_runtime", "ul_train", "ul_export"):
+        logger = logging.getLogger(package)
+        if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+            logger.addHandler(_Lines())
+        logger.setLevel(logging.INFO)
+
+
 def run_command(app: Callable[..., Any], name: str) -> NoReturn:
     """Run a typer app and end the process with the exit code of the table, any error as one line on stderr.
 
@@ -84,6 +101,7 @@ def run_command(app: Callable[..., Any], name: str) -> NoReturn:
     """
     import typer
 
+    _log_to_stderr()
     misuse: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: typer keeps click to itself
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -30,7 +30,7 @@ from ul_runtime.loop import (
     unguided,
 )
 from ul_runtime.manifest import Described, LogsnrRange
-from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.progress import UNWATCHED, Control, Tick, silent
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_runtime.settings import (
     SEEDS,
@@ -128,6 +128,7 @@ class Pipeline:
         labels: Label | Sequence[Label] | None = None,
         batch_size: int | None = None,
         keep_x: bool = True,
+        tick: Tick = silent,
         control: Control = UNWATCHED,
         **overrides: Unpack[Overrides],
     ) -> Iterator[Images]:
@@ -143,6 +144,7 @@ class Pipeline:
         Images that are not finite, in float32 either, are left out; after the last batch they raise NonFiniteError.
         Else UsageError, StoppedError.
         """
+        control = control if tick is silent else Control.of(tick)
         check_seed(seed)
         indices = as_indices(images)
         settings = self.settings(**overrides)
@@ -176,6 +178,7 @@ class Pipeline:
         mean_of: int = 1,
         batch_size: int | None = None,
         keep_x: bool = True,
+        tick: Tick = silent,
         control: Control = UNWATCHED,
         **overrides: Unpack[Overrides],
     ) -> Iterator[Images]:
@@ -184,6 +187,7 @@ class Pipeline:
         `indices` `n` choose the decoder's noise (None = 0, 1, ...). `mean_of` K averages K decodes, of seed, seed + 1,
         ...: closer to the original than one, which is a draw. Errors as for `generate`.
         """
+        control = control if tick is silent else Control.of(tick)
         check_seed(seed)
         z_0 = _check_shape("z_0", z_0, self.latent_shape)
         if mean_of < 1:
@@ -224,6 +228,7 @@ class Pipeline:
         seed: int = 0,
         indices: Sequence[int] | np.ndarray | None = None,
         num_samples: int = 16,
+        tick: Tick = silent,
         control: Control = UNWATCHED,
     ) -> np.ndarray:
         """Bits of each latent z_clean `b c h w`, float64 `b`: an estimate from `num_samples` noise levels an image.
@@ -231,6 +236,7 @@ class Pipeline:
         An upper bound under the bundle's prior: that is the base, trained for pictures with a sigmoid weighting, so
         the bound is valid but looser than the training log's, which is that of the prior of stage 1.
         """
+        control = control if tick is silent else Control.of(tick)
         check_seed(seed)
         z_clean = _check_shape("z_clean", z_clean, self.latent_shape)
         if num_samples < 1:

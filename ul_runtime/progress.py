@@ -1,4 +1,7 @@
-"""Progress on stderr: a bar with rate and ETA on a terminal, a line every few seconds elsewhere."""
+"""Progress and cancellation: long work calls `tick(amount)`, which shows how far it is and raises StoppedError.
+
+Progress is a bar with rate and ETA on a terminal, a line every few seconds elsewhere; both on stderr.
+"""
 
 import signal
 import sys
@@ -7,12 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeAlias
 
 from ul_runtime.errors import StoppedError
 from ul_runtime.loop import never
 
+Tick: TypeAlias = Callable[[float], None]  # the amount just done, 0 = only look whether to stop; raises StoppedError
+
 _QUIET_S = 2.0  # nothing is shown for work that is shorter
 _LINE_EVERY_S = 10.0
+
+
+def silent(amount: float) -> None:
+    """The tick of work that nobody watches or stops."""
 
 
 def print_line(text: str) -> None:
@@ -21,16 +31,27 @@ def print_line(text: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
-    """Yields `advance(amount)`, amounts adding up to `total`; shown once it takes more than two seconds."""
-    if sys.stderr.isatty():
-        with _bar(what, total, unit) as advance:
-            yield advance
-        return
+def progress(what: str, total: int, unit: str) -> Iterator[Tick]:
+    """Yields the tick of work whose amounts add up to `total`; shown once it takes more than two seconds.
+
+    Within `stop_on_signal` it raises StoppedError after the first signal.
+    """
+    with _bar(what, total, unit) if sys.stderr.isatty() else _lines(what, total, unit) as show:
+
+        def tick(amount: float) -> None:
+            check_stopped()
+            if amount:
+                show(amount)
+
+        yield tick
+
+
+@contextmanager
+def _lines(what: str, total: int, unit: str) -> Iterator[Tick]:
     start = last = time.monotonic()
     done = 0.0
 
-    def advance_line(amount: float) -> None:
+    def show(amount: float) -> None:
         nonlocal done, last
         done += amount
         now = time.monotonic()
@@ -38,14 +59,13 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[float], Non
             last = now
             rate = done / (now - start)
             left = (total - done) / rate if rate else 0.0
-            text = f"{what} {done:.0f} of {total} {unit}, {rate:.2f} {unit}/s, {left:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
+            print_line(f"{what} {done:.0f} of {total} {unit}, {rate:.2f} {unit}/s, {left:.0f} s left")
 
-    yield advance_line
+    yield show
 
 
 @contextmanager
-def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+def _bar(what: str, total: int, unit: str) -> Iterator[Tick]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -62,13 +82,13 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
     task = bar.add_task(what, total=total)
     start = time.monotonic()
 
-    def advance(amount: float) -> None:
+    def show(amount: float) -> None:
         if not bar.live.is_started and time.monotonic() - start > _QUIET_S:
             bar.start()
         bar.advance(task, amount)
 
     try:
-        yield advance
+        yield show
     finally:
         bar.stop()
 
@@ -84,6 +104,16 @@ class Control:
     stop: Callable[[], bool] = never
     progress: Callable[[float], None] = _ignore
 
+    @classmethod
+    def of(cls, tick: Tick) -> "Control":
+        """Until all callers speak of ticks."""
+        return cls(progress=tick)
+
+    def tick(self, amount: float) -> None:
+        """As a tick."""
+        self.check()
+        self.progress(amount)
+
     def check(self) -> None:
         """StoppedError if asked to stop."""
         if self.stop():
@@ -93,22 +123,34 @@ class Control:
 UNWATCHED = Control()
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
+_asked = False  # a signal came within the outermost `stop_on_signal`
+
+
+def check_stopped() -> None:
+    """StoppedError after a signal within `stop_on_signal`."""
+    if _asked:
+        raise StoppedError("stopped")
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Within the block, the first signal makes the yielded `stop()` true; the second has its default effect."""
-    asked = False
+    """Within the block, every tick of `progress` raises StoppedError after the first signal; a second ends the process.
+
+    Yields what tells whether a signal came.
+    """
+    global _asked
 
     def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        global _asked
+        _asked = True
         for each in _STOPPING:
             signal.signal(each, signal.SIG_DFL)
 
     before = {each: signal.signal(each, handler) for each in _STOPPING}
+    outer = _asked
     try:
-        yield lambda: asked
+        yield lambda: _asked
     finally:
+        _asked = outer
         for each, old in before.items():
             signal.signal(each, old)

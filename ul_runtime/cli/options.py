@@ -1,15 +1,77 @@
-"""Options that several commands share, spelled once."""
+"""Options that several commands share, spelled once: fields of dataclasses that `with_options` makes options of."""
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
+from ul_runtime import __version__
 from ul_runtime.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
 
+def option(default: Any, help: str, *names: str, metavar: str | None = None, shown: str | bool = True) -> Any:
+    """A field of a dataclass of options. `names` default to the field's own; `shown` is the default as help says it."""
+    kept = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
+    words = {"names": names, "help": help, "metavar": metavar, "show_default": shown}
+    return dataclasses.field(**kept, metadata={"option": words})
+
+
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """For typer: each parameter that is annotated with a dataclass becomes an option for each of its fields.
+
+    The command is called with the dataclass made of them. Every command also gets --version.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups = {name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        given.pop("version")
+        for name, group in groups.items():
+            values = {field.name: given.pop(field.name) for field in dataclasses.fields(group)}
+            given[name] = group(**{key: value for key, value in values.items() if value is not None})
+        return command(**given)
+
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        expanded = _expanded(groups[name]) if name in groups else [parameter]
+        parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in expanded]
+    run.__signature__ = signature.replace(parameters=[*parameters, _VERSION])  # type: ignore[attr-defined]
+    del run.__wrapped__  # type: ignore[attr-defined]  # or typer would read the command's own signature
+    return run
+
+
+def _expanded(group: type) -> list[inspect.Parameter]:
+    hints, parameters = get_type_hints(group, include_extras=True), []
+    for field in dataclasses.fields(group):
+        words = dict(field.metadata["option"])
+        names = words.pop("names") or (f"--{field.name.replace('_', '-')}",)
+        default = field.default if field.default is not dataclasses.MISSING else None
+        annotation = Annotated[hints[field.name], typer.Option(*names, **words)]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return parameters
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+_VERSION = inspect.Parameter(
+    "version",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and end.")
+    ],
+)
 
 _BUNDLES = "the bundle's"
 _SAMPLERS = "ddim, ancestral, dpmpp2m, ab2, ab3, sa2 or sa2:TAU (noise), unipc2, heun"
