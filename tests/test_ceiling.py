@@ -3,10 +3,9 @@
 import numpy as np
 from onnx import TensorProto, helper
 
-from ul_export.bench import measure
 from ul_export.bench.bench import ceilings
-from ul_export.bench.measure import PRODUCT
-from ul_runtime.backends import openvino
+from ul_runtime.backends import openvino, ort_cpu
+from ul_runtime.backends.ort_cpu import PRODUCT
 
 A, B = np.random.default_rng(0).standard_normal((2, 64, 64), np.float32)
 
@@ -21,7 +20,7 @@ def test_the_onnx_model_of_a_product_is_what_onnx_makes() -> None:
 
 
 def test_products_are_products() -> None:
-    assert np.allclose(measure.product(1)(A, B), A @ B, atol=1e-4)
+    assert np.allclose(ort_cpu.product(1)(A, B), A @ B, atol=1e-4)
     assert np.allclose(openvino.product("fp32", 1, B)(A), A @ B, atol=1e-4)
 
 

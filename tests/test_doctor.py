@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from host_memory import HostMemory
 
-from ul_export.bench import measure
 from ul_runtime import doctor
 from ul_runtime.backends import choose, ort_cpu
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
@@ -53,7 +52,7 @@ def test_rtx_builds_an_engine_here(command, tmp_path):
 
 
 def test_a_backend_that_computes_wrongly_is_found(command, monkeypatch, tmp_path):
-    right = measure.product(1)
+    right = ort_cpu.product(1)
     monkeypatch.setattr(ort_cpu, "product", lambda threads: lambda a, b: right(a, b) + 1e-2)
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 1

@@ -11,7 +11,7 @@ from exported_run import CASES, exported_run
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
-from ul_export.bench.measure import Node, count_flops, node_flops
+from ul_export.bench.measure import Node, count_flops, node_flops, run_nodes
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError
@@ -38,7 +38,7 @@ def counted(path: Path, op: str, x: tuple[int, ...], *weights: tuple[int, ...], 
     bundle = write_analytic_bundle(path)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     bundle._held |= {"encoder.onnx": model.SerializeToString(), "encoder.safetensors": save({})}
-    return count_flops(OrtCpuBackend(bundle, threads=1).nodes("encoder", {"x": np.ones(x, np.float32)}))
+    return count_flops(run_nodes(OrtCpuBackend(bundle, threads=1), "encoder", {"x": np.ones(x, np.float32)}))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_an_operator_of_unknown_cost_is_refused() -> None:
 def test_the_analytic_graphs_cost_their_convolutions(analytic_bundle: Path) -> None:
     backend = OrtCpuBackend(Bundle.open(analytic_bundle), threads=1)
     x = np.zeros((2, 3, 8, 8), np.float32)
-    assert count_flops(backend.nodes("encoder", {"x": x})) == 2 * 2 * (4 * 4 * 4) * (3 * 2 * 2)
+    assert count_flops(run_nodes(backend, "encoder", {"x": x})) == 2 * 2 * (4 * 4 * 4) * (3 * 2 * 2)
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_exported_graphs_cost_what_ul_train_counts(case: str, tmp_path_factory: 
             for tensor in manifest.graphs[graph].inputs
         }
         assert math.prod(next(iter(inputs.values())).shape) > 0
-        return count_flops(backend.nodes(graph, inputs))
+        return count_flops(run_nodes(backend, graph, inputs))
 
     for batch in (1, 3):
         assert flops("encoder", batch) == batch * expected["encoder"].forward_flops

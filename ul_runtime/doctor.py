@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ul_export.bench import measure
-from ul_export.bench.measure import PRODUCT
 from ul_runtime.backends import INSTALL_ORT_GPU, ON_A_CARD, ORT_GPU, REINSTALL_ORT_GPU, one_line
 from ul_runtime.backends.tensorrt_build import KINDS, Plan, Profile, build_engine, open_library
 from ul_runtime.backends.tensorrt_engines import EngineCache
@@ -56,7 +54,7 @@ def _ort_cpu() -> Finding:
         from ul_runtime.backends import ort_cpu
     except UsageError as error:
         return Finding(DEFAULT, False, str(error))
-    return _computes(DEFAULT, f"onnxruntime {ort_cpu.VERSION}", lambda a, b: measure.product(1)(a, b))
+    return _computes(DEFAULT, f"onnxruntime {ort_cpu.VERSION}", lambda a, b: ort_cpu.product(1)(a, b))
 
 
 def _install(extra: str) -> str:
@@ -126,6 +124,8 @@ def _tensorrt(name: str, found: list[Card]) -> Finding:
     if not able and not found:
         return Finding(name, None, f"{library.title}: builds only where a card is", "run it on a machine with a card")
     inputs = [TensorFormat(name=each, dtype="float32", shape=("b", "b")) for each in "ab"]
+    from ul_runtime.backends.ort_cpu import PRODUCT
+
     try:
         engine = build_engine(library, Plan("doctor", "product", PRODUCT, inputs, Profile(_SIZE, _SIZE), tuple(ahead)))
     except ULError as error:

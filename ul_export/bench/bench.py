@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ul_export.bench import measure
 from ul_export.bench.measure import (
     Contender,
     Plan,
@@ -23,7 +22,7 @@ from ul_export.bench.measure import (
     start_up,
     work_of_an_image,
 )
-from ul_runtime.backends import check_threads
+from ul_runtime.backends import check_threads, ort_cpu
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError, UsageError, require_packages
@@ -61,7 +60,7 @@ def _products(precision: str, threads: int, b: np.ndarray) -> dict[str, Product]
     """What multiplies by b here, by library."""
     products: dict[str, Product] = {}
     if precision == "fp32":
-        product = measure.product(threads)
+        product = ort_cpu.product(threads)
         products["ONNX Runtime"] = lambda a: product(a, b)
     if find_spec("openvino") is not None:
         from ul_runtime.backends import openvino

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from ul_runtime.backends import (
     Backend,
     InFront,
 )
-from ul_runtime.backends.ort_cpu import OrtCpuBackend, session_options
+from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError
 from ul_runtime.manifest import GraphName
@@ -48,6 +49,20 @@ class Node:
     name: str = ""
 
 
+def run_nodes(backend: OrtCpuBackend, graph_name: GraphName, inputs: dict[str, np.ndarray]) -> list[Node]:
+    """Every operator that a call runs, as the graph has it (not optimised), from ONNX Runtime's own profile."""
+    options = backend.options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # keeps the weights' shapes
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = os.path.join(folder, "profile")
+        session = backend.build(graph_name, options)
+        session.run(None, inputs)
+        events = json.loads(Path(session.end_profiling()).read_bytes())
+    return [_node(event) for event in events if "input_type_shape" in event.get("args", {})]
+
+
 def node_flops(node: Node) -> int:
     """FLOPs of one node, 0 for what is not counted. ULError for an operator whose FLOPs are not known."""
     if node.op in ("MatMul", "MatMulInteger"):  # ... m k, ... k n -> ... m n
@@ -71,13 +86,6 @@ def count_flops(nodes: Iterable[Node]) -> int:
     return sum(node_flops(node) for node in nodes)
 
 
-# y = a b as an ONNX model, each float32 n n; tests/test_ceiling.py makes these bytes anew.
-PRODUCT = (
-    b'\x08\n:a\n\x11\n\x01a\n\x01b\x12\x01y"\x06MatMul\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01n'
-    b"Z\x15\n\x01b\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nb\x15\n\x01y\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nB\x02\x10\x12"
-)
-
-
 def _node(event: dict[str, Any]) -> Node:
     """An event of the profile; shapes come as [{"float": [1, 64]}, ...]."""
     about = event["args"]
@@ -86,12 +94,6 @@ def _node(event: dict[str, Any]) -> Node:
         for key in ("input_type_shape", "output_type_shape")
     )
     return Node(about["op_name"], inputs, outputs, event["name"].removesuffix("_kernel_time"))
-
-
-def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
-    session = ort.InferenceSession(PRODUCT, session_options(threads), providers=["CPUExecutionProvider"])
-    return lambda a, b: session.run(None, {"a": a, "b": b})[0]
 
 
 _REST_S = 0.05  # before each turn: threads of the one before that wait busily go to sleep
@@ -175,7 +177,9 @@ def work_of_an_image(bundle: Bundle, threads: int, overrides: Overrides) -> Work
     contender = pipeline_contender("ort-cpu", bundle, backend, overrides)
     contender.generate(1, UNWATCHED)
     assert contender.backend is not None
-    flops = {step: count_flops(backend.nodes(step[0], inputs)) for step, inputs in contender.backend.inputs.items()}
+    flops = {
+        step: count_flops(run_nodes(backend, step[0], inputs)) for step, inputs in contender.backend.inputs.items()
+    }
     return Work(dict(contender.backend.calls), flops)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto
 
-from ul_export.bench.measure import in_turn, node_flops
+from ul_export.bench.measure import in_turn, node_flops, run_nodes
 from ul_export.onnx_model import module_of
 from ul_export.page import page, paragraph, picture, table
 from ul_export.precision.graphs import headroom_bits, in_memory
@@ -113,7 +113,7 @@ def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list
 def _flops(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict[str, int]:
     """FLOPs of every node on the inputs of a real call."""
     backend = in_memory(calibration.info, {graph: calibration.models[graph]}, calibration.threads)
-    ran = backend.nodes(graph, reduced.proof.worst_calls[graph][0].inputs)
+    ran = run_nodes(backend, graph, reduced.proof.worst_calls[graph][0].inputs)
     return {node.name: node_flops(node) for node in ran}
 
 

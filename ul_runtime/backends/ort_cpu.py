@@ -1,13 +1,11 @@
 """ONNX Runtime on the CPU: the default backend; onnxruntime is imported here and in ort_cuda.py."""
 
-import json
 import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ul_export.bench.measure import Node, _node
 from ul_runtime.backends import (
     ORT_GPU,
     REINSTALL_ORT_GPU,
@@ -92,32 +90,19 @@ class OrtCpuBackend:
 
     def _session(self, graph_name: "GraphName") -> ort.InferenceSession:
         if graph_name not in self._sessions:
-            self._sessions[graph_name] = self._build(graph_name, self._options())
+            self._sessions[graph_name] = self.build(graph_name, self.options())
         return self._sessions[graph_name]
 
-    def _options(self) -> ort.SessionOptions:
+    def options(self) -> ort.SessionOptions:
+        """Of this backend's sessions."""
         options = session_options(self._threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._allow_spinning else "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # or they hinder the next graph's threads
         return options
 
-    def nodes(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> list[Node]:
-        """Every operator that a call runs, as the graph has it (not optimised), from ONNX Runtime's own profile."""
-        import tempfile
-
-        options = self._options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")  # keeps the weights' shapes
-        options.enable_profiling = True
-        with tempfile.TemporaryDirectory() as folder:
-            options.profile_file_prefix = os.path.join(folder, "profile")
-            session = self._build(graph_name, options)
-            session.run(None, inputs)
-            events = json.loads(Path(session.end_profiling()).read_bytes())
-        return [_node(event) for event in events if "input_type_shape" in event.get("args", {})]
-
-    def _build(self, graph_name: "GraphName", options: ort.SessionOptions) -> ort.InferenceSession:
+    def build(self, graph_name: "GraphName", options: ort.SessionOptions) -> ort.InferenceSession:
+        """A session over a graph of the bundle. BadInputError."""
         cpu = ["CPUExecutionProvider"]
         session, values = load_session(self._bundle, graph_name, self.precision == "fp32", options, cpu)
         self._values += values
@@ -154,3 +139,16 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options.log_severity_level = 4  # errors come as exceptions
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
     return options
+
+
+# y = a b as an ONNX model, each float32 n n; tests/test_ceiling.py makes these bytes anew.
+PRODUCT = (
+    b'\x08\n:a\n\x11\n\x01a\n\x01b\x12\x01y"\x06MatMul\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01n'
+    b"Z\x15\n\x01b\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nb\x15\n\x01y\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nB\x02\x10\x12"
+)
+
+
+def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
+    session = ort.InferenceSession(PRODUCT, session_options(threads), providers=["CPUExecutionProvider"])
+    return lambda a, b: session.run(None, {"a": a, "b": b})[0]

@@ -15,9 +15,10 @@ from ul_runtime.errors import UsageError
 
 def option(default: Any, help: str, *names: str, metavar: str | None = None, shown: str | bool = True) -> Any:
     """A field of a dataclass of options. `names` default to the field's own; `shown` is the default as help says it."""
-    kept = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
-    words = {"names": names, "help": help, "metavar": metavar, "show_default": shown}
-    return dataclasses.field(**kept, metadata={"option": words})
+    metadata = {"option": {"names": names, "help": help, "metavar": metavar, "show_default": shown}}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +27,9 @@ def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     The command is called with the dataclass made of them. Every command also gets --version.
     """
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    groups: dict[str, Any] = {
+        name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)
+    }
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
@@ -41,7 +44,7 @@ def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expanded = _expanded(groups[name]) if name in groups else [parameter]
         parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in expanded]
     run.__signature__ = signature.replace(parameters=[*parameters, _VERSION])  # type: ignore[attr-defined]
-    del run.__wrapped__  # type: ignore[attr-defined]  # or typer would read the command's own signature
+    del run.__wrapped__  # or typer would read the command's own signature
     return run
 
 
@@ -51,7 +54,7 @@ def _expanded(group: type) -> list[inspect.Parameter]:
         words = dict(field.metadata["option"])
         names = words.pop("names") or (f"--{field.name.replace('_', '-')}",)
         default = field.default if field.default is not dataclasses.MISSING else None
-        annotation = Annotated[hints[field.name], typer.Option(*names, **words)]
+        annotation: Any = Annotated.__class_getitem__((hints[field.name], typer.Option(*names, **words)))  # type: ignore[attr-defined]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
