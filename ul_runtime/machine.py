@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ul_runtime.errors import UsageError
 
+VERSION = "0.1.0"  # of these packages
+
 
 @dataclass(frozen=True)
 class Card:

@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from ul_runtime import __version__
 from ul_runtime.errors import BadInputError
+from ul_runtime.machine import VERSION
 from ul_runtime.manifest import Count, Sha256, Text, first_error
 
 ALL_CLASSES = "all classes in turn"
-SOFTWARE = f"unified-latents {__version__}"
+SOFTWARE = f"unified-latents {VERSION}"
 _MOST_CHARACTERS = 2**20  # of one chunk
 
 Seed = Annotated[int, Field(ge=0, lt=2**64)]

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ul_runtime import __version__, durable
+from ul_runtime import durable
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.images import rgb
+from ul_runtime.machine import VERSION
 from ul_runtime.manifest import (
     GRAPH_NAMES,
     BundleInfo,
@@ -104,7 +105,7 @@ def describe(
             data_fingerprint=data_fingerprint,
             step=step,
             weights="ema",
-            code_version=__version__,
+            code_version=VERSION,
             encoder_sha256=encoder_sha256,
         ),
         recipe=config.model_dump(mode="json", exclude_none=True),
@@ -162,7 +163,7 @@ def create_run(run: Path, config: Config, data: str, heldout: str | None, splits
         data_fingerprint=splits.train.fingerprint,
         class_names=splits.train.class_names,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        code_version=__version__,
+        code_version=VERSION,
         heldout=heldout,
     )
     durable.make_directory(run)

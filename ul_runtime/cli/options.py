@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
-from ul_runtime import __version__
 from ul_runtime.errors import UsageError
+from ul_runtime.machine import VERSION
 
 
 def option(default: Any, help: str, *names: str, metavar: str | None = None, shown: str | bool = True) -> Any:
@@ -63,7 +63,7 @@ def _expanded(group: type) -> list[inspect.Parameter]:
 
 def _say_version(asked: bool) -> None:
     if asked:
-        print(__version__)
+        print(VERSION)
         raise typer.Exit
 
 
