@@ -1,12 +1,12 @@
 """ul-export: a run directory to a verified bundle."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ul_runtime.cli.options import print_figures
 from ul_runtime.errors import BadInputError, StoppedError, UsageError, require_packages, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -88,7 +88,7 @@ def export(
     if build is not None and _is_bundle(run):
         if changed or check or update is not None or out is not None or overwrite:
             raise UsageError(f"{run} is a bundle, whose engines are built as it is; {_ENGINES_ONLY}")
-        return _say(build(run), json_)
+        return print_figures(build(run), json_)
     require_packages("torch", "onnx", "onnxscript", "matplotlib", extras="train,export")
     from ul_export.export import ExportOptions, export_bundle
     from ul_runtime.machine import cache_dir
@@ -99,7 +99,7 @@ def export(
             raise UsageError("--check writes nothing, in float32; leave out all but --threads and --json")
         from ul_export.export import check_export
 
-        return _say(check_export(run, threads, print_line), json_)
+        return print_figures(check_export(run, threads, print_line), json_)
     if update is not None:
         if kind != "fp32" or opset is not None or weights != "fp32":
             raise UsageError("--update keeps the bundle's precision and opset; leave them out")
@@ -112,7 +112,7 @@ def export(
     else:
         options = ExportOptions(opset, kind, weights, calibrate, cache_dir(cache), threads, overwrite)
         figures = export_bundle(run, out, options, print_line)
-    _say(figures | (_build_of(out, build) if build is not None else {}), json_)
+    print_figures(figures | (_build_of(out, build) if build is not None else {}), json_)
 
 
 def _build_of(bundle: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -158,14 +158,6 @@ def _is_bundle(path: Path) -> bool:
     from ul_runtime.manifest import is_bundle
 
     return is_bundle(path) if path.exists() else str(path) in shipped_names()
-
-
-def _say(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:>24}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
 def main() -> None:

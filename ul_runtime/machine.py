@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -91,6 +92,11 @@ def commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def origin(program: str, packages: Sequence[str]) -> dict[str, object]:
+    """What the record of a measurement says of how it was made: versions, commit and the command of this process."""
+    return {"versions": versions(packages), "commit": commit(), "command": anonymous(program, sys.argv[1:])}
 
 
 def anonymous(program: str, arguments: Sequence[str]) -> str:

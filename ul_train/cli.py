@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ul_runtime.cli.options import print_figures
 from ul_runtime.errors import BadInputError, UsageError, require_packages, run_command
 from ul_runtime.machine import cache_dir
 
@@ -105,7 +106,7 @@ def train(
         report_images=report_images,
         export_check=export_check,
     )
-    _print(train_command(config, options), json_)
+    print_figures(train_command(config, options), json_)
 
 
 @report_app.command(epilog="Example: ul-train report runs/fashion --images 10000 --mean-of 16")
@@ -135,7 +136,7 @@ def report(
     figures = report_command(
         run, data, heldout, images, mean_of, decoder_steps, threads, cache_dir(cache), device, precision
     )
-    _print(figures, json_)
+    print_figures(figures, json_)
 
 
 @sweep_app.command(epilog="Example: ul-train sweep quickstart --data fashion-mnist/ --loss-factors 1.5,2,3 --out sweep")
@@ -212,14 +213,6 @@ def _dry_run(config: Any, as_json: bool) -> None:
         return
     print(config_toml(config))
     Console().print(account_table(figures))
-
-
-def _print(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:>20}  {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 def main() -> None:

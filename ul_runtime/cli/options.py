@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 import inspect
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
 from ul_runtime.errors import UsageError
 from ul_runtime.machine import VERSION
+
+if TYPE_CHECKING:
+    from ul_runtime.settings import Overrides
 
 
 def option(default: Any, help: str, *names: str, metavar: str | None = None, shown: str | bool = True) -> Any:
@@ -206,6 +211,63 @@ GuidanceRescale: TypeAlias = Annotated[
         show_default=_BUNDLES,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampler settings over those of the bundle."""
+
+    steps: int | None = option(
+        None, "Prior steps: a call of the network each, two of heun.", metavar="COUNT", shown=_BUNDLES
+    )
+    sampler: str | None = option(None, f"Sampler of the prior: {_SAMPLERS}.", metavar="NAME", shown=_BUNDLES)
+    grid: str | None = option(None, f"Time grid of the prior: {_GRIDS}.", metavar="NAME", shown=_BUNDLES)
+    guidance: float | None = option(
+        None, "Guidance: classifier-free, or by --guide; 1 = off.", metavar="WEIGHT", shown=_BUNDLES
+    )
+    guidance_interval: str | None = option(
+        None, "Guide where logsnr is in it; or all.", metavar="LO,HI", shown=_BUNDLES
+    )
+    guidance_rescale: float | None = option(
+        None, "Guidance rescale phi in [0, 1] (Lin et al. 2023); 0 is off.", metavar="PHI", shown=_BUNDLES
+    )
+    decoder_steps: int | None = option(
+        None, "Decoder steps: a call of the network each, two of heun.", metavar="COUNT", shown=_BUNDLES
+    )
+    decoder_sampler: str | None = option(None, f"Sampler of the decoder: {_SAMPLERS}.", metavar="NAME", shown=_BUNDLES)
+    decoder_grid: str | None = option(None, f"Time grid of the decoder: {_GRIDS}.", metavar="NAME", shown=_BUNDLES)
+
+    @property
+    def overrides(self) -> "Overrides":
+        """As Pipeline.generate takes them. UsageError."""
+        given: Any = dataclasses.asdict(self) | {"guidance_interval": parse_interval(self.guidance_interval)}
+        return given
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What computes."""
+
+    backend: str = option("auto", "What runs the graphs.", metavar="auto|ort-cpu|openvino|tensorrt|ort-cuda|torch")
+    precision: str | None = option(None, "What the networks compute in.", metavar="fp32|bf16", shown=_BUNDLES)
+    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core")
+    devices: str | None = option(None, "An NVIDIA GPU by its index.", metavar="N", shown="0")
+    engines: Path | None = option(None, "Where TensorRT engines are kept.", metavar="DIR", shown="the user's cache")
+
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """As ul_runtime.load takes them. UsageError."""
+        machine = {"backend": self.backend, "precision": self.precision, "threads": self.threads}
+        return machine | one_card(self.devices, self.engines)
+
+
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """A result on stdout: one JSON line, or a line for each figure."""
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:>24}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
 def parse_interval(text: str | None) -> tuple[float, float] | None:
