@@ -243,7 +243,7 @@ def test_importing_the_runtime_imports_nothing_heavy():
     code = """
 import sys, pkgutil, importlib
 import ul_runtime
-from ul_runtime.cli import generate, encode, decode
+from ul_runtime.cli import generate, latents
 heavy = {"torch", "onnx", "onnxruntime", "numpy", "PIL", "safetensors", "pydantic"} & set(sys.modules)
 assert not heavy, heavy
 for module in pkgutil.walk_packages(ul_runtime.__path__, "ul_runtime."):

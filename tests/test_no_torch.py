@@ -21,7 +21,8 @@ class Absent:
         if name.partition(".")[0] in {ABSENT}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
-importlib.import_module(sys.argv.pop(1)).main()
+module, _, main = sys.argv.pop(1).partition(":")
+getattr(importlib.import_module(module), main or "main")()
 """
 
 
@@ -55,7 +56,12 @@ def use(commands: dict[str, list[str]], bundle: Path, photos: Path, out: Path, *
 
 def test_the_commands_run_where_torch_and_onnx_cannot_be_imported(analytic_bundle, photos, tmp_path):
     call = [sys.executable, "-c", BLOCKED]
-    commands = {name: [*call, f"ul_runtime.cli.{name}"] for name in ("generate", "encode", "decode")}
+    mains = {
+        "generate": "ul_runtime.cli.generate:main",
+        "encode": "ul_runtime.cli.latents:encode_main",
+        "decode": "ul_runtime.cli.latents:decode_main",
+    }
+    commands = {name: [*call, main] for name, main in mains.items()}
     use(commands, analytic_bundle, photos, tmp_path, PYTHONPATH=str(ROOT))
 
 
@@ -128,7 +134,7 @@ def test_engines_of_a_bundle_are_built_ahead_where_torch_and_onnx_cannot_be_impo
 def test_without_onnx_runtime_it_is_said_what_to_install(analytic_bundle, tmp_path, name):
     blocked = BLOCKED.replace(repr(ABSENT), repr(("onnxruntime",)))
     words = [analytic_bundle, "--num-images", 1, "--out", tmp_path / "out"] if name == "generate" else []
-    call = [sys.executable, "-c", blocked, f"ul_runtime.cli.{name}", *map(str, words)]
+    call = [sys.executable, "-c", blocked, f"ul_runtime.cli.{name}:main", *map(str, words)]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "UL_CACHE": str(tmp_path)}
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == (2 if name == "generate" else 1), done.stderr

@@ -11,20 +11,21 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openvino as ov
-import openvino.opset13 as opset
 
-from ul_runtime.backends import NO_BF16, cannot_load, check_threads, run_failed
-from ul_runtime.errors import UsageError
-from ul_runtime.onnx_weights import with_weights
+# openvino reports its own import to its maker over the network, unless the package that sends the report is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino as ov  # noqa: E402
+import openvino.opset13 as opset  # noqa: E402
+
+from ul_runtime.backends import NO_BF16, cannot_load, check_threads, run_failed  # noqa: E402
+from ul_runtime.errors import UsageError  # noqa: E402
+from ul_runtime.onnx_weights import with_weights  # noqa: E402
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
     from ul_runtime.manifest import GraphName
 
-
-# openvino reports its own import to its maker over the network, unless the package that sends the report is missing.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 VERSION = str(ov.get_version()).split("-")[0]
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
