@@ -283,7 +283,7 @@ main()
 
 
 def test_without_the_perceptual_weights_the_report_says_what_to_install(command, bundle, own, monkeypatch):
-    monkeypatch.setattr("ul_export.evaluation.evaluate.find_spec", lambda name: None)
+    monkeypatch.setattr("ul_export.evaluation.measures.find_spec", lambda name: None)
     found = figures_of(command, bundle, *own, *QUICK, "--images", 20)
     assert "perceptual_distance" not in found["reconstruction"]
     assert found["absent"]["perceptual_distance"].endswith("pip install 'unified-latents[perceptual]'")

@@ -14,13 +14,12 @@ from tiny_run import splits
 from ul_export.evaluation import features as module
 from ul_export.evaluation.classifier import accuracy, load_classifier, save_classifier, train_classifier
 from ul_export.evaluation.features import FeatureSpace, default_spaces, features_of, open_space, packaged_weights
+from ul_export.evaluation.options import EvalOptions
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError, UsageError
-from ul_runtime.progress import UNWATCHED, Control
 
 
 def space(name: str | Path, **given: Any) -> FeatureSpace:
-    defaults: dict[str, Any] = {"classifier": None, "steps": 30, "threads": 1, "control": UNWATCHED}
-    return open_space(str(name), splits(), **(defaults | given))
+    return open_space(str(name), splits(), EvalOptions(data="", classifier_steps=30, **given), threads=1)
 
 
 def write_onnx(
@@ -56,9 +55,9 @@ def test_an_onnx_file_sees_images_from_minus_one_to_one(tmp_path):
     found = space(write_onnx(tmp_path / "f.onnx"))
     images = splits().train.images
     ids = np.array([5, 0])
-    features = features_of(found, images, ids, UNWATCHED)
+    features = features_of(found, images, ids)
     assert features == pytest.approx((images[ids] / 127.5 - 1.0).mean(axis=(2, 3)), abs=1e-6)
-    assert len(found.facts["sha256"]) == 64
+    assert len(found.record["sha256"]) == 64
 
 
 def test_an_onnx_file_of_a_fixed_size_and_three_channels_gets_them(tmp_path):
@@ -119,7 +118,7 @@ def test_an_onnx_file_whose_weights_lie_elsewhere_is_refused(tmp_path):
 )
 def test_features_that_nothing_can_be_computed_from_are_refused(extract, error, message):
     with pytest.raises(error, match=message):
-        features_of(FeatureSpace("odd", extract), splits().train.images, np.arange(3), UNWATCHED)
+        features_of(FeatureSpace("odd", extract), splits().train.images, np.arange(3))
 
 
 def test_an_unknown_name_is_refused_with_what_can_be_given():
@@ -129,10 +128,10 @@ def test_an_unknown_name_is_refused_with_what_can_be_given():
 
 def test_the_classifier_learns_the_classes_and_is_the_same_again():
     data = splits()
-    first, second = (train_classifier(data.train, 60, UNWATCHED) for _ in range(2))
+    first, second = (train_classifier(data.train, 60) for _ in range(2))
     assert accuracy(first, data.heldout) > 0.9
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    other = train_classifier(data.train, 59, UNWATCHED)  # the control
+    other = train_classifier(data.train, 59)  # the control
     assert not torch.equal(first.head.weight, other.head.weight)
 
 
@@ -140,13 +139,16 @@ def test_the_classifier_leaves_the_random_numbers_of_others_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    train_classifier(splits().train, 1, UNWATCHED)
+    train_classifier(splits().train, 1)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_training_the_classifier_stops_when_asked():
+    def stop(amount: float) -> None:
+        raise StoppedError("stopped")
+
     with pytest.raises(StoppedError):
-        train_classifier(splits().train, 10**6, Control(stop=lambda: True))
+        train_classifier(splits().train, 10**6, stop)
 
 
 def test_a_classifier_is_kept_and_found_again(tmp_path, monkeypatch):
@@ -156,13 +158,13 @@ def test_a_classifier_is_kept_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr("ul_export.evaluation.classifier.train_classifier", None)
     second = space("classifier", classifier=path)
     assert np.array_equal(first.extract(x), second.extract(x))
-    assert first.facts == second.facts
-    assert 0.0 <= first.facts["heldout_accuracy"] <= 1.0
+    assert first.record == second.record
+    assert 0.0 <= first.record["heldout_accuracy"] <= 1.0
 
 
 def test_a_classifier_of_other_images_or_another_file_is_refused(tmp_path):
     path, data = tmp_path / "c.safetensors", splits()
-    save_classifier(path, train_classifier(data.train, 1, UNWATCHED), {"data": data.train.fingerprint})
+    save_classifier(path, train_classifier(data.train, 1), {"data": data.train.fingerprint})
     load_classifier(path, data.train)
     with pytest.raises(BadInputError, match=r"c\.safetensors: trained on other images"):
         load_classifier(path, data.heldout)

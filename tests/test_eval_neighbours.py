@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul_export.evaluation.distances import (
+from ul_export.evaluation.statistics import (
     Nearest,
     density_coverage,
     precision_recall,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from ul_export.evaluation.distances import squared_error, ssim
+from ul_export.evaluation.statistics import squared_error, ssim
 from ul_train.heldout import psnr_db
 
 

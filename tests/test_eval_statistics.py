@@ -1,6 +1,4 @@
-"""Moments, Frechet distance and kernel distance: closed forms, definitions, and torchmetrics as the oracle."""
-
-from functools import reduce
+"""Frechet distance, kernel distance and sliced distance: closed forms, definitions, and torchmetrics as the oracle."""
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from scipy.stats import ortho_group
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ul_export.evaluation.distances import Moments, frechet_distance, kernel_distance, sliced_distance, streamed
+from ul_export.evaluation.statistics import frechet_distance, gaussian_distance, kernel_distance, sliced_distance
 
 
 def drawn(count: int, dimensions: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -21,66 +19,31 @@ def drawn(count: int, dimensions: int, seed: int = 0, shift: float = 0.0, scale:
     return (shift + scale * noise @ mixing).astype(np.float32)
 
 
-def same(a: Moments, b: Moments, tolerance: float = 1e-10) -> bool:
-    scale = max(1.0, float(np.abs(b.scatter).max()))
-    near = np.abs(a.mean - b.mean).max() <= tolerance * max(1.0, float(np.abs(b.mean).max()))
-    return a.count == b.count and bool(near) and bool(np.abs(a.scatter - b.scatter).max() <= tolerance * scale)
-
-
-@given(
-    cuts=st.lists(st.integers(1, 59), max_size=8),
-    order=st.randoms(use_true_random=False),
-    shift=st.floats(-100.0, 100.0),
-)
-def test_merged_parts_in_any_order_equal_one_pass(cuts, order, shift):
-    features = drawn(60, 4, shift=shift)
-    parts = [Moments.of(part) for part in np.split(features, sorted(set(cuts)))]
-    order.shuffle(parts)
-    assert same(reduce(Moments.merge, parts), Moments.of(features))
-
-
-def test_merging_is_the_same_in_a_tree_and_in_a_row():
-    a, b, c, d = (Moments.of(drawn(count, 3, seed)) for seed, count in enumerate((1, 7, 30, 2)))
-    assert same((a.merge(b)).merge(c.merge(d)), d.merge(a).merge(c).merge(b))
-
-
-def test_the_comparison_of_moments_sees_a_missing_feature_and_a_small_change():
-    """The control of the two above."""
-    features = drawn(60, 4)
-    assert not same(Moments.of(features[:-1]), Moments.of(features))
-    changed = features.copy()
-    changed[0, 0] += 1e-6
-    assert not same(Moments.of(changed), Moments.of(features))
-
-
-def test_moments_are_numpys_mean_and_covariance():
-    features = drawn(500, 5).astype(np.float64)
-    found = streamed(features, chunk=64)
-    assert found.mean == pytest.approx(features.mean(axis=0), abs=1e-12)
-    assert found.covariance == pytest.approx(np.cov(features, rowvar=False), abs=1e-10)
-
-
-def gaussian(mean: np.ndarray, covariance: np.ndarray, count: int = 11) -> Moments:
-    return Moments(count, mean, covariance * (count - 1))
-
-
 def test_the_frechet_distance_of_gaussians_with_common_axes_is_that_of_their_means_and_deviations():
     axes = ortho_group.rvs(5, random_state=0)
     std_a, std_b = np.array([0.2, 0.5, 1.0, 2.0, 3.0]), np.array([1.0, 0.5, 3.0, 0.1, 2.0])
     mean_a, mean_b = np.arange(5.0), np.ones(5)
-    found = frechet_distance(gaussian(mean_a, axes * std_a**2 @ axes.T), gaussian(mean_b, axes * std_b**2 @ axes.T))
+    found = gaussian_distance(mean_a, axes * std_a**2 @ axes.T, mean_b, axes * std_b**2 @ axes.T)
     assert found == pytest.approx(((mean_a - mean_b) ** 2).sum() + ((std_a - std_b) ** 2).sum(), abs=1e-9)
 
 
-def test_the_frechet_distance_of_moments_to_themselves_is_zero_also_with_few_features():
+def test_the_frechet_distance_of_features_is_that_of_numpys_mean_and_covariance():
+    a, b = drawn(500, 5).astype(np.float64), drawn(400, 5, seed=1, shift=0.3).astype(np.float64)
+    moments = [of for each in (a, b) for of in (each.mean(axis=0), np.cov(each, rowvar=False))]
+    assert frechet_distance(a, b) == pytest.approx(gaussian_distance(*moments), rel=1e-9)
+    assert frechet_distance(a[:-1], b) != pytest.approx(gaussian_distance(*moments), rel=1e-9)  # the control
+
+
+def test_the_frechet_distance_of_features_to_themselves_is_zero_also_if_they_are_few():
     for count in (3, 100):
-        moments = Moments.of(drawn(count, 20))
-        assert frechet_distance(moments, moments) == pytest.approx(0.0, abs=1e-4 * np.trace(moments.covariance))
+        features = drawn(count, 20)
+        scale = np.trace(np.cov(features, rowvar=False))
+        assert frechet_distance(features, features) == pytest.approx(0.0, abs=1e-4 * scale)
 
 
 @given(seed=st.integers(0, 100))
 def test_the_frechet_distance_is_symmetric_and_not_negative(seed):
-    a, b = Moments.of(drawn(30, 6, seed)), Moments.of(drawn(40, 6, seed + 1, shift=0.1))
+    a, b = drawn(30, 6, seed), drawn(40, 6, seed + 1, shift=0.1)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
     assert frechet_distance(a, b) > 0.0
 
@@ -113,7 +76,7 @@ def torchmetrics_kernel(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_torchmetrics_finds_the_same_frechet_distance(shift):
     a, b = drawn(300, 12), drawn(200, 12, seed=1, shift=shift)
-    found = frechet_distance(streamed(a), streamed(b))
+    found = frechet_distance(a, b)
     assert found == pytest.approx(torchmetrics_frechet(a, b), rel=1e-6)
     assert found != pytest.approx(torchmetrics_frechet(a, b * 1.01), rel=1e-6)  # the control
 
@@ -178,7 +141,7 @@ def test_the_sliced_distance_sees_what_moments_do_not():
     """Two points of equal mean and variance as a Gaussian: the Frechet distance is blind to them."""
     a = independent(4000, 1, 0)
     signs = np.where(np.arange(4000) % 2 == 0, 1.0, -1.0)[:, None] * a.std() + a.mean()
-    assert frechet_distance(streamed(a), streamed(signs)) < 1e-3
+    assert frechet_distance(a, signs) < 1e-3
     assert sliced_distance(a, signs) > 0.3  # 2 - 2 sqrt(2 / pi) = 0.404 for infinitely many
 
 

@@ -242,13 +242,13 @@ def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) ->
     import os
 
     from ul_export.bench.measure import work_of_an_image
-    from ul_export.evaluation.report import headline
+    from ul_export.evaluation.report import summary
     from ul_runtime.bundle import Bundle
     from ul_train.sweep import run_main
 
     said = run_main("ul_export.evaluation.cli", str(bundle), "--data", data, *ask, "--json")
     return {
-        **headline(json.loads(said)),
+        **summary(json.loads(said)),
         "training_flops": {"first stage": first, "base": second},
         "sampling_flops": work_of_an_image(Bundle.open(bundle), len(os.sched_getaffinity(0)), {}).image_flops,
     }

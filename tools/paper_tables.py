@@ -191,7 +191,7 @@ def run_name(row: Row, seed: int, recipe: str, common: list[str]) -> str:
 
 def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]) -> dict[str, Any]:
     """What ul-train report and ul-eval say of a run; kept in the run's folder."""
-    from ul_export.evaluation.report import headline
+    from ul_export.evaluation.report import summary
     from ul_runtime import durable
     from ul_train.sweep import run_main
 
@@ -205,7 +205,7 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
         record = {"asked": ask, "figures": json.loads(said)}
         durable.atomic_write(file, json.dumps(record).encode())
     kept = ("bits_per_pixel", "psnr_db", "psnr_mean_db", "gaussian_psnr_db", "latent_std", "decoder_steps", "mean_of")
-    of_base = headline(record["figures"])
+    of_base = summary(record["figures"])
     of_base["bits_per_pixel_base"] = of_base.pop("bits_per_pixel")
     return {
         **of_base,

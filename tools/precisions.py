@@ -123,7 +123,7 @@ def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
 
 def quality(path: Path, data: str, ask: list[str]) -> dict[str, Any]:
     """What ul-eval says of the bundle; of half precision, of its copy with the rounding written out."""
-    from ul_export.evaluation.report import headline
+    from ul_export.evaluation.report import summary
     from ul_export.precision.lower import HALF
     from ul_runtime.backends import bundle_precision
     from ul_runtime.bundle import Bundle
@@ -135,7 +135,7 @@ def quality(path: Path, data: str, ask: list[str]) -> dict[str, Any]:
         if half:
             path = rounded_copy(bundle, Path(folder) / "rounded").path
         said = run_main("ul_export.evaluation.cli", str(path), "--data", data, *ask, "--json")
-    return {"evaluated": "every rounding written out" if half else "as it is", **headline(json.loads(said))}
+    return {"evaluated": "every rounding written out" if half else "as it is", **summary(json.loads(said))}
 
 
 def rounded_copy(bundle: "Bundle", out: Path) -> "Bundle":

@@ -14,7 +14,7 @@ from torch import nn
 from ul_runtime import durable
 from ul_runtime.errors import BadInputError
 from ul_runtime.images import from_uint8
-from ul_runtime.progress import Control
+from ul_runtime.progress import Tick, silent
 from ul_train.data.imageset import ImageSet, sample_ids
 
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 64, 2e-3, 0.01
@@ -47,22 +47,22 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
-def train_classifier(images: ImageSet, steps: int, control: Control) -> Classifier:
-    """Trained on `images` and their labels, always from the same seed; progress counts steps. StoppedError."""
+def train_classifier(images: ImageSet, steps: int, tick: Tick = silent) -> Classifier:
+    """Trained on `images` and their labels, always from the same seed; the tick counts steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         network = Classifier(images.images.shape[1], len(images.class_names))
     optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     for step in range(steps):
-        control.check()
+        tick(0)
         pixels, labels = images.batch(sample_ids(len(images), _SEED, step, _BATCH))
         loss = nn.functional.cross_entropy(network(torch.from_numpy(from_uint8(pixels))), torch.from_numpy(labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-        control.progress(1)
+        tick(1)
     return network.eval()
 
 
@@ -77,15 +77,15 @@ def accuracy(network: Classifier, images: ImageSet, most: int = 10_000) -> float
     return float(np.concatenate(right).mean())
 
 
-def save_classifier(path: Path, network: Classifier, facts: dict[str, object]) -> None:
-    """Write a new file of weights and `facts`. OutputError."""
-    metadata = {"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)}
+def save_classifier(path: Path, network: Classifier, record: dict[str, object]) -> None:
+    """Write a new file of weights and `record`. OutputError."""
+    metadata = {"format": _FORMAT, "facts": json.dumps(record, sort_keys=True)}
     durable.make_directory(path.parent)
     durable.atomic_write(path, save(network.state_dict(), metadata))
 
 
 def load_classifier(path: Path, images: ImageSet) -> tuple[Classifier, dict[str, object]]:
-    """The classifier and its facts; BadInputError for other files, or one that was trained on other images."""
+    """The classifier and its record; BadInputError for other files, or one that was trained on other images."""
     network = Classifier(images.images.shape[1], len(images.class_names))
     advice = "choose another name, or remove it to train one"
     try:
@@ -97,11 +97,11 @@ def load_classifier(path: Path, images: ImageSet) -> tuple[Classifier, dict[str,
     if metadata.get("format") != _FORMAT:
         raise BadInputError(f"{path}: not a classifier of ul-eval; {advice}")
     try:
-        facts = dict(json.loads(metadata["facts"]))
-        if facts["data"] == images.fingerprint:
+        record = dict(json.loads(metadata["facts"]))
+        if record["data"] == images.fingerprint:
             network.load_state_dict(weights)
     except (LookupError, ValueError, TypeError, RuntimeError):
         raise BadInputError(f"{path}: damaged; remove it to train one") from None
-    if facts["data"] != images.fingerprint:
-        raise BadInputError(f"{path}: trained on other images ({str(facts['data'])[:12]}...); {advice}")
-    return network.eval(), facts
+    if record["data"] != images.fingerprint:
+        raise BadInputError(f"{path}: trained on other images ({str(record['data'])[:12]}...); {advice}")
+    return network.eval(), record

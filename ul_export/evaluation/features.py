@@ -1,4 +1,4 @@
-"""Feature spaces by name, or an ONNX file: what distances between pictures are measured in."""
+"""Feature spaces by name, or an ONNX file: what distances between images are measured in."""
 
 import hashlib
 import io
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, max_pool2d, normalize, pad, relu
 
+from ul_export.evaluation.options import EvalOptions
 from ul_runtime.backends import one_line
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, session_options
 from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, require_packages
 from ul_runtime.images import from_uint8
-from ul_runtime.progress import Control, progress
+from ul_runtime.progress import Tick, progress, silent
 from ul_train.data.imageset import Splits
-
-if TYPE_CHECKING:
-    pass
-
 
 PIXELS, CLASSIFIER, EFFICIENTNET = "pixels", "classifier", "efficientnet-lite0"
 MOST_DIMENSIONS = 4096  # of a feature, for its covariance
@@ -32,15 +29,19 @@ _MOST_PIXEL_VALUES = 1024
 _EFFICIENTNET_PX = 160
 _EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
 _EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+PERCEPTUAL = "stlpips_pytorch"
+_PERCEPTUAL_FILE = "weights/vST0.0/alex_shift_tolerant.pth"
+_PERCEPTUAL_SHA256 = "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee"
+_PERCEPTUAL_PX = 64  # the size it was trained on: smaller images are enlarged to it
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """`extract` takes x float32 `b c h w` in [-1, 1] and returns `b d`; `facts` go into the record."""
+    """`extract` takes x float32 `b c h w` in [-1, 1] and returns `b d`; `record` says what it is."""
 
     name: str
     extract: Callable[[np.ndarray], np.ndarray]
-    facts: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def default_spaces(channels: int, class_names: tuple[str, ...]) -> list[str]:
@@ -48,14 +49,12 @@ def default_spaces(channels: int, class_names: tuple[str, ...]) -> list[str]:
     return [CLASSIFIER if channels == 1 and len(class_names) > 1 else EFFICIENTNET, PIXELS]
 
 
-def open_space(
-    name: str, splits: Splits, classifier: Path | None, steps: int, threads: int | None, control: Control
-) -> FeatureSpace:
+def open_space(name: str, splits: Splits, options: EvalOptions, threads: int | None) -> FeatureSpace:
     """The space of that name, or of the ONNX file at that path. UsageError, BadInputError, StoppedError."""
     if name == PIXELS:
         return FeatureSpace(PIXELS, _pixels)
     if name == CLASSIFIER:
-        return _classifier(splits, classifier, steps, control)
+        return _classifier(splits, options.classifier, options.classifier_steps)
     if name == EFFICIENTNET:
         return _efficientnet()
     if name.endswith(".onnx"):
@@ -63,14 +62,14 @@ def open_space(
     raise UsageError(f"--features {name}: expected {EFFICIENTNET}, {CLASSIFIER}, {PIXELS} or a file that ends in .onnx")
 
 
-def features_of(space: FeatureSpace, images: np.ndarray, ids: np.ndarray, control: Control) -> np.ndarray:
-    """Features float32 `n d` of the images uint8 `n c h w` with these indices; progress counts images.
+def features_of(space: FeatureSpace, images: np.ndarray, ids: np.ndarray, tick: Tick = silent) -> np.ndarray:
+    """Features float32 `n d` of the images uint8 `n c h w` with these indices; the tick counts them.
 
     BadInputError: not `b d`, or too many. NonFiniteError, StoppedError.
     """
     parts = []
     for first in range(0, len(ids), EXTRACT_BATCH):
-        control.check()
+        tick(0)
         x = from_uint8(np.asarray(images[ids[first : first + EXTRACT_BATCH]]))
         part = np.asarray(space.extract(x), np.float32).reshape(len(x), -1)
         if part.shape[1] > MOST_DIMENSIONS:
@@ -80,7 +79,7 @@ def features_of(space: FeatureSpace, images: np.ndarray, ids: np.ndarray, contro
         if not np.isfinite(part).all():
             raise NonFiniteError(f"{space.name}: features are not finite; choose another --features")
         parts.append(part)
-        control.progress(len(x))
+        tick(len(x))
     return np.concatenate(parts)
 
 
@@ -100,7 +99,7 @@ def _pixels(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
-def _classifier(splits: Splits, path: Path | None, steps: int, control: Control) -> FeatureSpace:
+def _classifier(splits: Splits, path: Path | None, steps: int) -> FeatureSpace:
     from ul_export.evaluation.classifier import accuracy, load_classifier, save_classifier, train_classifier
 
     train = splits.train
@@ -109,20 +108,20 @@ def _classifier(splits: Splits, path: Path | None, steps: int, control: Control)
             f"--features {CLASSIFIER}: needs images of two classes or more; give {EFFICIENTNET} or {PIXELS}"
         )
     if path is not None and path.exists():
-        network, facts = load_classifier(path, train)
+        network, record = load_classifier(path, train)
     else:
-        with progress("training a classifier", steps, "steps") as advance:
-            network = train_classifier(train, steps, Control(control.stop, advance))
+        with progress("training a classifier", steps, "steps") as tick:
+            network = train_classifier(train, steps, tick)
         share = accuracy(network, splits.heldout)
-        facts = {"data": train.fingerprint, "steps": steps, "heldout_accuracy": round(share, 4)}
+        record = {"data": train.fingerprint, "steps": steps, "heldout_accuracy": round(share, 4)}
         if path is not None:
-            save_classifier(path, network, facts)
+            save_classifier(path, network, record)
 
     @torch.inference_mode()
     def extract(x: np.ndarray) -> np.ndarray:
         return network.features(torch.from_numpy(x)).numpy()
 
-    return FeatureSpace(CLASSIFIER, extract, dict(facts))
+    return FeatureSpace(CLASSIFIER, extract, record)
 
 
 def _efficientnet() -> FeatureSpace:
@@ -149,8 +148,6 @@ def _onnx_file(path: Path, channels: int, threads: int | None) -> FeatureSpace:
 
     All weights lie in the file itself; `b` is not fixed.
     """
-    import hashlib
-
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -191,15 +188,9 @@ def packaged_weights(package: str, file: str, sha256: str, extras: str) -> dict[
     return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
 
 
-PACKAGE = "stlpips_pytorch"
-_FILE = "weights/vST0.0/alex_shift_tolerant.pth"
-_SHA256 = "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee"
-SMALLEST_PX = 64  # the size it was trained on: smaller images are enlarged to it
-
-
 def open_perceptual() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Distance `b` of x `b c h w` to x `b c h w`, both in [-1, 1], grey or RGB. UsageError, BadInputError."""
-    weights = packaged_weights(PACKAGE, _FILE, _SHA256, "perceptual")
+    weights = packaged_weights(PERCEPTUAL, _PERCEPTUAL_FILE, _PERCEPTUAL_SHA256, "perceptual")
 
     @torch.inference_mode()
     def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -214,10 +205,10 @@ def open_perceptual() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 
 def _prepared(x: np.ndarray) -> Tensor:
-    """RGB of at least SMALLEST_PX."""
-    size = max(SMALLEST_PX, x.shape[2])
-    picture = torch.from_numpy(x) if size == x.shape[2] else resized(x, size, size)
-    return picture.expand(-1, 3, -1, -1)
+    """RGB of at least 64 px."""
+    size = max(_PERCEPTUAL_PX, x.shape[2])
+    image = torch.from_numpy(x) if size == x.shape[2] else resized(x, size, size)
+    return image.expand(-1, 3, -1, -1)
 
 
 def _trunk(x: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
@@ -240,7 +231,7 @@ def _trunk(x: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
 def open_model(
     data: bytes, where: str, threads: int | None
 ) -> tuple[list[int | str | None], Callable[[np.ndarray], np.ndarray]]:
-    """An ONNX model of one picture input: its shape `b c h w` (names or None where free), and x -> first output.
+    """An ONNX model of one image input: its shape `b c h w` (names or None where free), and x -> first output.
 
     The weights must lie in `data`. BadInputError: cannot be loaded, or another input; ULError: it fails.
     """

@@ -1,100 +1,99 @@
-"""Held-out images through encoder and decoder: how close they come back, and what they cost in bits."""
+"""The figures: of samples, of reconstructions, of bits, and of samples that are copies of training images."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from ul_export.evaluation.distances import (
+from ul_export.evaluation.comparison import Comparison
+from ul_export.evaluation.features import EXTRACT_BATCH, PERCEPTUAL, features_of, open_perceptual
+from ul_export.evaluation.statistics import (
     SMALLEST_PX,
     Nearest,
+    distances,
+    figure,
+    figures,
     frechet_distance,
     share_nearer,
     squared_error,
     ssim,
-    streamed,
 )
-from ul_export.evaluation.features import EXTRACT_BATCH, features_of
-from ul_export.evaluation.subject import Figure, Subject, against, over_seeds
 from ul_runtime.errors import UsageError
 from ul_runtime.images import from_uint8
-from ul_runtime.progress import Control
+from ul_runtime.progress import Tick, progress
 from ul_runtime.settings import Overrides
 from ul_train.data.imageset import ImageSet, epoch_order
 from ul_train.heldout import psnr_db
 
+Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two x `b c h w` in [-1, 1] -> `b`
+NEIGHBOURS = 5  # of each sample
+MOST_SHOWN = 32  # reconstructions
+
 
 @dataclass(frozen=True)
-class Generated:
-    """Figures by space and name; samples `n c h w` uint8, their labels and their features by space, of seed 1."""
+class Samples:
+    """Images uint8 `n c h w` of a seed, and their features `n d` by space."""
 
-    figures: dict[str, dict[str, Figure]]
-    samples: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray
     features: dict[str, np.ndarray]
 
 
-def measure_generation(subject: Subject) -> Generated:
-    """Draws and measures the samples of every seed. StoppedError, NonFiniteError."""
-    real = subject.pool_features
-    model: dict[str, list[dict[str, float]]] = {space.name: [] for space in subject.spaces}
-    floor: dict[str, list[dict[str, float]]] = {space.name: [] for space in subject.spaces}
-    kept: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []
-    with subject.watched("sampling", subject.count * len(subject.seeds)) as control:
-        for seed in subject.seeds:
-            samples, labels = _draw(subject, seed, control)
-            quiet, everything = Control(subject.stop), np.arange(len(samples))
-            features = {space.name: features_of(space, samples, everything, quiet) for space in subject.spaces}
-            kept = kept or [(samples, labels, features)]
-            first, second = subject.halves(seed)
-            for name in model:
-                control.check()
-                model[name].append(against(features[name], real[name][first]))
-                floor[name].append(against(real[name][second], real[name][first]))
-    figures = {name: over_seeds(subject.count, model[name], floor[name]) for name in model}
-    return Generated(figures, *kept[0])
-
-
-def _draw(subject: Subject, seed: int, control: Control) -> tuple[np.ndarray, np.ndarray]:
-    """Samples uint8 `n c h w` and their labels."""
-    drawn = list(
-        subject.pipeline.generate(
-            subject.count, seed=seed, labels=subject.labels(seed), control=control, **subject.overrides
-        )
-    )
-    images = np.concatenate([batch.images for batch in drawn]).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(images), np.concatenate([batch.labels for batch in drawn])
-
-
-NEIGHBOURS = 5  # of each sample
-
-
 @dataclass(frozen=True)
-class Memorisation:
-    """Nearest training images of the samples `n k` (indices of the training images) and the statistic."""
+class Reconstructions:
+    """The first held-out images, and what they decode to by the first seed, both uint8 `n c h w`."""
 
-    nearest: Nearest
-    figures: dict[str, Any]
+    originals: np.ndarray
+    decoded: np.ndarray
 
 
-def measure_memorisation(subject: Subject, generated: Generated, train_images: int | None) -> Memorisation:
-    """In the first space, among all training images or `train_images` of them. StoppedError."""
-    space, train = subject.spaces[0], subject.splits.train
-    ids = epoch_order(len(train), 0, 0)[: train_images or len(train)]
-    samples, heldout = generated.features[space.name], subject.heldout_features[space.name]
-    queries = np.concatenate([samples, heldout])
+def measure_samples(comparison: Comparison) -> tuple[dict[str, Any], Samples]:
+    """Figures of the samples of all seeds, by space and name; and the samples of the first. NonFiniteError."""
+    real = comparison.real_features
+    drawn: list[Samples] = []
+    model: dict[str, list[dict[str, float]]] = {space.name: [] for space in comparison.spaces}
+    floor: dict[str, list[dict[str, float]]] = {space.name: [] for space in comparison.spaces}
+    with progress("sampling", comparison.count * len(comparison.seeds), "images") as tick:
+        for seed in comparison.seeds:
+            samples = _draw(comparison, seed, tick)
+            drawn = drawn or [samples]
+            first, second = comparison.halves(seed)
+            for name in model:
+                tick(0)
+                model[name].append(distances(samples.features[name], real[name][first]))
+                floor[name].append(distances(real[name][second], real[name][first]))
+    return {name: figures(comparison.count, model[name], floor[name]) for name in model}, drawn[0]
+
+
+def _draw(comparison: Comparison, seed: int, tick: Tick) -> Samples:
+    batches = comparison.pipeline.generate(
+        comparison.count, seed=seed, labels=comparison.labels(seed), tick=tick, **comparison.overrides
+    )
+    images = np.ascontiguousarray(np.concatenate([batch.images for batch in batches]).transpose(0, 3, 1, 2))
+    return Samples(images, _features(comparison, images, tick))
+
+
+def _features(comparison: Comparison, images: np.ndarray, tick: Tick) -> dict[str, np.ndarray]:
+    """By space, of images uint8 `n c h w` that are counted already."""
+    ids = np.arange(len(images))
+    return {space.name: features_of(space, images, ids, lambda _: tick(0)) for space in comparison.spaces}
+
+
+def find_neighbours(comparison: Comparison, samples: Samples) -> tuple[dict[str, Any], Nearest]:
+    """How near samples are to training images, in the first space; and the nearest training images of each."""
+    space, train = comparison.spaces[0], comparison.splits.train
+    ids = epoch_order(len(train), 0, 0)[: comparison.options.train_images or len(train)]
+    generated, heldout = samples.features[space.name], comparison.heldout_features[space.name]
+    queries = np.concatenate([generated, heldout])
     nearest = Nearest.none(len(queries), min(NEIGHBOURS, len(ids)))
-    with subject.watched("searching training images", len(ids)) as control:
-        for first in range(0, len(ids), EXTRACT_BATCH):
-            part = features_of(space, train.images, ids[first : first + EXTRACT_BATCH], Control(subject.stop))
-            nearest = nearest.among(queries, part, first)
-            control.progress(len(part))
-    index, closest = ids[nearest.index], nearest.distance[:, 0]
-    of_samples, of_heldout = closest[: len(samples)], closest[len(samples) :]
-    figures = {
+    with progress("searching training images", len(ids), "images") as tick:
+        for part in _parts(len(ids), EXTRACT_BATCH):
+            nearest = nearest.among(queries, features_of(space, train.images, ids[part], tick), part.start)
+    of_samples, of_heldout = np.split(nearest.distance[:, 0], [len(generated)])
+    record = {
         "features": space.name,
-        "count": len(samples),
+        "count": len(generated),
         "heldout_count": len(heldout),
         "train_images": len(ids),
         "all_train_images": len(train),
@@ -103,114 +102,101 @@ def measure_memorisation(subject: Subject, generated: Generated, train_images: i
         "nearer_than_heldout": share_nearer(of_samples, of_heldout),
         "real": share_nearer(of_heldout[::2], of_heldout[1::2]),
     }
-    return Memorisation(Nearest(index[: len(samples)], nearest.distance[: len(samples)]), figures)
+    index = ids[nearest.index]
+    return record, Nearest(index[: len(generated)], nearest.distance[: len(generated)])
 
 
-Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two x `b c h w` in [-1, 1] -> `b`
-MOST_PICTURES = 32
+def image_measures(size: int) -> tuple[dict[str, Compare], dict[str, str]]:
+    """What compares two images of that size, by name; and what is absent, with the reason.
 
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """Figures by name, the Frechet distance by space, and the first pictures `n c h w` uint8, of seed 1."""
-
-    figures: dict[str, Figure]
-    frechet: dict[str, Figure]
-    originals: np.ndarray
-    decoded: np.ndarray
-
-
-def measure_reconstruction(subject: Subject, perceptual: Compare | None) -> Rebuilt:
-    """One decode of every held-out image and seed. Real: of one held-out image to another. StoppedError."""
-    ids = subject.heldout_ids
-    if len(ids) < 2:
-        raise UsageError("one image is held out, and reconstructions need two or more; name more with --heldout")
-    measures = _measures(subject.pipeline.image_shape[1], perceptual)
-    model, chance, rfd, rfd_real = [], [], [], []
-    pictures: list[np.ndarray] = []
-    with subject.watched("reconstructing", len(ids) * len(subject.seeds)) as control:
-        for k, seed in enumerate(subject.seeds):
-            decoded, figures, unrelated = _reconstruct(subject, ids, 1 + k % (len(ids) - 1), seed, measures, control)
-            model.append(figures)
-            chance.append(unrelated)
-            pictures = pictures or [decoded[:MOST_PICTURES]]
-            distances = _frechet(subject, decoded, seed)
-            rfd.append({name: pair[0] for name, pair in distances.items()})
-            rfd_real.append({name: pair[1] for name, pair in distances.items()})
-    originals = np.asarray(subject.splits.heldout.images[ids[:MOST_PICTURES]])
-    frechet = over_seeds(len(ids), rfd, rfd_real)
-    return Rebuilt(over_seeds(len(ids), model, chance), frechet, originals, pictures[0])
-
-
-def _measures(size: int, perceptual: Compare | None) -> dict[str, Compare]:
-    """By name; `psnr_db` stands for the squared error until all images are in."""
+    `psnr_db` stands for the squared error until all images are in.
+    """
     measures: dict[str, Compare] = {"psnr_db": squared_error}
+    absent = {}
     if size >= SMALLEST_PX:
         measures["ssim"] = ssim
-    if perceptual is not None:
-        measures["perceptual_distance"] = perceptual
-    return measures
+    else:
+        absent["ssim"] = f"images of {size} px, {SMALLEST_PX} or more are needed"
+    if find_spec(PERCEPTUAL) is not None:
+        measures["perceptual_distance"] = open_perceptual()
+    else:
+        absent["perceptual_distance"] = "stlpips-pytorch is not installed; pip install 'unified-latents[perceptual]'"
+    return measures, absent
+
+
+def measure_reconstructions(
+    comparison: Comparison, measures: dict[str, Compare]
+) -> tuple[dict[str, Any], Reconstructions]:
+    """One decode of every held-out image and seed; real: of one held-out image to another. And the first images."""
+    ids, heldout = comparison.heldout_ids, comparison.splits.heldout
+    if len(ids) < 2:
+        raise UsageError("one image is held out, and reconstructions need two or more; name more with --heldout")
+    shown: list[np.ndarray] = []
+    model, chance, rfd, rfd_real = [], [], [], []
+    with progress("reconstructing", len(ids) * len(comparison.seeds), "images") as tick:
+        for k, seed in enumerate(comparison.seeds):
+            partners = np.roll(ids, 1 + k % (len(ids) - 1))
+            decoded, similar, unrelated = _reconstruct(comparison, ids, partners, seed, measures, tick)
+            model.append(similar)
+            chance.append(unrelated)
+            shown = shown or [decoded[:MOST_SHOWN]]
+            first, second = (half[: len(ids)] for half in comparison.halves(seed))
+            of, real = _features(comparison, decoded, tick), comparison.real_features
+            rfd.append({name: frechet_distance(of[name], comparison.heldout_features[name]) for name in of})
+            rfd_real.append({name: frechet_distance(real[name][second], real[name][first]) for name in of})
+    record = figures(len(ids), model, chance) | {"frechet_distance": figures(len(ids), rfd, rfd_real)}
+    return record, Reconstructions(np.asarray(heldout.images[ids[:MOST_SHOWN]]), shown[0])
 
 
 def _reconstruct(
-    subject: Subject, ids: np.ndarray, apart: int, seed: int, measures: dict[str, Compare], control: Control
+    comparison: Comparison,
+    ids: np.ndarray,
+    partners: np.ndarray,
+    seed: int,
+    measures: dict[str, Compare],
+    tick: Tick,
 ) -> tuple[np.ndarray, dict[str, float], dict[str, float]]:
-    """(decoded uint8 `n c h w`, figures, figures of each original beside the original `apart` places on)."""
-    images, pipeline = subject.splits.heldout, subject.pipeline
-    decoder = Overrides(decoder_steps=subject.overrides.get("decoder_steps"))
-    kept: list[np.ndarray] = []
-    found: dict[str, list[np.ndarray]] = {name: [] for name in measures}
-    other: dict[str, list[np.ndarray]] = {name: [] for name in measures}
-    partners = np.roll(ids, apart)
+    """(decoded uint8 `n c h w`, its likeness to the originals, that of the held-out images `partners` to them)."""
+    images, pipeline = comparison.splits.heldout, comparison.pipeline
+    decoder = Overrides(decoder_steps=comparison.overrides.get("decoder_steps"))
+    decoded: list[np.ndarray] = []
+    similar: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    unrelated: dict[str, list[np.ndarray]] = {name: [] for name in measures}
     for part in _parts(len(ids), pipeline.default_batch_size):
-        x = from_uint8(images.batch(ids[part])[0])
-        unrelated = from_uint8(images.batch(partners[part])[0])
+        x, other = (from_uint8(images.batch(of[part])[0]) for of in (ids, partners))
         z_0 = pipeline.encode(x, seed=seed, indices=ids[part]).z_0
-        for batch in pipeline.decode(z_0, seed=seed, indices=ids[part], control=control, **decoder):
-            kept.append(batch.images.transpose(0, 3, 1, 2))
+        for batch in pipeline.decode(z_0, seed=seed, indices=ids[part], tick=tick, **decoder):
+            decoded.append(batch.images.transpose(0, 3, 1, 2))
             for name, compare in measures.items():
-                found[name].append(compare(batch.x.clip(-1.0, 1.0), x))
-                other[name].append(compare(unrelated, x))
-    return np.concatenate(kept), _averaged(found), _averaged(other)
+                similar[name].append(compare(batch.x.clip(-1.0, 1.0), x))
+                unrelated[name].append(compare(other, x))
+    return np.concatenate(decoded), _averaged(similar), _averaged(unrelated)
 
 
-def _averaged(found: dict[str, list[np.ndarray]]) -> dict[str, float]:
+def _averaged(values: dict[str, list[np.ndarray]]) -> dict[str, float]:
     """Means over all images; PSNR is of the mean squared error, as in ul-train report."""
-    means = {name: float(np.concatenate(parts).mean()) for name, parts in found.items()}
+    means = {name: float(np.concatenate(parts).mean()) for name, parts in values.items()}
     return means | {"psnr_db": psnr_db(means["psnr_db"])}
 
 
-def _frechet(subject: Subject, decoded: np.ndarray, seed: int) -> dict[str, tuple[float, float]]:
-    """By space: (distance of the reconstructions to their originals, of as many real images to as many others)."""
-    found = {}
-    first, second = (half[: len(decoded)] for half in subject.halves(seed))
-    for space in subject.spaces:
-        features = features_of(space, decoded, np.arange(len(decoded)), Control(subject.stop))
-        real = subject.pool_features[space.name]
-        found[space.name] = (
-            frechet_distance(streamed(features), streamed(subject.heldout_features[space.name])),
-            frechet_distance(streamed(real[second]), streamed(real[first])),
-        )
-    return found
-
-
-def measure_bits(subject: Subject) -> Figure:
+def measure_bits(comparison: Comparison) -> dict[str, Any]:
     """Bits per pixel of held-out images under the bundle's prior. Real: of as many training images."""
-    ids, train = subject.heldout_ids, subject.splits.train
+    ids, train = comparison.heldout_ids, comparison.splits.train
     trained_on = epoch_order(len(train), 0, 0)[: len(ids)]
-    with subject.watched("bits", (len(ids) + len(trained_on)) * len(subject.seeds)) as control:
-        values = [_bits_per_pixel(subject, subject.splits.heldout, ids, seed, control) for seed in subject.seeds]
-        real = [_bits_per_pixel(subject, train, trained_on, seed, control) for seed in subject.seeds]
-    return Figure(len(ids), tuple(values), tuple(real))
+    with progress("bits", (len(ids) + len(trained_on)) * len(comparison.seeds), "images") as tick:
+        of_heldout, of_train = (
+            [_bits_per_pixel(comparison, images, chosen, seed, tick) for seed in comparison.seeds]
+            for images, chosen in ((comparison.splits.heldout, ids), (train, trained_on))
+        )
+    return figure(len(ids), of_heldout, of_train) | {"num_samples": comparison.options.bits_samples}
 
 
-def _bits_per_pixel(subject: Subject, images: ImageSet, ids: np.ndarray, seed: int, control: Control) -> float:
-    pipeline, bits = subject.pipeline, []
+def _bits_per_pixel(comparison: Comparison, images: ImageSet, ids: np.ndarray, seed: int, tick: Tick) -> float:
+    pipeline, bits = comparison.pipeline, []
     for part in _parts(len(ids), pipeline.default_batch_size):
         z_clean = pipeline.encode(from_uint8(images.batch(ids[part])[0]), seed=seed, indices=ids[part]).z_clean
-        bits.append(
-            pipeline.bits(z_clean, seed=seed, indices=ids[part], num_samples=subject.bits_samples, control=control)
-        )
+        num_samples = comparison.options.bits_samples
+        bits.append(pipeline.bits(z_clean, seed=seed, indices=ids[part], num_samples=num_samples, tick=tick))
     return float(np.concatenate(bits).mean()) / float(np.prod(pipeline.image_shape[1:]))
 
 

@@ -1,4 +1,4 @@
-"""The figures of ul-eval for people: a table, and one HTML file with its pictures inside."""
+"""The figures of ul-eval for people: a table, and one HTML file with its images inside."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ul_export.evaluation.measures import Generated, Memorisation, Rebuilt
-from ul_export.evaluation.subject import Subject
+from ul_export.evaluation.comparison import Comparison
+from ul_export.evaluation.measures import Reconstructions, Samples
+from ul_export.evaluation.statistics import Nearest
 from ul_export.page import page, paragraph, picture, table
 from ul_runtime.contact_sheet import contact_sheet_png
 
@@ -34,13 +35,15 @@ FIGURES = {
         "chance that a sample is nearer to training images than an unseen one",
     ),
 }
-_PICTURES = {
+CONTACT_SHEETS = {
     "samples.png": "Samples",
     "real.png": "Real images",
     "reconstructions.png": "Reconstructions",
     "neighbours.png": "Nearest training images of the first samples",
     "closest.png": "Samples nearest to a training image",
 }
+_TILES = 64
+_ROWS = 8  # of samples with their neighbours
 
 
 class Row(NamedTuple):
@@ -85,7 +88,7 @@ def _with_spread(value: float | None, spread: float | None) -> str:
     return f"{value:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
 
 
-def said(result: Mapping[str, Any]) -> list[str]:
+def sentences(result: Mapping[str, Any]) -> list[str]:
     """What the figures rest on, in sentences."""
     data, found = result["data"], result["memorisation"]
     return [
@@ -111,25 +114,25 @@ def print_report(result: Mapping[str, Any]) -> None:
         shown.add_row("" if row.section == before else row.section, *row[1:-1])
         before = row.section
     console.print(shown)
-    for line in said(result):
+    for line in sentences(result):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def html_report(result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+def html_report(result: Mapping[str, Any], sheets: Mapping[str, bytes]) -> str:
     """One page that needs no other file."""
     columns = ["of", "figure", "better", "count", "bundle", "real", ""]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     body = [
-        *map(paragraph, said(result)),
+        *map(paragraph, sentences(result)),
         table(columns, rows(result), (3, 4, 5)),
-        *(picture(_PICTURES[name], data) for name, data in pictures.items()),
+        *(picture(CONTACT_SHEETS[name], data) for name, data in sheets.items()),
         paragraph(f"Bundle {result['bundle']['hash'][:12]}; data {result['data']['fingerprint'][:12]}; {versions}"),
         f"<p><code>{escape(result['command'])}</code></p>",
     ]
     return page(f"{result['bundle']['name']}: evaluation", body)
 
 
-def headline(result: Mapping[str, Any]) -> dict[str, Any]:
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """Of a result of ul-eval, in its first feature space: gFD and its floor, rFD, precision, recall, PSNR, bits."""
     space, generated = next(iter(result["generation"].items()))
     distance = generated["frechet_distance"]
@@ -147,41 +150,39 @@ def headline(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-SHEETS = ("samples.png", "real.png", "reconstructions.png", "neighbours.png", "closest.png")
-_TILES = 64
-_ROWS = 8  # of samples with their neighbours
-
-
-def draw_sheets(subject: Subject, generated: Generated, rebuilt: Rebuilt, found: Memorisation) -> dict[str, bytes]:
+def contact_sheets(
+    comparison: Comparison, samples: Samples, reconstructions: Reconstructions, nearest: Nearest
+) -> dict[str, bytes]:
     """PNG by file name."""
-    first = np.arange(_ROWS)[: subject.count]
-    closest = np.argsort(found.nearest.distance[:, 0], kind="stable")[:_ROWS]
-    real_ids = subject.pool[subject.halves(subject.seeds[0])[1]][:_TILES]
-    real = np.asarray(subject.reference.images[real_ids])
-    pairs = [side for pair in zip(rebuilt.originals, rebuilt.decoded, strict=True) for side in pair]
-    seed = subject.seeds[0]
-    matched = ", of the same classes in the same order" if subject.labels(seed) else ""
+    seed = comparison.seeds[0]
+    real_ids = comparison.real_ids[comparison.halves(seed)[1]][:_TILES]
+    matched = ", of the same classes in the same order" if comparison.labels(seed) else ""
+    pairs = [side for pair in zip(reconstructions.originals, reconstructions.decoded, strict=True) for side in pair]
+    closest = np.argsort(nearest.distance[:, 0], kind="stable")
+    about = f"by {comparison.spaces[0].name}"
+
+    def neighbours(rows: np.ndarray, title: str) -> bytes:
+        return _neighbours(comparison.splits.train.images, samples, nearest, rows[:_ROWS], f"{title}, {about}")
+
     sheets = (
-        _png(generated.samples[:_TILES], f"samples, seed {seed}"),
-        _png(real, f"real images, {subject.part}{matched}"),
+        _png(samples.images[:_TILES], f"samples, seed {seed}"),
+        _png(np.asarray(comparison.reference.images[real_ids]), f"real images, {comparison.reference_split}{matched}"),
         _png(pairs, f"held-out images beside their reconstructions, seed {seed}", ("original", "decoded") * 4),
-        _neighbours(subject, generated, found, first, "the first samples and their nearest training images"),
-        _neighbours(subject, generated, found, closest, "the samples nearest to a training image"),
+        neighbours(np.arange(comparison.count), "the first samples and their nearest training images"),
+        neighbours(closest, "the samples nearest to a training image"),
     )
-    return dict(zip(SHEETS, sheets, strict=True))
+    return dict(zip(CONTACT_SHEETS, sheets, strict=True))
 
 
-def _neighbours(subject: Subject, generated: Generated, found: Memorisation, rows: np.ndarray, title: str) -> bytes:
+def _neighbours(train: np.ndarray, samples: Samples, nearest: Nearest, rows: np.ndarray, title: str) -> bytes:
     """A row a sample: the sample, then its nearest training images with their distances."""
-    across = found.nearest.index.shape[1]
     images: list[np.ndarray] = []
     captions = []
     for row in rows:
-        near = subject.splits.train.images[found.nearest.index[row]]
-        images += [generated.samples[row], *near]
-        captions += [f"sample {row}", *(f"{distance:.3g}" for distance in found.nearest.distance[row])]
-    names = ("sample", *(f"nearest {k + 1}" for k in range(across)))
-    return _png(images, f"{title}, by {found.figures['features']}", names, captions)
+        images += [samples.images[row], *train[nearest.index[row]]]
+        captions += [f"sample {row}", *(f"{distance:.3g}" for distance in nearest.distance[row])]
+    names = ("sample", *(f"nearest {k + 1}" for k in range(nearest.index.shape[1])))
+    return _png(images, title, names, captions)
 
 
 def _png(

@@ -1,8 +1,9 @@
-"""What nearest neighbours tell: precision, recall, density, coverage, and whether samples are copies."""
+"""Statistics: distances between sets of features and between images, nearest neighbours, and means over seeds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy import linalg
@@ -10,6 +11,55 @@ from scipy.ndimage import correlate1d
 from scipy.stats import rankdata
 
 _KERNEL_ROWS = 1024  # rows of a kernel matrix in memory
+PRECISION_NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
+COVERAGE_NEIGHBOURS = 5  # k of Naeem et al. 2020
+_CHUNK = 512  # rows of a matrix of distances in memory
+_WINDOW_PX, _WINDOW_STD_PX = 11, 1.5
+SMALLEST_PX = _WINDOW_PX  # image that SSIM is defined for
+_RANGE = 2.0  # of values in [-1, 1]
+_SEED = 0
+_FEWEST_DIRECTIONS = 1024
+
+
+def figures(
+    count: int, model: Sequence[Mapping[str, float]], real: Sequence[Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """Figures by name from one mapping a seed; `count` images on either side."""
+    return {name: figure(count, [each[name] for each in model], [each[name] for each in real]) for name in model[0]}
+
+
+def figure(count: int, model: Sequence[float], real: Sequence[float]) -> dict[str, Any]:
+    """Means and sample standard deviations over the seeds, of the model and of real images; None: not known."""
+    return {
+        "count": count,
+        "value": _mean(model),
+        "spread": _spread(model),
+        "real": _mean(real),
+        "real_spread": _spread(real),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if np.isfinite(values).all() else None
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else None
+
+
+def distances(features: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """All distances of features `n d` to those of as many real images."""
+    precision, recall = precision_recall(features, real)
+    density, coverage = density_coverage(features, real)
+    return {
+        "frechet_distance": frechet_distance(features, real),
+        "kernel_distance": kernel_distance(features, real),
+        "sliced_distance": sliced_distance(features, real),
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+    }
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,62 +90,30 @@ def _within(a: np.ndarray) -> float:
     return float((_between(a, a) - with_itself) / (len(a) * (len(a) - 1)))
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean `d` and centred scatter `d d` (sum of outer products about the mean) of features, in float64."""
-
-    count: int
-    mean: np.ndarray
-    scatter: np.ndarray
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> "Moments":
-        """Of features `n d`, n >= 1."""
-        rows = features.astype(np.float64)
-        mean = rows.mean(axis=0)
-        rows -= mean
-        return cls(len(rows), mean, rows.T @ rows)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Moments of both sets together, exactly, wherever they were computed (Chan, Golub, LeVeque 1979).
-
-        M = M_a + M_b + n_a n_b / n (mean_b - mean_a)(mean_b - mean_a)^T
-        """
-        count = self.count + other.count
-        apart = other.mean - self.mean
-        mean = self.mean + apart * (other.count / count)
-        between = np.outer(apart, apart) * (self.count * other.count / count)
-        return Moments(count, mean, self.scatter + other.scatter + between)
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """Unbiased, `d d`; of two features or more."""
-        return self.scatter / (self.count - 1)
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Of Gaussians fitted to features `n d` and `m d` (Heusel et al. 2017)."""
+    return gaussian_distance(*_moments(a), *_moments(b))
 
 
-def streamed(features: np.ndarray, chunk: int = 1024) -> Moments:
-    """Moments of features `n d`, with one chunk at a time in float64."""
-    parts = (Moments.of(features[first : first + chunk]) for first in range(0, len(features), chunk))
-    return reduce(Moments.merge, parts)
+def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean `d` and unbiased covariance `d d` of features `n d`, in float64."""
+    rows = features.astype(np.float64)
+    mean = rows.mean(axis=0)
+    rows -= mean
+    return mean, rows.T @ rows / (len(rows) - 1)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): squared Wasserstein-2 of two Gaussians (Heusel et al. 2017).
+def gaussian_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): squared Wasserstein-2 of two Gaussians.
 
     tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of R C_b R with R = C_a^(1/2): real, and stable where
     there are fewer features than dimensions.
     """
-    values, vectors = linalg.eigh(a.covariance)
+    values, vectors = linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    shared = linalg.eigvalsh(root @ b.covariance @ root)
-    cross = np.sqrt(np.maximum(shared, 0.0)).sum()
-    apart = a.mean - b.mean
-    return float(apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * cross)
-
-
-PRECISION_NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
-COVERAGE_NEIGHBOURS = 5  # k of Naeem et al. 2020
-_CHUNK = 512  # rows of a matrix of distances in memory
+    cross = np.sqrt(np.maximum(linalg.eigvalsh(root @ cov_b @ root), 0.0)).sum()
+    apart = mean_a - mean_b
+    return float(apart @ apart + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -184,11 +202,6 @@ def share_nearer(a: np.ndarray, b: np.ndarray) -> float:
     return float((ranks[: len(b)].sum() - len(b) * (len(b) + 1) / 2) / (len(a) * len(b)))
 
 
-_WINDOW_PX, _WINDOW_STD_PX = 11, 1.5
-SMALLEST_PX = _WINDOW_PX  # image that SSIM is defined for
-_RANGE = 2.0  # of values in [-1, 1]
-
-
 def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Mean squared difference of each image, `b`, of x `b c h w` in [-1, 1]."""
     return np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))
@@ -217,10 +230,6 @@ def _windowed(values: np.ndarray) -> np.ndarray:
     for axis in (2, 3):
         values = correlate1d(values, weights / weights.sum(), axis=axis)
     return values[:, :, half:-half, half:-half]
-
-
-_SEED = 0
-_FEWEST_DIRECTIONS = 1024
 
 
 def sliced_distance(a: np.ndarray, b: np.ndarray) -> float:
