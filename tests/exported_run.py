@@ -10,7 +10,7 @@ from random_run import DIGITS, write_run
 
 from ul_export import export
 from ul_export.export import rounded
-from ul_train.run import load_networks
+from ul_train.run import Run
 from ul_train.torch_backend import TorchBackend
 
 # name -> opset, overrides of the preset, classes
@@ -44,7 +44,7 @@ class Exported:
 
     def torch_backend(self) -> TorchBackend:
         """The same networks in torch, rounded where the bundle's weights are."""
-        _, _, networks, _ = load_networks(self.run)
+        networks = Run.open(self.run).finished().networks
         if self.weights == "fp16":
             networks = rounded(networks)
         return TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], torch.device("cpu"))

@@ -10,7 +10,7 @@ from ul_export.onnx_graphs import export_graphs
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_train.config import load_config
 from ul_train.model import make_base, make_decoder, make_encoder
-from ul_train.run import describe
+from ul_train.run import Run
 
 
 def write_random_bundle(
@@ -25,5 +25,5 @@ def write_random_bundle(
     }
     for seed, network in enumerate(networks.values()):
         randomise(network, seed).eval()
-    info = describe(config, tuple(classes), "random", "0" * 64, step=0, opset=opset)
+    info = Run.in_memory(config, tuple(classes)).manifest(opset)
     return write_bundle(path, info, dict(export_graphs(networks, info, opset)))

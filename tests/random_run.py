@@ -14,7 +14,7 @@ from torch import nn
 from ul_train import checkpoint as ckpt
 from ul_train.config import Config, config_hash, load_config
 from ul_train.model import make_base, make_decoder, make_encoder, make_prior, randomise
-from ul_train.run import create_run
+from ul_train.run import Run
 
 DIGITS = tuple("0123456789")
 
@@ -41,7 +41,7 @@ def write_run(
     torch.manual_seed(seed)  # of the biases before they are moved
     config = load_config(recipe, list(overrides))
     splits: Any = SimpleNamespace(train=SimpleNamespace(fingerprint="0" * 64, class_names=tuple(classes), rejected=()))
-    create_run(run, config, "nowhere", None, splits)
+    Run.create(run, config, "nowhere", None, splits)
     makers = {"encoder": make_encoder, "prior": make_prior, "decoder": make_decoder}
     networks: dict[str, nn.Module] = {name: make(config) for name, make in makers.items()}
     networks["base"] = make_base(config, len(classes))

@@ -22,7 +22,7 @@ from ul_export import export as export_command
 from ul_export.cli import main
 from ul_runtime import durable
 from ul_runtime.bundle import Bundle
-from ul_train.run import read_run
+from ul_train.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +223,7 @@ def test_a_weight_that_is_not_finite_stops_the_export(command, tmp_path):
         joint = {name: networks[name] for name in ("encoder", "prior", "decoder")}
         with torch.no_grad():
             networks["decoder"].out.weight[0, 0, 0, 0] = float(value)  # type: ignore[index,union-attr]
-        config, _ = read_run(run)
+        config = Run.open(run).config
         hash_ = save(run, config, "joint", joint)
         save(run, config, "base", {"base": networks["base"]}, hash_)
         command.fails(main, 76, "weight decoder.out.weight is not finite", run, "--out", tmp_path / "bundle")
@@ -236,7 +236,7 @@ def test_finite_weights_that_overflow_stop_the_export(plain, command, monkeypatc
     networks = write_run(run, base=False)
     with torch.no_grad():
         networks["base"].out.weight.fill_(1e38)  # type: ignore[operator,union-attr]
-    config, _ = read_run(run)
+    config = Run.open(run).config
     joint = {name: networks[name] for name in ("encoder", "prior", "decoder")}
     save(run, config, "base", {"base": networks["base"]}, save(run, config, "joint", joint))
     monkeypatch.setattr(export_command, "export_graphs", lambda *arguments: dict(plain.files))
@@ -253,7 +253,7 @@ def test_a_run_without_its_base_stage_is_refused_and_told_what_to_do(command, tm
 
 def test_a_base_of_another_encoder_is_refused(command, run, tmp_path):
     networks = write_run(tmp_path / "other", seed=1)
-    config, _ = read_run(run)
+    config = Run.open(run).config
     save(run, config, "joint", {name: randomise(networks[name], 7) for name in ("encoder", "prior", "decoder")})
     message = "was trained on the latents of another encoder than joint-000020; train stage base again"
     command.fails(main, 65, message, run, "--out", tmp_path / "bundle")

@@ -15,7 +15,7 @@ from ul_export.precision.lower import exact_in_half, store_half
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.errors import BadInputError
 from ul_runtime.pipeline import Pipeline
-from ul_train.run import read_run
+from ul_train.run import Run
 
 
 def product(weight: np.ndarray) -> onnx.ModelProto:
@@ -86,7 +86,7 @@ def test_a_run_with_a_weight_beyond_float16_is_not_exported(command, tmp_path):
     with torch.no_grad():
         networks["decoder"].embed_z.weight[0, 0] = 1e5
     joint = {name: networks[name] for name in ("encoder", "prior", "decoder")}
-    config = read_run(tmp_path / "run")[0]
+    config = Run.open(tmp_path / "run").config
     encoder = save(tmp_path / "run", config, "joint", joint)
     save(tmp_path / "run", config, "base", {"base": networks["base"]}, encoder)
     result = command(main, tmp_path / "run", "--out", tmp_path / "bundle", "--weights", "fp16")

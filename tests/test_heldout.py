@@ -23,7 +23,7 @@ from ul_train.heldout import (
     measure,
     yardstick,
 )
-from ul_train.run import describe
+from ul_train.run import Run
 from ul_train.torch_backend import torch_pipeline
 
 STD = 0.25  # of every pixel, in [-1, 1]
@@ -89,7 +89,7 @@ def gaussian_images(num: int) -> ImageSet:
 
 
 def described() -> BundleInfo:
-    return describe(tiny("sampling.decoder_steps=32"), ("a",), "run", "f" * 64, 0, 18)
+    return Run.in_memory(tiny("sampling.decoder_steps=32"), ("a",)).manifest()
 
 
 def pipeline(scale: float = SCALE, prior_std: float = SCALE * STD) -> Pipeline:

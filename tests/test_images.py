@@ -11,7 +11,7 @@ from ul_runtime.images import list_images, load_image
 from ul_runtime.manifest import ImageFormat
 from ul_train.config import load_config
 from ul_train.data.prepare import open_data
-from ul_train.run import describe
+from ul_train.run import Run
 
 
 def saved(tmp_path: Path, picture: Image.Image, name: str = "a.png", **options) -> Path:
@@ -36,7 +36,7 @@ def test_what_is_encoded_equals_what_training_saw(tmp_path, fit, background):
     saved(other, Image.new("RGB", (32, 32)))
     splits = open_data(str(folder), **options, cache_dir=tmp_path / "cache", heldout_source=str(other), classes="none")
     trained = splits.train.batch(np.arange(4))[0]
-    image = describe(config, (), "run", "0" * 64, 0, 18).image
+    image = Run.in_memory(config).manifest().image
     for k, path in enumerate(list_images([folder])):
         x, _ = load_image(path, image)
         assert x.dtype == np.float32

@@ -15,10 +15,9 @@ from tiny_run import CPU, image_set, same_tensors, session, splits, stop_at, tin
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
 from ul_runtime.loop import never
 from ul_train import checkpoint as ckpt
-from ul_train import run
 from ul_train.log import RunLog
 from ul_train.objective import step_generator
-from ul_train.run import check_recipe, load_networks, read_run
+from ul_train.run import Run
 from ul_train.stages import Stage, base_stage, ema_decay_at, joint_stage
 from ul_train.trainer import Trainer, learning_rate_at
 
@@ -100,12 +99,12 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(
     unbroken = session(whole, config)
     for stage in ("joint", "base"):
         unbroken.run_stage(stage)
-    info = session(broken, config).info
-    info = dataclasses.replace(info, run_id=unbroken.info.run_id)
+    run = session(broken, config).run
+    run = dataclasses.replace(run, info=dataclasses.replace(run.info, run_id=unbroken.run.info.run_id))
     for stage in ("joint", "base"):
         with pytest.raises(StoppedError, match=f"step {stop} of 6 of stage {stage}, saved"):
-            session(broken, config, stop_at(stop), info).run_stage(stage)
-        session(broken, config, info=info).run_stage(stage)
+            session(broken, config, stop_at(stop), run).run_stage(stage)
+        session(broken, config, run=run).run_stage(stage)
     for stage in ("joint", "base"):
         assert losses(broken, stage) == losses(whole, stage)
         assert list(losses(whole, stage)) == [1, 2, 3, 4, 5, 6]
@@ -133,26 +132,26 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(tmp_path: Pa
     with pytest.raises(MemoryError):
         first.run_stage("joint")
     assert ckpt.list_checkpoints(killed / "checkpoints", "joint")[-1].name == "joint-000003"
-    session(killed, tiny(), info=first.info).run_stage("joint")
+    session(killed, tiny(), run=first.run).run_stage("joint")
     assert losses(killed, "joint") == losses(whole, "joint")
     assert same_tensors(whole / "checkpoints/joint-000006", killed / "checkpoints/joint-000006")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_a_clean_log(tmp_path: Path) -> None:
-    info = session(tmp_path, tiny()).info
+    run = session(tmp_path, tiny()).run
     (tmp_path / "log.jsonl").write_text('{"stage": "joint", "step": 1, "loss": 99}\n{"stage": "joi')
-    session(tmp_path, tiny(), info=info).run_stage("joint")
+    session(tmp_path, tiny(), run=run).run_stage("joint")
     assert list(losses(tmp_path, "joint")) == [1, 2, 3, 4, 5, 6]
     assert losses(tmp_path, "joint")[1] != 99
 
 
 def test_a_finished_stage_is_left_alone_and_the_log_of_the_next_one_too(tmp_path: Path) -> None:
-    info = session(tmp_path, tiny()).info
-    session(tmp_path, tiny(), info=info).run_stage("joint")
+    run = session(tmp_path, tiny()).run
+    session(tmp_path, tiny(), run=run).run_stage("joint")
     with pytest.raises(StoppedError):
-        session(tmp_path, tiny(), stop_at(2), info).run_stage("base")
+        session(tmp_path, tiny(), stop_at(2), run).run_stage("base")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")}
-    again = session(tmp_path, tiny(), info=info)
+    again = session(tmp_path, tiny(), run=run)
     assert not again.run_stage("joint")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")} == before
     assert list(losses(tmp_path, "base")) == [1, 2]
@@ -180,33 +179,37 @@ def test_the_base_of_another_encoder_is_not_trained_on(tmp_path: Path) -> None:
     first.run_stage("joint")
     first.run_stage("base")
     longer = tiny("joint.steps=8")
-    info = check_recipe(tmp_path, longer, ["joint.steps"])
-    again = session(tmp_path, longer, info=run.adopt_recipe(tmp_path, longer, info))
+    run = Run.open(tmp_path)
+    run.check_recipe(longer, ["joint.steps"])
+    again = session(tmp_path, longer, run=run.adopt(longer))
     again.run_stage("joint")
     with pytest.raises(BadInputError, match=r"base-000006: learned the latents of another encoder.*remove.*base-\*"):
         again.run_stage("base")
     with pytest.raises(BadInputError, match="another encoder"):
-        load_networks(tmp_path)
+        Run.open(tmp_path).finished()
 
 
 def test_a_recipe_changed_with_allow_leaves_the_earlier_stage_usable(tmp_path: Path) -> None:
     session(tmp_path, tiny()).run_stage("joint")
     longer = tiny("base_stage.steps=7")
-    info = run.adopt_recipe(tmp_path, longer, check_recipe(tmp_path, longer, ["base_stage.steps"]))
-    assert read_run(tmp_path) == (longer, info)
-    session(tmp_path, longer, info=info).run_stage("base")
-    assert load_networks(tmp_path)[3] == 7
+    run = Run.open(tmp_path)
+    run.check_recipe(longer, ["base_stage.steps"])
+    run = run.adopt(longer)
+    assert run.config == longer
+    assert Run.open(tmp_path) == run
+    session(tmp_path, longer, run=run).run_stage("base")
+    assert Run.open(tmp_path).finished().step == 7
 
 
 def test_a_recipe_edited_by_hand_is_not_exported(tmp_path: Path) -> None:
     made = session(tmp_path, tiny())
     made.run_stage("joint")
     made.run_stage("base")
-    load_networks(tmp_path)
+    Run.open(tmp_path).finished()
     text = (tmp_path / "config.toml").read_text()
     (tmp_path / "config.toml").write_text(text.replace("base_bias = 2.0", "base_bias = 1.0"))
     with pytest.raises(BadInputError, match=r"config.toml: is not the recipe of the checkpoints"):
-        load_networks(tmp_path)
+        Run.open(tmp_path).finished()
 
 
 # one step

@@ -20,6 +20,7 @@ from ul_export.verify import REDUCED
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError
 from ul_runtime.manifest import GRAPH_NAMES
+from ul_train.run import Run
 
 KINDS = {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8",), "weights in fp16": ("--weights", "fp16")}
 
@@ -141,15 +142,15 @@ def test_an_encoder_that_leaves_its_scales_fails_on_real_images(runs, command, m
     old, new = runs
     bundle = tmp_path / "bundle"
     assert command(main, old, "--out", bundle, *words("int8", old)).code == 0
-    before, load = contents(bundle), updating.load_networks
+    before, load = contents(bundle), Run.finished
 
     def grown(run):
-        config, info, networks, step = load(run)
+        trained = load(run)
         with torch.no_grad():
-            next(networks["encoder"].parameters()).mul_(8.0)
-        return config, info, networks, step
+            next(trained.networks["encoder"].parameters()).mul_(8.0)
+        return trained
 
-    monkeypatch.setattr(updating, "load_networks", grown)
+    monkeypatch.setattr(Run, "finished", grown)
     result = command(main, new, "--update", bundle, "--calibrate", new.parent / "images.npz", "--threads", 1)
     assert result.code == 65, result.out
     assert "encoder, z_clean, images" in result.err

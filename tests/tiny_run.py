@@ -15,7 +15,7 @@ from ul_train.cli import main
 from ul_train.config import Config, load_config
 from ul_train.data.imageset import ImageSet, Splits
 from ul_train.log import RunLog
-from ul_train.run import RunInfo, create_run
+from ul_train.run import Run
 from ul_train.train import Session
 
 CPU = torch.device("cpu")
@@ -75,11 +75,11 @@ def tiny(*overrides: str) -> Config:
     return load_config("tiny", [*short, "run.eval_images=4", "objective.prior_ramp_steps=4", *overrides])
 
 
-def session(run: Path, config: Config, stop: Callable[[], bool] = never, info: RunInfo | None = None) -> Session:
-    """A session on `splits()`; a new run unless `info` is given."""
+def session(path: Path, config: Config, stop: Callable[[], bool] = never, run: Run | None = None) -> Session:
+    """A session on `splits()`; a new run unless `run` is given."""
     data = splits()
-    info = info or create_run(run, config, "blobs", None, data)
-    return Session(run, config, info, data, CPU, "fp32", False, stop, RunLog(run, config.run.log_every))
+    run = run or Run.create(path, config, "blobs", None, data)
+    return Session(run, data, CPU, "fp32", False, stop, RunLog(path, config.run.log_every))
 
 
 def stop_at(step: int) -> Callable[[], bool]:

@@ -47,10 +47,10 @@ def exporters(
     from ul_export.precision.graphs import in_memory
     from ul_runtime import durable
     from ul_runtime.progress import UNWATCHED
-    from ul_train.run import describe, load_networks
+    from ul_train.run import Run
 
-    config, info, networks, step = load_networks(run)
-    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, OPSET)
+    trained = Run.open(run).finished()
+    described, networks = trained.manifest(OPSET), trained.networks
     makers: dict[str, Callable[..., ModelProto]] = {"torch.export": export_onnx, "TorchScript": torchscript}
     rows = []
     for graph in step_graphs(networks, described.image, described.latent):

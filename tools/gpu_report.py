@@ -169,13 +169,13 @@ def open_model(name: str, folder: Path, contenders: Sequence[str]) -> Model:
     from ul_train.account import account
     from ul_train.config import load_config
     from ul_train.model import make_base, make_decoder, make_encoder, randomise
-    from ul_train.run import describe
+    from ul_train.run import Run
 
     config, classes = load_config(name, []), tuple(f"class {n}" for n in range(10))
     torch.manual_seed(0)
     made = {"encoder": make_encoder(config), "prior": make_base(config, len(classes)), "decoder": make_decoder(config)}
     networks = {key: randomise(network, seed).eval() for seed, (key, network) in enumerate(made.items())}
-    info = describe(config, classes, "0" * 32, "0" * 64, 0, OPSET)
+    info = Run.in_memory(config, classes).manifest(OPSET)
     flops = account(config, len(classes)).sampling.flops_per_image
     opsets = dict.fromkeys(opset_of(contender) for contender in contenders if contender in ENGINES)
     bundles = {opset: float16_bundle(info, networks, opset, folder / f"{name}-{opset}") for opset in opsets}

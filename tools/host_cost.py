@@ -121,9 +121,9 @@ def over_no_device(preset: str) -> "Pipeline":
     from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, graphs_of
     from ul_runtime.pipeline import Pipeline
     from ul_train.config import load_config
-    from ul_train.run import describe
+    from ul_train.run import Run
 
-    info = describe(load_config(preset, []), tuple(f"class {n}" for n in range(10)), "0" * 32, "0" * 64, 0, 20)
+    info = Run.in_memory(load_config(preset, []), tuple(f"class {n}" for n in range(10))).manifest()
     backend: Any = DeviceBackend()
     backend.name, backend.precision, backend.threads = "none", "fp16", None
     backend.loop = DeviceLoop(NoTime(), graphs_of(info), lambda *_: NoEngine(), print)

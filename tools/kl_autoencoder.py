@@ -147,10 +147,10 @@ def write(
     from ul_export.onnx_graphs import export_graphs
     from ul_export.verify import require
     from ul_runtime.bundle import write_bundle
-    from ul_train.run import describe
+    from ul_train.run import Run
 
     opset = 20
-    info = describe(config, classes, "kl-autoencoder", "0" * 64, config.base_stage.steps, opset)
+    info = Run.in_memory(config, classes, "kl-autoencoder").manifest(opset, step=config.base_stage.steps)
     files = export_graphs(networks, info, opset)
     proof, backend = Trial(bundle, info, files, networks, threads).prove()
     require(proof, config.name)
@@ -180,14 +180,14 @@ def compare(
     from ul_runtime.machine import anonymous, cache_dir, commit, versions
     from ul_train.account import account
     from ul_train.data.prepare import open_splits
-    from ul_train.run import read_run
+    from ul_train.run import Run
     from ul_train.sweep import option_words
 
     if threads:
         torch.set_num_threads(threads)
-    ul_config, info = read_run(beside)
-    given = account(ul_config, len(info.class_names))
-    config = latent_diffusion(ul_config)
+    run = Run.open(beside)
+    classes = run.info.class_names
+    given, config = account(run.config, len(classes)), latent_diffusion(run.config)
     splits = open_splits(config.image, data, None, cache_dir(cache), never)
     widths = tuple(int(width) for width in channels.split(","))
     step_flops = flops_per_image(config, widths, blocks) * config.joint.batch_size
@@ -199,8 +199,8 @@ def compare(
     autoencoder = train(first_stage, splits, out)
     scale = unit_scale(autoencoder, splits)
     encoder, decoder = Encode(autoencoder, scale).eval(), Decode(autoencoder, scale).eval()
-    base = train(base_stage(config, len(info.class_names), device, precision, {"encoder": encoder}), splits, out)
-    write(out / "bundle", config, info.class_names, {"encoder": encoder, "prior": base, "decoder": decoder}, threads)
+    base = train(base_stage(config, len(classes), device, precision, {"encoder": encoder}), splits, out)
+    write(out / "bundle", config, classes, {"encoder": encoder, "prior": base, "decoder": decoder}, threads)
     ask = ["--images", str(images), "--seeds", str(eval_seeds), *(eval_option or [])]
     ask += option_words({"--threads": threads, "--cache": cache})
     rows = {

@@ -219,10 +219,10 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
 def flops(run: Path) -> dict[str, int]:
     """Of training, both stages."""
     from ul_train.account import account
-    from ul_train.run import read_run
+    from ul_train.run import Run
 
-    config, info = read_run(run)
-    figures = account(config, len(info.class_names))
+    trained = Run.open(run)
+    figures = account(trained.config, len(trained.info.class_names))
     return {"joint": figures.joint.flops_of_stage, "base": figures.base.flops_of_stage}
 
 

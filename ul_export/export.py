@@ -48,10 +48,8 @@ from ul_runtime.loop import never
 from ul_runtime.machine import versions
 from ul_runtime.manifest import GRAPH_NAMES, MANIFEST_NAME, BundleInfo, Manifest, Provenance
 from ul_runtime.pipeline import Pipeline
-from ul_train.config import Config
 from ul_train.data.prepare import open_splits
-from ul_train.model import weights_sha256
-from ul_train.run import RunInfo, describe, load_networks, load_newest
+from ul_train.run import Run
 from ul_train.torch_backend import torch_pipeline
 
 LEAST_PSNR_DB = 35.0  # of images by rounded against those by exact weights, from the same noise
@@ -197,19 +195,19 @@ def export_bundle(run: Path, out: Path, options: ExportOptions, say: Callable[[s
     opset, weights, threads = options.check(), options.weights, options.threads
     _check_free(out, options.overwrite)
     started = time.monotonic()
-    config, info, networks, step = load_networks(run)
+    trained = Run.open(run).finished()
+    config, networks = trained.run.config, trained.networks
     check_finite(run, networks)
     x, which = (
         (None, {})
         if options.precision == "fp32"
-        else calibration_images(run, config, info, options.calibrate, options.cache, say)
+        else calibration_images(trained.run, options.calibrate, options.cache, say)
     )
     if threads:
         torch.set_num_threads(threads)
-    encoder = weights_sha256(networks["encoder"])
-    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset, encoder)
+    described = trained.manifest(opset)
     steps = config.base_stage.steps
-    say(f"exporting {config.name} (base step {step} of {steps}, averaged weights) at opset {opset}")
+    say(f"exporting {config.name} (base step {trained.step} of {steps}, averaged weights) at opset {opset}")
     parity: dict[str, Any] = {"reference": f"torch {torch.__version__}"}
     if weights == "fp16":
         exact, networks = networks, rounded(networks)
@@ -255,13 +253,15 @@ def check_export(run: Path, threads: int | None, say: Callable[[str], None]) -> 
     Returns what to print. Errors are those of `export_bundle`.
     """
     started = time.monotonic()
-    config, info, networks, stage, step = load_newest(run)
+    newest = Run.open(run).newest()
+    networks = newest.networks
     check_finite(run, networks)
     if threads:
         torch.set_num_threads(threads)
     opset = _DEFAULT_OPSET["fp32"]
-    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset)
-    say(f"checking the export of {config.name} ({stage} step {step}, averaged weights) at opset {opset}")
+    described = newest.manifest(opset)
+    where = f"{newest.stage} step {newest.step}"
+    say(f"checking the export of {described.name} ({where}, averaged weights) at opset {opset}")
     files = export_graphs(networks, described, opset)
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder) / "bundle", described, files, networks, threads)
@@ -281,20 +281,20 @@ def proof_in_short(proof: Proof) -> dict[str, Any]:
 
 
 def calibration_images(
-    run: Path, config: Config, info: RunInfo, calibrate: str | None, cache: Path, say: Callable[[str], None]
+    run: Run, calibrate: str | None, cache: Path, say: Callable[[str], None]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """(images `b c h w` in [-1, 1] for the encoder's ranges and proof, which they are). BadInputError, UsageError.
 
     The first held-out ones of the run, or the first of the source `calibrate`: all of these may be used.
     """
-    source, heldout = (info.data, info.heldout) if calibrate is None else (calibrate, None)
+    source, heldout = (run.info.data, run.info.heldout) if calibrate is None else (calibrate, None)
     try:
-        splits = open_splits(config.image, source, heldout, cache, never)
+        splits = open_splits(run.config.image, source, heldout, cache, never)
     except BadInputError as error:
         if calibrate is not None:
             raise
         raise BadInputError(
-            f"{run}: {error}; the ranges of the encoder need images, give others by --calibrate"
+            f"{run.path}: {error}; the ranges of the encoder need images, give others by --calibrate"
         ) from None
     parts = [splits.heldout] if calibrate is None else [splits.heldout, splits.train]
     pixels = np.concatenate([part.batch(np.arange(min(CALIBRATION_IMAGES, len(part))))[0] for part in parts])
@@ -413,19 +413,19 @@ def update_bundle(
     started = time.monotonic()
     bundle = Bundle.open(old)
     manifest, kind = bundle.manifest, _kind(bundle)
-    config, info, networks, step = load_networks(run)
+    trained = Run.open(run).finished()
+    networks = trained.networks
     check_finite(run, networks)
-    opset, encoder = manifest.graphs["encoder"].opset, weights_sha256(networks["encoder"])
-    described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, opset, encoder)
+    described = trained.manifest(manifest.graphs["encoder"].opset)
     _check_same(run, old, described, manifest)
     if kind is None and calibrate is not None:
         raise UsageError(f"--calibrate is for bundles in a lower precision; {old} is in float32")
-    x = None if kind is None else calibration_images(run, config, info, calibrate, cache, say)[0]
+    x = None if kind is None else calibration_images(trained.run, calibrate, cache, say)[0]
     described = described.model_copy(update={"graphs": manifest.graphs})
     if _rounded_weights(bundle):
         described = described.model_copy(update={"provenance": rounded_provenance(described)})
         networks = rounded(networks)
-    say(f"base step {step} of {run} into the graphs of {old} ({kind or 'fp32'})")
+    say(f"base step {trained.step} of {run} into the graphs of {old} ({kind or 'fp32'})")
     files = _files(bundle, described, networks)
     say("comparing with torch along the whole sampling path")
     trial = Trial(out, described, files, networks, threads)

@@ -19,7 +19,7 @@ from ul_train.config import Config
 from ul_train.data.prepare import open_splits
 from ul_train.heldout import gaussian_psnr_db, yardstick
 from ul_train.log import figure_png, name_points
-from ul_train.run import read_run
+from ul_train.run import Run
 
 
 def option_words(given: Mapping[str, object]) -> list[str]:
@@ -136,12 +136,13 @@ def sweep(variants: Variants, options: SweepOptions, command: str) -> dict[str, 
     for factor in options.factors:
         run = variants.train(f"loss-factor-{factor:g}", [*options.overrides, f"objective.loss_factor={factor}"])
         rows.append({"loss_factor": factor, **variants.measured(run, options.images, options.mean_of)})
-    config, info = read_run(run)
+    trained = Run.open(run)
+    config = trained.config
     record = {
         "command": command,
         "figures": rows,
         "config": config.model_dump(mode="json", exclude={"objective": {"loss_factor"}}),
-        "data_fingerprint": info.data_fingerprint,
+        "data_fingerprint": trained.info.data_fingerprint,
         "versions": versions(_PACKAGES),
         "commit": commit(),
         "gaussian_curve": _gaussian_curve(config, variants.data, options, rows),

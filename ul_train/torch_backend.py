@@ -24,7 +24,7 @@ from ul_runtime.manifest import BundleInfo
 from ul_runtime.noise import quantile_table
 from ul_runtime.pipeline import Pipeline
 from ul_train.model import weights_sha256
-from ul_train.run import describe, load_networks
+from ul_train.run import Run
 from ul_train.step_graphs import DecoderStep, PriorStep
 
 
@@ -176,7 +176,6 @@ def _table(device: torch.device) -> Tensor:
 
 PRECISIONS = ("fp32", "bf16")
 VERSION = str(torch.__version__)
-_OPSET = 20  # of a description that is never exported
 
 
 class TorchMemory:
@@ -390,10 +389,9 @@ class RunModel:
     @classmethod
     def load(cls, run: Path) -> "tuple[RunModel, dict[str, nn.Module]]":
         """(description, averaged networks) of a run whose base has begun. BadInputError."""
-        config, info, networks, step = load_networks(run)
+        trained = Run.open(run).finished()
+        described, networks = trained.manifest(), trained.networks
         sums = {name: weights_sha256(network) for name, network in sorted(networks.items())}
-        data = info.data_fingerprint
-        described = describe(config, info.class_names, info.run_id, data, step, _OPSET, sums["encoder"])
         digest = hashlib.sha256((described.model_dump_json() + "".join(sums.values())).encode())
         return cls(run, described, digest.hexdigest()), networks
 

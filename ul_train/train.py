@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,7 @@ from ul_train.data.prepare import open_splits
 from ul_train.heldout import HeldoutFigures, measure, reconstruction_sheet, sample_sheet, yardstick
 from ul_train.log import RunLog, drop_lines_after
 from ul_train.model import joint_networks
-from ul_train.run import (
-    OPSET_UNEXPORTED,
-    SET_ASIDE,
-    RunInfo,
-    adopt_recipe,
-    check_data,
-    check_recipe,
-    create_run,
-    describe,
-    finished_joint,
-    load_ema,
-    read_run,
-)
+from ul_train.run import REJECTED, Run, load_ema
 from ul_train.stages import Stage, base_stage, joint_stage, missed
 from ul_train.sweep import option_words, run_main
 from ul_train.torch_backend import choose_device, choose_precision, torch_pipeline
@@ -47,9 +35,7 @@ from ul_train.trainer import Trainer
 class Session:
     """A run in progress."""
 
-    run: Path
-    config: Config
-    info: RunInfo
+    run: Run
     splits: Splits
     device: torch.device
     precision: str
@@ -64,24 +50,22 @@ class Session:
 
     def pipeline(self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, precision: str) -> Pipeline:
         """The runtime's pipeline over torch networks."""
-        info = self.info
-        described = describe(self.config, info.class_names, info.run_id, info.data_fingerprint, 0, OPSET_UNEXPORTED)
-        return torch_pipeline(described, encoder, prior, decoder, self.device, precision)
+        return torch_pipeline(self.run.manifest(), encoder, prior, decoder, self.device, precision)
 
     def run_stage(self, name: str) -> bool:
         """Train one stage from where its checkpoints stand; False if it was finished, it is then left as it is."""
         encoder_checkpoint = None
         if name == "joint":
-            stage = joint_stage(self.config, self.device, self.precision)
+            stage = joint_stage(self.run.config, self.device, self.precision)
         else:
-            frozen = joint_networks(self.config)
-            encoder_checkpoint = load_ema(finished_joint(self.run, self.config), frozen, self.device).state_hash
-            num_classes = len(self.info.class_names)
-            stage = base_stage(self.config, num_classes, self.device, self.precision, frozen)
+            frozen = joint_networks(self.run.config)
+            encoder_checkpoint = load_ema(self.run.finished_joint(), frozen, self.device).state_hash
+            num_classes = len(self.run.info.class_names)
+            stage = base_stage(self.run.config, num_classes, self.device, self.precision, frozen)
         trainer = Trainer(
             stage,
             self.splits.train,
-            self.run,
+            self.run.path,
             self.log,
             self.stop,
             self.evaluate,
@@ -89,14 +73,14 @@ class Session:
             self.export_check,
             self.check_export,
         )
-        found = ckpt.list_checkpoints(self.run / "checkpoints", name)
+        found = self.run.checkpoints(name)
         if found:
             trainer.restore(found[-1])
             if trainer.step >= stage.settings.steps:
                 self.log.say(f"stage {name} is finished at step {trainer.step}")
                 return False
             self.log.say(f"stage {name} goes on from {found[-1].name}")
-        drop_lines_after(self.run, name, trainer.step)
+        drop_lines_after(self.run.path, name, trainer.step)
         if self.compile:
             stage.compute = {key: torch.compile(module) for key, module in stage.modules.items()}  # type: ignore[misc]
         trainer.train()
@@ -120,13 +104,13 @@ class Session:
         nets = stage.ema if joint else {**stage.frozen, **stage.ema}
         encoder, decoder, prior = nets["encoder"], nets["decoder"], nets["prior" if joint else "base"]
         pipeline = self.pipeline(encoder, prior, decoder, self.precision)
-        preview = self.run / "previews" / f"{stage.name}-{step:06d}.png"
+        preview = self.run.path / "previews" / f"{stage.name}-{step:06d}.png"
         if joint:
             watch = Control(stop=self.stop)
-            images, num_images = self.splits.heldout, self.config.run.eval_images
+            images, num_images = self.splits.heldout, self.run.config.run.eval_images
             figures = measure(pipeline, images, num_images, mean_of=1, bits_samples=4, control=watch)
             self.log.evaluation("joint", step, figures.as_dict())
-            ramped = step > self.config.objective.prior_ramp_steps
+            ramped = step > self.run.config.objective.prior_ramp_steps
             if figures.latent_died and ramped:
                 self.log.warn(figures.obituary())
             title = f"step {step}: {figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
@@ -144,13 +128,13 @@ class Session:
         try:
             said = run_main(
                 "ul_export.cli",
-                *(str(self.run), "--check", "--json"),
+                *(str(self.run.path), "--check", "--json"),
                 *option_words({"--threads": self.threads}),
                 name="ul-export",
             )
         except StoppedError:
             raise StoppedError(
-                f"{where}: stopped in the export check, saved; go on with ul-train {self.run} --resume"
+                f"{where}: stopped in the export check, saved; go on with ul-train {self.run.path} --resume"
             ) from None
         except SystemExit:
             self.log.warn(f"{where}: the export check failed; the checkpoint is kept, training ends")
@@ -164,8 +148,8 @@ class Session:
 
         StoppedError when asked to stop; BadInputError before stage 1 is finished.
         """
-        nets = joint_networks(self.config)
-        load_ema(finished_joint(self.run, self.config), nets, self.device)
+        nets = joint_networks(self.run.config)
+        load_ema(self.run.finished_joint(), nets, self.device)
         pipeline = self.pipeline(nets["encoder"], nets["prior"], nets["decoder"], precision)
         num_images = min(num_images, len(self.splits.heldout))
         eigenvalues, of_what = yardstick(self.splits.heldout, self.splits.train, num_images)
@@ -175,17 +159,17 @@ class Session:
             )
         except StoppedError:
             raise StoppedError(
-                f"{self.run}: stopped in the held-out report, stage joint is saved; go on with ul-train {self.run} "
-                f"--resume or ul-train report {self.run}"
+                f"{self.run.path}: stopped in the held-out report, stage joint is saved; "
+                f"go on with ul-train {self.run.path} --resume or ul-train report {self.run.path}"
             ) from None
         if figures.latent_died:
             self.log.warn(figures.obituary())
-        if said := missed(figures.bits_per_pixel, self.config.objective.target_bits_per_pixel):
+        if said := missed(figures.bits_per_pixel, self.run.config.objective.target_bits_per_pixel):
             self.log.warn(said)
-        record = {**figures.as_dict(), "gaussian_of": of_what, "precision": precision, "run_id": self.info.run_id}
-        durable.write_json(self.run / "report.json", record)
+        record = {**figures.as_dict(), "gaussian_of": of_what, "precision": precision, "run_id": self.run.info.run_id}
+        durable.write_json(self.run.path / "report.json", record)
         title = f"{figures.bits_per_pixel:.4f} bits/pixel, PSNR {figures.psnr_db:.2f} dB"
-        durable.atomic_write(self.run / "report.png", reconstruction_sheet(pipeline, self.splits.heldout, title))
+        durable.atomic_write(self.run.path / "report.png", reconstruction_sheet(pipeline, self.splits.heldout, title))
         return figures
 
 
@@ -213,13 +197,15 @@ def _anywhere(source: str) -> str:
     return os.path.abspath(path) if path.exists() else source
 
 
-def _check_run(options: TrainOptions, out: Path, config: Config) -> RunInfo | None:
+def _check_run(options: TrainOptions, out: Path, config: Config) -> Run | None:
     """The run to resume, or None for a new one; all that can be refused before the images are opened is."""
     exists = (out / "run.json").exists()
     if options.resume:
         if not exists:
             raise UsageError(f"{out}: holds no run to resume; leave out --resume to start one there")
-        return check_recipe(out, config, options.allow)
+        run = Run.open(out)
+        run.check_recipe(config, options.allow)
+        return run
     if options.allow:
         raise UsageError(f"--allow {options.allow[0]}: is for --resume; a new run takes any recipe")
     if exists:
@@ -245,42 +231,39 @@ def train_command(config: Config, options: TrainOptions) -> dict[str, Any]:
         there = out.is_dir()
         if there:  # a new directory is made only once the images are known to be good
             held.enter_context(durable.lock_directory(out))
-        info = _check_run(options, out, config)
-        data = options.data or (info.data if info else "")
-        heldout = options.heldout or (info.heldout if info else None)
-        if options.stages == ("base",):
-            finished_joint(out, config)
+        run = _check_run(options, out, config)
+        data = options.data or (run.info.data if run else "")
+        heldout = options.heldout or (run.info.heldout if run else None)
+        if run and options.stages == ("base",):
+            replace(run, config=config).finished_joint()
         splits = open_splits(config.image, data, heldout, options.cache, stop)
         if not there:
             held.enter_context(durable.lock_directory(out))
             _check_run(options, out, config)  # again: another process may have been faster
-        if info is None:
-            info = create_run(out, config, _anywhere(data), heldout and _anywhere(heldout), splits)
+        if run is None:
+            run = Run.create(out, config, _anywhere(data), heldout and _anywhere(heldout), splits)
             if splits.train.num_rejected:
-                print_line(f"the images set aside are listed in {out / SET_ASIDE}")
+                print_line(f"the images set aside are listed in {out / REJECTED}")
         else:
-            check_data(out, info, splits)
-            info = adopt_recipe(out, config, info)
-        _train_stages(config, options, out, info, splits, device, stop)
+            run.check_data(splits)
+            run = run.adopt(config)
+        _train_stages(run, options, splits, device, stop)
     return _summary(out)
 
 
 def _train_stages(
-    config: Config,
+    run: Run,
     options: TrainOptions,
-    out: Path,
-    info: RunInfo,
     splits: Splits,
     device: torch.device,
     stop: Callable[[], bool],
 ) -> None:
-    precision = choose_precision(config.run.precision, device)
-    log = RunLog(out, config.run.log_every)
+    out, recipe = run.path, run.config.run
+    precision = choose_precision(recipe.precision, device)
+    log = RunLog(out, recipe.log_every)
     log.say(f"training in {out} on {device}, {precision}, {torch.get_num_threads()} threads")
     session = Session(
-        out,
-        config,
-        info,
+        run,
         splits,
         device,
         precision,
@@ -324,20 +307,20 @@ def report_command(
     precision: str,
 ) -> dict[str, Any]:
     """Measure a finished stage 1 on held-out images; writes report.json and report.png into the run."""
-    config, info = read_run(run)
+    measured = Run.open(run)
     if decoder_steps:
-        config = config.model_copy(
-            update={"sampling": config.sampling.model_copy(update={"decoder_steps": decoder_steps})}
-        )
-    finished_joint(run, config)
+        sampling = measured.config.sampling.model_copy(update={"decoder_steps": decoder_steps})
+        measured = replace(measured, config=measured.config.model_copy(update={"sampling": sampling}))
+    measured.finished_joint()
+    info = measured.info
     device = choose_device(device_name)
     if precision not in ("fp32", "bf16"):
         raise UsageError(f"--precision {precision}: expected fp32 or bf16")
     if threads:
         torch.set_num_threads(threads)
     with stop_on_signal() as stop:
-        splits = open_splits(config.image, data or info.data, heldout or info.heldout, cache, stop)
-        check_data(run, info, splits)
-        log = RunLog(run, config.run.log_every)
-        session = Session(run, config, info, splits, device, "fp32", False, stop, log)
+        splits = open_splits(measured.config.image, data or info.data, heldout or info.heldout, cache, stop)
+        measured.check_data(splits)
+        log = RunLog(run, measured.config.run.log_every)
+        session = Session(measured, splits, device, "fp32", False, stop, log)
         return _report(session, images, mean_of, precision).as_dict()

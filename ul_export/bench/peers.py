@@ -24,7 +24,7 @@ from ul_runtime.pipeline import table_between
 from ul_runtime.progress import UNWATCHED, Control
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
 from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
-from ul_train.run import describe, load_networks
+from ul_train.run import Run
 from ul_train.torch_backend import TorchBackend, in_precision
 
 _LOAD = """
@@ -50,9 +50,8 @@ class TorchRun:
     def load(cls, run: Path, threads: int) -> "TorchRun":
         """The finished run at `run`, with torch on so many threads. BadInputError."""
         torch.set_num_threads(threads)
-        config, info, networks, step = load_networks(run)
-        described = describe(config, info.class_names, info.run_id, info.data_fingerprint, step, OPSETS[-1])
-        return cls(described, {name: network.eval() for name, network in networks.items()})
+        trained = Run.open(run).finished()
+        return cls(trained.manifest(OPSETS[-1]), trained.networks)
 
     def check_same(self, run: Path, bundle: Bundle) -> None:
         """UsageError unless the bundle is of this run, at this step."""
