@@ -9,24 +9,14 @@ import numpy as np
 import pytest
 
 from ul_export.bench import measure
-from ul_export.bench.measure import (
-    Contender,
-    Plan,
-    add_shares,
-    in_turn,
-    measure_contenders,
-    num_turns,
-    pipeline_contender,
-)
+from ul_export.bench.measure import Runner, add_shares, in_turn, measure_runners, num_turns, pipeline_runner
 from ul_runtime.backends import Backend
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import StoppedError, ULError
-from ul_runtime.progress import UNWATCHED, Control
 from ul_runtime.settings import Overrides
 
 OVERRIDES = Overrides(steps=5, decoder_steps=2, guidance=2.0)
-PLAN = Plan(batch_sizes=(1, 3), repeats=2, image_repeats=2, overrides=OVERRIDES)
 STEPS = {"prior_step", "guided_prior_step", "decoder_step"}
 
 
@@ -40,8 +30,8 @@ def work(bundle: Bundle) -> measure.Work:
     return measure.work_of_an_image(bundle, 1, OVERRIDES)
 
 
-def contender(bundle: Bundle, name: str, backend: Backend | None = None) -> Contender:
-    return pipeline_contender(name, bundle, backend or open_backend("ort-cpu", bundle, threads=1), OVERRIDES)
+def runner(bundle: Bundle, name: str, backend: Backend | None = None) -> Runner:
+    return pipeline_runner(name, bundle, backend or open_backend("ort-cpu", bundle, threads=1), OVERRIDES)
 
 
 class Wrong:
@@ -69,25 +59,25 @@ def test_an_image_takes_the_steps_of_its_settings_and_the_sum_of_their_flops(wor
 
 def test_turns_go_round_and_a_warm_turn_runs_before_it_is_measured() -> None:
     ran: list[str] = []
-    seconds = in_turn([lambda: ran.append("a"), lambda: ran.append("b")], 2, UNWATCHED)
+    seconds = in_turn([lambda: ran.append("a"), lambda: ran.append("b")], 2)
     assert ran == ["a", "b", "a", "b"]
     assert [len(times) for times in seconds] == [2, 2]
     ran.clear()
-    in_turn([lambda: ran.append("a"), lambda: ran.append("b")], 1, UNWATCHED, warm=True)
+    in_turn([lambda: ran.append("a"), lambda: ran.append("b")], 1, warm=True)
     first = ran.index("b")
     assert first > 1
     assert ran[:first] == ["a"] * first
     assert ran[first:] == ["b"] * (len(ran) - first)
 
 
-def test_every_contender_gets_every_figure_at_every_batch_size(bundle: Bundle, work: measure.Work) -> None:
+def test_every_runner_gets_every_figure_at_every_batch_size(bundle: Bundle, work: measure.Work) -> None:
     turns: list[float] = []
-    makers = [lambda: contender(bundle, "first"), lambda: contender(bundle, "second")]
-    results = measure_contenders(makers, work, PLAN, Control(progress=turns.append))
+    makers = [lambda: runner(bundle, "first"), lambda: runner(bundle, "second")]
+    results = measure_runners(makers, work, (1, 3), 2, 2, turns.append)
     assert [(r["contender"], r["batch_size"]) for r in results] == [
         ("first", 1), ("second", 1), ("first", 3), ("second", 3),
     ]  # fmt: skip
-    assert sum(turns) == num_turns(PLAN, 2, work)
+    assert sum(turns) == num_turns(work, 4, 2, 2)
     for result in results:
         assert {key for key, part in result.items() if isinstance(part, dict)} == STEPS | {"images"}
         for step in STEPS:
@@ -103,20 +93,17 @@ def test_every_contender_gets_every_figure_at_every_batch_size(bundle: Bundle, w
     json.dumps(results)
 
 
-def test_a_contender_that_computes_something_else_is_seen(bundle: Bundle, work: measure.Work) -> None:
-    makers = [lambda: contender(bundle, "first"), lambda: contender(bundle, "wrong", Wrong(bundle))]
-    plan = Plan((2,), 1, 1, OVERRIDES)
-    first, wrong = measure_contenders(makers, work, plan, UNWATCHED)
+def test_a_runner_that_computes_something_else_is_seen(bundle: Bundle, work: measure.Work) -> None:
+    makers = [lambda: runner(bundle, "first"), lambda: runner(bundle, "wrong", Wrong(bundle))]
+    first, wrong = measure_runners(makers, work, (2,), 1, 1)
     for step in STEPS:
         assert (first[step]["largest_difference"], wrong[step]["largest_difference"]) == (0.0, pytest.approx(0.5))
 
 
 def test_a_loop_that_cannot_be_taken_apart_gets_images_only(bundle: Bundle, work: measure.Work) -> None:
     made: list[int] = []
-    loop = Contender("loop", "fp32", None, lambda batch, control: made.append(batch))
-    _, result = measure_contenders(
-        [lambda: contender(bundle, "first"), lambda: loop], work, Plan((2,), 1, 3, OVERRIDES), UNWATCHED
-    )
+    loop = Runner("loop", "fp32", None, lambda batch, tick: made.append(batch))
+    _, result = measure_runners([lambda: runner(bundle, "first"), lambda: loop], work, (2,), 1, 3)
     assert made == [2] * 4
     assert {key for key, part in result.items() if isinstance(part, dict)} == {"images"}
     assert "loop_overhead" not in result["images"]
@@ -125,12 +112,13 @@ def test_a_loop_that_cannot_be_taken_apart_gets_images_only(bundle: Bundle, work
 def test_a_stop_ends_the_measurement_within_a_batch_of_images(bundle: Bundle, work: measure.Work) -> None:
     asked: list[bool] = []
 
-    def stop() -> bool:
+    def stop(amount: float) -> None:
         asked.append(True)
-        return len(asked) > 3
+        if len(asked) > 3:
+            raise StoppedError("stopped")
 
     with pytest.raises(StoppedError):
-        measure_contenders([lambda: contender(bundle, "first")], work, PLAN, Control(stop))
+        measure_runners([lambda: runner(bundle, "first")], work, (1, 3), 2, 2, stop)
     assert len(asked) == 4
 
 
@@ -156,10 +144,10 @@ def test_a_fresh_process_that_fails_is_one_line() -> None:
         measure.fresh_process("raise ValueError('no')")
 
 
-def test_a_report_has_the_seconds_of_each_part(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_what_is_printed_has_the_seconds_of_each_part(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     ticks = iter([10.0, 20.0, 22.0, 30.0, 33.0, 40.0, 41.0])
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    measure.report(7.0, lambda: lambda: None)
+    measure.print_seconds(7.0, lambda: lambda: None)
     assert json.loads(capsys.readouterr().out) == {
         "import_s": 3.0, "load_s": 2.0, "first_image_s": 3.0, "next_image_s": 1.0,
     }  # fmt: skip

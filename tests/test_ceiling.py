@@ -3,8 +3,8 @@
 import numpy as np
 from onnx import TensorProto, helper
 
-from ul_export.bench.bench import ceilings
-from ul_runtime.backends import openvino, ort_cpu
+from ul_export.bench.bench import ceilings, ort_product
+from ul_runtime.backends import openvino
 from ul_runtime.backends.ort_cpu import PRODUCT
 
 A, B = np.random.default_rng(0).standard_normal((2, 64, 64), np.float32)
@@ -20,7 +20,8 @@ def test_the_onnx_model_of_a_product_is_what_onnx_makes() -> None:
 
 
 def test_products_are_products() -> None:
-    assert np.allclose(ort_cpu.product(1)(A, B), A @ B, atol=1e-4)
+    assert np.allclose(ort_product(1, B)(A), A @ B, atol=1e-4)
+    assert not np.allclose(ort_product(1, B)(A), B @ A, atol=1e-4)  # the control
     assert np.allclose(openvino.product("fp32", 1, B)(A), A @ B, atol=1e-4)
 
 

@@ -107,7 +107,6 @@ def facts(pipeline: "Pipeline") -> dict[str, Any]:
 def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
     """Images a second of each, by batch size: the median of the batches, in turn."""
     from ul_export.bench.measure import in_turn
-    from ul_runtime.progress import UNWATCHED
 
     def make(pipeline: "Pipeline", batch: int) -> None:
         for _ in pipeline.generate(batch, batch_size=batch):
@@ -115,7 +114,7 @@ def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
 
     found: list[dict[str, float]] = [{} for _ in pipelines]
     for batch in BATCH_SIZES:
-        seconds = in_turn([partial(make, pipeline, batch) for pipeline in pipelines], repeats, UNWATCHED, warm=True)
+        seconds = in_turn([partial(make, pipeline, batch) for pipeline in pipelines], repeats, warm=True)
         for each, times in zip(found, seconds, strict=True):
             each[str(batch)] = batch / median(times)
     return found

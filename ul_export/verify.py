@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ul_runtime.backends import Backend, InFront
+from ul_runtime.backends import Backend, WrappedBackend
 from ul_runtime.batches import Images
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import BadInputError, NonFiniteError
@@ -119,7 +119,7 @@ Call = tuple[GraphName, Arrays, Arrays]  # inputs, outputs
 
 
 @dataclass
-class Recorder(InFront):
+class Recorder(WrappedBackend):
     """Keeps the inputs and outputs of every call of a backend: the real path, to compare other backends on."""
 
     calls: list[Call] = field(default_factory=list)

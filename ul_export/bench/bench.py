@@ -1,43 +1,141 @@
-"""What ul-bench does: contenders by name, their measurement in turn, and what it was measured with."""
+"""Measure a bundle: the runners by name, what is measured of them in turn, and this machine's ceiling."""
 
+import logging
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime as ort
 
 from ul_export.bench.measure import (
-    Contender,
-    Plan,
+    Runner,
     add_shares,
-    measure_contenders,
+    measure_runners,
     num_turns,
-    pipeline_contender,
+    pipeline_runner,
     start_up,
     work_of_an_image,
 )
-from ul_runtime.backends import check_threads, ort_cpu
+from ul_export.bench.options import BenchOptions
+from ul_runtime.backends import check_threads
 from ul_runtime.backends.choose import open_backend
+from ul_runtime.backends.ort_cpu import session_options
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError, UsageError, require_packages
 from ul_runtime.loading import open_bundle
-from ul_runtime.machine import commit, versions
-from ul_runtime.pipeline import Pipeline
-from ul_runtime.progress import Control, progress, stop_on_signal
-from ul_runtime.settings import Overrides, check_count
+from ul_runtime.machine import origin
+from ul_runtime.progress import check_stopped, progress, stop_on_signal
+from ul_runtime.settings import Overrides, check_count, parse_counts, resolve_settings
 
 if TYPE_CHECKING:
     from ul_export.bench.peers import TorchRun
 
+_LOG = logging.getLogger(__name__)
+_PACKAGES = ("unified-latents", "numpy", "onnxruntime", "openvino", "torch")
+FIRST = "ort-cpu"
+# runner -> (backend, precision; None = the bundle's own)
+BACKENDS: dict[str, tuple[str, str | None]] = {
+    FIRST: ("ort-cpu", None),
+    "openvino": ("openvino", "fp32"),
+    "openvino-bf16": ("openvino", "bf16"),
+}
+TORCH_PEERS = ("torch", "torch-bf16", "torch-compile", "torch-compile-bf16", "torch-loop", "torch-loop-bf16")
+_QUICK_SIZES, _SIZES = "1,8", "1,8,64"
+_QUICK_CEILING_S, _CEILING_S = 0.02, 0.3  # for each library and size
+_PRODUCT_SIZES = (512, 768, 1536)  # powers of two beyond lose a fifth, where rows share the places of a cache
 
-_SIZES = (512, 768, 1536)  # powers of two beyond lose a fifth, where rows share the places of a cache
-Product = Callable[[np.ndarray], object]
+
+def run_bench(path: Path, options: BenchOptions, overrides: Overrides) -> dict[str, Any]:
+    """Every figure, JSON-ready. UsageError before anything is measured; StoppedError on a signal."""
+    peers, sizes = check(options)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    repeats, image_repeats, seconds = options.repeats, options.image_repeats, _CEILING_S
+    if options.quick:
+        repeats, image_repeats, seconds = min(repeats, 2), 1, _QUICK_CEILING_S
+    bundle = open_bundle(path)
+    torch_run = _torch_run(bundle, options.run, threads) if options.run is not None else None
+    makers = [_maker(name, bundle, torch_run, overrides, threads) for name in (FIRST, *peers)]
+    precisions = {make().precision for make in makers}  # what cannot be made is refused here
+    settings = resolve_settings(bundle.manifest.defaults, overrides, can_guide=bool(bundle.manifest.classes))
+    if find_spec("onnx") is None:
+        _LOG.info("no ceiling by ONNX Runtime: onnx is not installed; pip install onnx")
+    with stop_on_signal():
+        work = work_of_an_image(bundle, threads, overrides)
+        before = ceilings(threads, precisions, seconds)
+        turns = num_turns(work, len(sizes) * len(makers), repeats, image_repeats)
+        with progress("measuring", turns, "turns") as tick:
+            results = measure_runners(makers, work, sizes, repeats, image_repeats, tick)
+        best = _best(before, ceilings(threads, precisions, seconds))
+        add_shares(results, best)
+        started = _start_ups(path, peers, options.run, threads) if options.start_up else None
+    return {
+        "bundle": {"path": str(path), "name": bundle.manifest.name, "hash": bundle.hash},
+        "settings": settings.as_dict(),
+        "threads": threads,
+        "an_image": work.as_dict(),
+        "ceilings": best,
+        "results": results,
+        "start_up": started,
+        "machine": {"processor": _cpu_name(), "processors": os.cpu_count()},
+        **origin("ul-bench", _PACKAGES),
+    }
+
+
+def check(options: BenchOptions) -> tuple[list[str], list[int]]:
+    """The peers and the batch sizes; UsageError for what cannot be measured."""
+    peers = [part.strip() for part in options.peers.split(",")] if options.peers else []
+    if "" in peers or len(set(peers)) != len(peers):
+        raise UsageError(f"--peers {options.peers!r}: expected different names with commas between them")
+    known = [*list(BACKENDS)[1:], *TORCH_PEERS]
+    for name in peers:
+        if name not in known:
+            raise UsageError(f"peer {name!r} is not known; expected some of {', '.join(known)}")
+    asked = options.batch_sizes
+    sizes = parse_counts("--batch-sizes", (_QUICK_SIZES if options.quick else _SIZES) if asked is None else asked)
+    if len(set(sizes)) != len(sizes):
+        raise UsageError(f"--batch-sizes {asked}: expected different numbers")
+    check_count("--repeats", options.repeats)
+    check_count("--image-repeats", options.image_repeats)
+    check_threads(options.threads)
+    by_torch = [name for name in peers if name in TORCH_PEERS]
+    if by_torch and options.run is None:
+        raise UsageError(f"peer {by_torch[0]} needs --run RUN: a bundle has no torch networks")
+    if options.run is not None and not by_torch:
+        raise UsageError("--run is for torch peers and none is asked for; give --peers torch, or leave it out")
+    if options.plot is not None:
+        require_packages("matplotlib", extras="train")
+        if options.plot.suffix != ".png" or not options.plot.parent.is_dir():
+            raise UsageError(f"--plot {options.plot}: expected a name that ends in .png, in a folder that exists")
+    return peers, sizes
+
+
+def _torch_run(bundle: Bundle, run: Path, threads: int) -> "TorchRun":
+    require_packages("torch", extras="train")
+    from ul_export.bench.peers import TorchRun
+
+    loaded = TorchRun.load(run, threads)
+    loaded.check_same(bundle)
+    return loaded
+
+
+def _maker(
+    name: str, bundle: Bundle, torch_run: "TorchRun | None", overrides: Overrides, threads: int
+) -> Callable[[], Runner]:
+    if torch_run is not None and name in TORCH_PEERS:
+        return partial(torch_run.runner, name, overrides)
+    backend, precision = BACKENDS[name]
+
+    def make() -> Runner:
+        opened = open_backend(backend, bundle, precision=precision, threads=threads)
+        return pipeline_runner(name, bundle, opened, overrides)
+
+    return make
 
 
 def ceilings(threads: int, precisions: set[str], seconds: float) -> dict[str, dict[str, float | str]]:
@@ -47,7 +145,7 @@ def ceilings(threads: int, precisions: set[str], seconds: float) -> dict[str, di
     """
     found: dict[str, dict[str, float | str]] = {}
     for precision in sorted(precisions & {"fp32", "bf16"}):
-        for size in _SIZES:
+        for size in _PRODUCT_SIZES:
             a, b = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
             for library, product in _products(precision, threads, b).items():
                 rate = _best_rate(partial(product, a), 2 * size**3, seconds) / 1e9
@@ -56,17 +154,28 @@ def ceilings(threads: int, precisions: set[str], seconds: float) -> dict[str, di
     return found
 
 
-def _products(precision: str, threads: int, b: np.ndarray) -> dict[str, Product]:
+def _products(precision: str, threads: int, b: np.ndarray) -> dict[str, Callable[[np.ndarray], object]]:
     """What multiplies by b here, by library."""
-    products: dict[str, Product] = {}
-    if precision == "fp32":
-        product = ort_cpu.product(threads)
-        products["ONNX Runtime"] = lambda a: product(a, b)
+    products: dict[str, Callable[[np.ndarray], object]] = {}
+    if precision == "fp32" and find_spec("onnx") is not None:
+        products["ONNX Runtime"] = ort_product(threads, b)
     if find_spec("openvino") is not None:
         from ul_runtime.backends import openvino
 
         products["OpenVINO"] = openvino.product(precision, threads, b)
     return products
+
+
+def ort_product(threads: int, b: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The matrix product a b, each float32 `n n`, by ONNX Runtime on so many threads."""
+    from onnx import TensorProto, helper
+
+    a_info, b_info, y_info = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "n"]) for name in "aby")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["y"])], "product", [a_info, b_info], [y_info])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    cpu = ["CPUExecutionProvider"]
+    session = ort.InferenceSession(model.SerializeToString(), session_options(threads), providers=cpu)
+    return lambda a: session.run(None, {"a": a, "b": b})[0]
 
 
 def _best_rate(call: Callable[[], object], flops: int, seconds: float) -> float:
@@ -79,111 +188,6 @@ def _best_rate(call: Callable[[], object], flops: int, seconds: float) -> float:
     return flops / min(times)
 
 
-FIRST = "ort-cpu"
-# contender -> (backend, precision; None = the bundle's own)
-BACKENDS: dict[str, tuple[str, str | None]] = {
-    FIRST: ("ort-cpu", None),
-    "openvino": ("openvino", "fp32"),
-    "openvino-bf16": ("openvino", "bf16"),
-}
-TORCH_PEERS = ("torch", "torch-bf16", "torch-compile", "torch-compile-bf16", "torch-loop", "torch-loop-bf16")
-_PACKAGES = ("unified-latents", "numpy", "onnxruntime", "openvino", "torch")
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What is asked for; `threads` None = as many as this process may use processors."""
-
-    peers: Sequence[str]
-    run: Path | None
-    batch_sizes: Sequence[int]
-    repeats: int
-    image_repeats: int
-    ceiling_s: float
-    threads: int | None
-    start_up: bool
-    overrides: Overrides
-
-    def check(self) -> None:
-        """UsageError for what cannot be measured."""
-        known = [*list(BACKENDS)[1:], *TORCH_PEERS]
-        for name in self.peers:
-            if name not in known:
-                raise UsageError(f"peer {name!r} is not known; expected some of {', '.join(known)}")
-        if not self.batch_sizes:
-            raise UsageError("--batch-sizes is empty; expected numbers with commas between them")
-        for size in self.batch_sizes:
-            check_count("--batch-sizes", size)
-        check_count("--repeats", self.repeats)
-        check_count("--image-repeats", self.image_repeats)
-        check_threads(self.threads)
-        if self.torch_peers and self.run is None:
-            raise UsageError(f"peer {self.torch_peers[0]} needs --run RUN: a bundle has no torch networks")
-        if self.run is not None and not self.torch_peers:
-            raise UsageError("--run is for torch peers and none is asked for; give --peers torch, or leave it out")
-
-    @property
-    def torch_peers(self) -> list[str]:
-        """Those of the peers that torch runs."""
-        return [name for name in self.peers if name in TORCH_PEERS]
-
-
-def run_bench(path: Path, options: BenchOptions) -> dict[str, Any]:
-    """Every figure, JSON-ready. UsageError before anything is measured; StoppedError on a signal."""
-    options.check()
-    threads = options.threads or len(os.sched_getaffinity(0))
-    bundle = open_bundle(path)
-    torch_run = _torch_run(bundle, options, threads) if options.torch_peers else None
-    plan = Plan(options.batch_sizes, options.repeats, options.image_repeats, options.overrides)
-    makers = [_maker(name, bundle, torch_run, plan, threads) for name in (FIRST, *options.peers)]
-    precisions = {make().precision for make in makers}  # what cannot be made is refused here
-    settings = Pipeline(bundle, open_backend(FIRST, bundle)).settings(**options.overrides)
-    with stop_on_signal() as stop:
-        work = work_of_an_image(bundle, threads, options.overrides)
-        before = ceilings(threads, precisions, options.ceiling_s)
-        with progress("measuring", num_turns(plan, len(makers), work), "turns") as advance:
-            results = measure_contenders(makers, work, plan, Control(stop, advance))
-        best = _best(before, ceilings(threads, precisions, options.ceiling_s))
-        add_shares(results, best)
-        started = _start_ups(path, options, threads, Control(stop)) if options.start_up else None
-    return {
-        "bundle": {"path": str(path), "name": bundle.manifest.name, "hash": bundle.hash},
-        "settings": settings.as_dict(),
-        "threads": threads,
-        "an_image": work.as_dict(),
-        "ceilings": best,
-        "results": results,
-        "start_up": started,
-        "machine": {"processor": _processor(), "processors": os.cpu_count()},
-        "versions": versions(_PACKAGES),
-        "commit": commit(),
-    }
-
-
-def _torch_run(bundle: Bundle, options: BenchOptions, threads: int) -> "TorchRun":
-    require_packages("torch", extras="train")
-    from ul_export.bench.peers import TorchRun
-
-    assert options.run is not None
-    loaded = TorchRun.load(options.run, threads)
-    loaded.check_same(options.run, bundle)
-    return loaded
-
-
-def _maker(
-    name: str, bundle: Bundle, torch_run: "TorchRun | None", plan: Plan, threads: int
-) -> Callable[[], Contender]:
-    if torch_run is not None and name in TORCH_PEERS:
-        return partial(torch_run.contender, name, bundle, plan.overrides)
-    backend, precision = BACKENDS[name]
-
-    def make() -> Contender:
-        opened = open_backend(backend, bundle, precision=precision, threads=threads)
-        return pipeline_contender(name, bundle, opened, plan.overrides)
-
-    return make
-
-
 def _best(*found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The highest ceiling of each precision."""
     names = {name for ceilings_ in found for name in ceilings_}
@@ -193,27 +197,27 @@ def _best(*found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _start_ups(path: Path, options: BenchOptions, threads: int, control: Control) -> dict[str, Any]:
-    """Start-up of every contender but the compiled ones, whose first images take minutes (`warm_up_s`)."""
+def _start_ups(path: Path, peers: Sequence[str], run: Path | None, threads: int) -> dict[str, Any]:
+    """Start-up of every runner but the compiled ones, whose first images take minutes (`warm_up_s`)."""
     started = {}
-    for name in (FIRST, *options.peers):
+    for name in (FIRST, *peers):
         if "compile" in name:
             continue
-        control.check()
+        check_stopped()
         try:
             if name in BACKENDS:
                 started[name] = start_up(path, *BACKENDS[name], threads)
-            elif options.run is not None:
+            elif run is not None:
                 from ul_export.bench.peers import torch_start_up
 
-                started[name] = torch_start_up(options.run, name, threads)
+                started[name] = torch_start_up(run, name, threads)
         except ULError:
-            control.check()  # Ctrl-C ends the fresh process as well
+            check_stopped()  # Ctrl-C ends the fresh process as well
             raise
     return started
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How fast a bundle runs: single steps and whole images of several contenders, measured in turn in one process."""
+"""How fast a bundle runs: single steps and whole images of several runners, measured in turn in one process."""
 
 import json
 import math
@@ -12,27 +12,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 
-from ul_runtime.backends import (
-    Backend,
-    InFront,
-)
+from ul_runtime.backends import Backend, WrappedBackend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError
-from ul_runtime.manifest import GraphName
+from ul_runtime.manifest import Described, GraphName
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.progress import Tick, silent
 from ul_runtime.settings import Overrides
-
-if TYPE_CHECKING:
-    from ul_runtime.bundle import Bundle
-    from ul_runtime.manifest import GraphName
-
 
 Shape = tuple[int, ...]
 # Operators that multiply and accumulate, but of a kind that no exported graph has: refused rather than left out.
@@ -102,18 +94,8 @@ Arrays: TypeAlias = dict[str, np.ndarray]
 Step: TypeAlias = tuple[GraphName, int]  # a graph, and its branches of guidance (1: none)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to measure; `overrides` as for Pipeline.generate."""
-
-    batch_sizes: Sequence[int]
-    repeats: int  # of each step
-    image_repeats: int  # of each batch of whole images
-    overrides: Overrides
-
-
 @dataclass
-class Watched(InFront):
+class TimedBackend(WrappedBackend):
     """Counts the calls of a backend by step, and keeps their seconds and last inputs."""
 
     seconds: float = 0.0
@@ -121,7 +103,7 @@ class Watched(InFront):
     inputs: dict[Step, Arrays] = field(default_factory=dict)
 
     def run(self, graph_name: GraphName, inputs: Arrays) -> Arrays:
-        """Run, and note."""
+        """See Backend.run."""
         start = time.perf_counter()
         outputs = self.backend.run(graph_name, inputs)
         self.seconds += time.perf_counter() - start
@@ -132,25 +114,25 @@ class Watched(InFront):
 
 
 @dataclass(frozen=True)
-class Contender:
+class Runner:
     """One way to make images. `backend` runs its steps; None for a loop that cannot be taken apart."""
 
     name: str
     precision: str
-    backend: Watched | None
-    generate: Callable[[int, Control], object]  # one batch of so many images
+    backend: TimedBackend | None
+    generate: Callable[[int, Tick], object]  # one batch of so many images
 
 
-def pipeline_contender(name: str, bundle: Bundle, backend: Backend, overrides: Overrides) -> Contender:
+def pipeline_runner(name: str, bundle: Described, backend: Backend, overrides: Overrides) -> Runner:
     """The project's own loop over a backend."""
-    watched = Watched(backend)
-    pipeline = Pipeline(bundle, watched)
+    timed = TimedBackend(backend)
+    pipeline = Pipeline(bundle, timed)
 
-    def generate(batch: int, control: Control) -> None:
-        for _ in pipeline.generate(batch, batch_size=batch, control=control, **overrides):
+    def generate(batch: int, tick: Tick) -> None:
+        for _ in pipeline.generate(batch, batch_size=batch, tick=tick, **overrides):
             pass
 
-    return Contender(name, backend.precision, watched, generate)
+    return Runner(name, backend.precision, timed, generate)
 
 
 @dataclass(frozen=True)
@@ -174,13 +156,10 @@ class Work:
 def work_of_an_image(bundle: Bundle, threads: int, overrides: Overrides) -> Work:
     """Made by ONNX Runtime; FLOPs are counted in the graphs, and linear in the batch."""
     backend = OrtCpuBackend(bundle, threads=threads)
-    contender = pipeline_contender("ort-cpu", bundle, backend, overrides)
-    contender.generate(1, UNWATCHED)
-    assert contender.backend is not None
-    flops = {
-        step: count_flops(run_nodes(backend, step[0], inputs)) for step, inputs in contender.backend.inputs.items()
-    }
-    return Work(dict(contender.backend.calls), flops)
+    timed = TimedBackend(backend)
+    list(Pipeline(bundle, timed).generate(1, **overrides))
+    flops = {step: count_flops(run_nodes(backend, step[0], inputs)) for step, inputs in timed.inputs.items()}
+    return Work(dict(timed.calls), flops)
 
 
 def step_name(step: Step) -> str:
@@ -190,7 +169,7 @@ def step_name(step: Step) -> str:
 
 
 def in_turn(
-    tasks: Sequence[Callable[[], object]], repeats: int, control: Control, *, warm: bool = False
+    tasks: Sequence[Callable[[], object]], repeats: int, tick: Tick = silent, *, warm: bool = False
 ) -> list[list[float]]:
     """Seconds of each task, `repeats` times, in turn, so that what disturbs the machine disturbs all of them.
 
@@ -199,7 +178,7 @@ def in_turn(
     seconds: list[list[float]] = [[] for _ in tasks]
     for _ in range(repeats):
         for task, times in zip(tasks, seconds, strict=True):
-            control.check()
+            tick(0)
             time.sleep(_REST_S)
             warm_until = time.perf_counter() + _WARM_S
             while warm and time.perf_counter() < warm_until:
@@ -207,71 +186,78 @@ def in_turn(
             start = time.perf_counter()
             task()
             times.append(time.perf_counter() - start)
-            control.progress(1)
+            tick(1)
     return seconds
 
 
-def num_turns(plan: Plan, num_contenders: int, work: Work) -> int:
-    """How many turns `measure` takes, at most."""
-    return len(plan.batch_sizes) * num_contenders * (1 + len(work.calls) * plan.repeats + plan.image_repeats)
+def num_turns(work: Work, num_cases: int, repeats: int, image_repeats: int) -> int:
+    """How many turns `measure_runners` takes, at most; a case is a runner at a batch size."""
+    return num_cases * (1 + len(work.calls) * repeats + image_repeats)
 
 
-def measure_contenders(
-    makers: Sequence[Callable[[], Contender]], work: Work, plan: Plan, control: Control
+def measure_runners(
+    makers: Sequence[Callable[[], Runner]],
+    work: Work,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    image_repeats: int,
+    tick: Tick = silent,
 ) -> list[dict[str, Any]]:
-    """One result for each batch size and contender; the first contender is what others' outputs are compared with.
+    """One result for each batch size and runner; the first runner is what others' outputs are compared with.
 
-    Contenders are made anew for each batch size, so that no more than one size of their models is in memory.
-    StoppedError if asked to stop.
+    `repeats` are of each step, `image_repeats` of whole batches of images. Runners are made anew for each batch size,
+    so that no more than one size of their models is in memory.
     """
     results = []
-    for batch in plan.batch_sizes:
-        results += _measure_batch([make() for make in makers], batch, work, plan, control)
+    for batch in batch_sizes:
+        runners = [make() for make in makers]
+        rows = _warm_up(runners, batch, tick)
+        _measure_steps(runners, rows, batch, work, repeats, tick)
+        _measure_images(runners, rows, batch, work, image_repeats, tick)
+        results += rows
     return results
 
 
-def _measure_batch(
-    contenders: Sequence[Contender], batch: int, work: Work, plan: Plan, control: Control
-) -> list[dict[str, Any]]:
-    quiet = Control(control.stop)
-    warm_up = in_turn([partial(contender.generate, batch, quiet) for contender in contenders], 1, control)
-    results: list[dict[str, Any]] = [
-        {"contender": c.name, "precision": c.precision, "batch_size": batch, "warm_up_s": round(seconds, 3)}
-        for c, (seconds,) in zip(contenders, warm_up, strict=True)
+def _warm_up(runners: Sequence[Runner], batch: int, tick: Tick) -> list[dict[str, Any]]:
+    """A result of each runner, with the seconds of its first batch."""
+    tasks = [partial(runner.generate, batch, lambda _: tick(0)) for runner in runners]
+    return [
+        {"contender": runner.name, "precision": runner.precision, "batch_size": batch, "warm_up_s": round(seconds, 3)}
+        for runner, (seconds,) in zip(runners, in_turn(tasks, 1, tick), strict=True)
     ]
-    able = [(c.backend, result) for c, result in zip(contenders, results, strict=True) if c.backend is not None]
-    for step, inputs in dict(able[0][0].inputs).items():
-        expected = able[0][0].run(step[0], inputs)["pred"]
-        seconds = in_turn([partial(b.run, step[0], inputs) for b, _ in able], plan.repeats, control, warm=True)
-        for (backend, result), times in zip(able, seconds, strict=True):
+
+
+def _measure_steps(
+    runners: Sequence[Runner], results: Sequence[dict[str, Any]], batch: int, work: Work, repeats: int, tick: Tick
+) -> None:
+    """Put each step into the results, on the inputs that it last had in the first runner's loop."""
+    able = [(runner.backend, row) for runner, row in zip(runners, results, strict=True) if runner.backend is not None]
+    first = able[0][0]
+    for step, inputs in dict(first.inputs).items():
+        expected = first.run(step[0], inputs)["pred"]
+        seconds = in_turn([partial(backend.run, step[0], inputs) for backend, _ in able], repeats, tick, warm=True)
+        for (backend, row), times in zip(able, seconds, strict=True):
             gap = float(np.abs(backend.run(step[0], inputs)["pred"] - expected).max())
-            result[step_name(step)] = _figures(times, work.flops[step] * batch) | {"largest_difference": gap}
-    _measure_images(contenders, results, batch, work, plan, control)
-    return results
+            row[step_name(step)] = _figures(times, work.flops[step] * batch) | {"largest_difference": gap}
 
 
 def _measure_images(
-    contenders: Sequence[Contender],
-    results: Sequence[dict[str, Any]],
-    batch: int,
-    work: Work,
-    plan: Plan,
-    control: Control,
+    runners: Sequence[Runner], results: Sequence[dict[str, Any]], batch: int, work: Work, repeats: int, tick: Tick
 ) -> None:
     """Put whole batches of images into the results, and what the loop costs beyond its graphs."""
-    quiet, in_graphs = Control(control.stop), [list[float]() for _ in contenders]
+    in_graphs = [list[float]() for _ in runners]
 
-    def generate(contender: Contender, graphs: list[float]) -> None:
-        before = contender.backend.seconds if contender.backend else math.nan
-        contender.generate(batch, quiet)
-        graphs.append(contender.backend.seconds - before if contender.backend else math.nan)
+    def generate(runner: Runner, graphs: list[float]) -> None:
+        before = runner.backend.seconds if runner.backend else math.nan
+        runner.generate(batch, lambda _: tick(0))
+        graphs.append(runner.backend.seconds - before if runner.backend else math.nan)
 
-    tasks = [partial(generate, *pair) for pair in zip(contenders, in_graphs, strict=True)]
-    for result, times, graphs in zip(results, in_turn(tasks, plan.image_repeats, control), in_graphs, strict=True):
-        result["images"] = _figures(times, work.image_flops * batch)
-        result["images"]["images_per_s"] = batch / float(np.median(times))
+    tasks = [partial(generate, *pair) for pair in zip(runners, in_graphs, strict=True)]
+    for row, times, graphs in zip(results, in_turn(tasks, repeats, tick), in_graphs, strict=True):
+        row["images"] = _figures(times, work.image_flops * batch)
+        row["images"]["images_per_s"] = batch / float(np.median(times))
         if not math.isnan(graphs[0]):
-            result["images"]["loop_overhead"] = float(np.median(np.divide(times, graphs))) - 1.0
+            row["images"]["loop_overhead"] = float(np.median(np.divide(times, graphs))) - 1.0
 
 
 def _figures(seconds: Sequence[float], flops: int) -> dict[str, float | int]:
@@ -294,19 +280,19 @@ _LOAD = """
 import sys, time
 started = time.perf_counter()
 import ul_runtime.backends, ul_runtime.bundle, ul_runtime.pipeline
-from ul_export.bench.measure import report
+from ul_export.bench.measure import print_seconds
 bundle, backend, precision, threads = sys.argv[1:]
 def load():
     pipeline = ul_runtime.load(bundle, backend=backend, precision=precision or None, threads=int(threads))
     return lambda: next(pipeline.generate(1))
-report(started, load)
+print_seconds(started, load)
 """
 _GENERATE = "from ul_runtime.cli.generate import main; main()"
 _TIMEOUT_S = 600.0
 _Result = TypeVar("_Result")
 
 
-def report(started: float, load: Callable[[], Callable[[], object]]) -> None:
+def print_seconds(started: float, load: Callable[[], Callable[[], object]]) -> None:
     """Print seconds as one JSON line: of imports (since `started`), of `load`, of two calls of what it returns."""
     seconds = {"import_s": time.perf_counter() - started}
 
@@ -329,8 +315,8 @@ def fresh_process(code: str, *arguments: object) -> dict[str, Any]:
     done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     seconds = time.perf_counter() - start
     if done.returncode != 0:
-        said = " ".join(done.stderr.split())[-300:]
-        raise ULError(f"a fresh process for start-up ended with {done.returncode}: {said}")
+        message = " ".join(done.stderr.split())[-300:]
+        raise ULError(f"a fresh process for start-up ended with {done.returncode}: {message}")
     return json.loads(done.stdout.splitlines()[-1]) | {"process_s": round(seconds, 3)}
 
 

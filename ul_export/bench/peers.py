@@ -1,40 +1,39 @@
-"""The same networks in torch, as contenders of ul-bench.
+"""The same networks in torch, as runners of ul-bench.
 
 torch          eager, behind the project's own loop
 torch-compile  compiled by inductor with frozen weights, for each batch size anew, behind the same loop
-torch-loop     eager, and the loop that a user of the networks would write
+torch-loop     eager, and the loop that a user of the networks would write: a further loop on purpose, as the rival
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ul_export.bench.measure import Contender, fresh_process, pipeline_contender
+from ul_export.bench.measure import Runner, fresh_process, pipeline_runner
 from ul_export.onnx_graphs import OPSETS
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import UsageError
 from ul_runtime.manifest import BundleInfo, LogsnrRange
 from ul_runtime.pipeline import table_between
-from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
 from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
 from ul_train.run import Run
-from ul_train.torch_backend import TorchBackend, in_precision
+from ul_train.torch_backend import RunModel, TorchBackend, in_precision
 
 _LOAD = """
 import sys, time
 started = time.perf_counter()
 from pathlib import Path
 from ul_export.bench.peers import load_images
-from ul_export.bench.measure import report
+from ul_export.bench.measure import print_seconds
 run, name, threads = sys.argv[1:]
-report(started, lambda: load_images(Path(run), name, int(threads)))
+print_seconds(started, lambda: load_images(Path(run), name, int(threads)))
 """
 _CPU = torch.device("cpu")
 
@@ -43,6 +42,7 @@ _CPU = torch.device("cpu")
 class TorchRun:
     """The networks of a run, and what a bundle of them says."""
 
+    path: Path
     info: BundleInfo
     networks: dict[str, nn.Module]
 
@@ -51,31 +51,33 @@ class TorchRun:
         """The finished run at `run`, with torch on so many threads. BadInputError."""
         torch.set_num_threads(threads)
         trained = Run.open(run).finished()
-        return cls(trained.manifest(OPSETS[-1]), trained.networks)
+        return cls(run, trained.manifest(OPSETS[-1]), trained.networks)
 
-    def check_same(self, run: Path, bundle: Bundle) -> None:
+    def check_same(self, bundle: Bundle) -> None:
         """UsageError unless the bundle is of this run, at this step."""
         ours, its = self.info.provenance, bundle.manifest.provenance
         for field in ("run_id", "config_sha256", "data_fingerprint", "step", "weights"):
             if getattr(ours, field) != getattr(its, field):
                 message = f"its {field} is {getattr(ours, field)}, the bundle's {getattr(its, field)}"
-                raise UsageError(f"{run}: is not the run of {bundle.path}: {message}; give the run that was exported")
+                raise UsageError(
+                    f"{self.path}: is not the run of {bundle.path}: {message}; give the run that was exported"
+                )
 
-    def contender(self, name: str, bundle: Bundle, overrides: Overrides) -> Contender:
+    def runner(self, name: str, overrides: Overrides) -> Runner:
         """One of TORCH_PEERS."""
         precision = "bf16" if name.endswith("-bf16") else "fp32"
         networks = {key: in_precision(network, precision) for key, network in self.networks.items()}
         if name.startswith("torch-loop"):
             settings = resolve_settings(self.info.defaults, overrides, can_guide=bool(self.info.classes))
             loop = UserLoop(self.info, settings, networks["prior"], networks["decoder"], precision)
-            return Contender(name, precision, None, loop.images)
+            return Runner(name, precision, None, loop.images)
         backend = TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], _CPU, precision)
         if name.startswith("torch-compile"):
             torch.compiler.reset()  # the shapes of the batch size before; beyond a few, torch silently runs eagerly
             for key in ("prior_step", "decoder_step"):
                 compiled = torch.compile(backend.graphs[key], dynamic=False, options={"freezing": True})
                 backend.graphs[key] = cast(nn.Module, compiled)
-        return pipeline_contender(name, bundle, backend, overrides)
+        return pipeline_runner(name, RunModel(self.path, self.info, ""), backend, overrides)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class UserLoop:
     device: torch.device = _CPU
 
     @torch.inference_mode()
-    def images(self, batch: int, control: Control = UNWATCHED) -> np.ndarray:
+    def images(self, batch: int, tick: Tick = silent) -> np.ndarray:
         """uint8 `b h w c`."""
         latent, image, num_classes = self.info.latent, self.info.image, len(self.info.classes)
         label = torch.arange(batch, device=self.device) % max(1, num_classes)
@@ -108,9 +110,9 @@ class UserLoop:
         z = torch.randn(batch, latent.channels, latent.size, latent.size, device=self.device)
         x = torch.randn(batch, image.channels, image.size, image.size, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            z = _sample(prior, _table(self.settings.prior, self.info.logsnr_z, ends_clean=False), z, control)
+            z = _sample(prior, _table(self.settings.prior, self.info.logsnr_z, ends_clean=False), z, tick)
             table = _table(self.settings.decoder, self.info.logsnr_x, ends_clean=True)
-            x = _sample(self._decoder(z), table, x, control)
+            x = _sample(self._decoder(z), table, x, tick)
         return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def _decoder(self, z_0: Tensor) -> Callable[[Tensor, float], Tensor]:
@@ -121,11 +123,11 @@ def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> 
     return torch.tensor(table_between(sampler, ends, ends_clean=ends_clean), dtype=torch.float32)
 
 
-def _sample(predict_v: Callable[[Tensor, float], Tensor], table: Tensor, state: Tensor, control: Control) -> Tensor:
+def _sample(predict_v: Callable[[Tensor, float], Tensor], table: Tensor, state: Tensor, tick: Tick) -> Tensor:
     """The state after all steps of the table."""
     earlier = [torch.zeros_like(state)] * 2
     for row in table.tolist():
-        control.check()
+        tick(0)
         pred = row[ALPHA] * state - row[SIGMA] * predict_v(state, row[LOGSNR]).float()
         state = row[A] * state + row[B_0] * pred + row[B_1] * earlier[0]
         if row[B_2]:
@@ -142,7 +144,6 @@ def torch_start_up(run: Path, name: str, threads: int) -> dict[str, Any]:
 
 
 def load_images(run: Path, name: str, threads: int) -> Callable[[], object]:
-    """What makes one image, without a bundle: a contender of its own process."""
-    loaded = TorchRun.load(run, threads)
-    contender = loaded.contender(name, cast(Bundle, SimpleNamespace(manifest=loaded.info)), Overrides())
-    return lambda: contender.generate(1, UNWATCHED)
+    """What makes one image, without a bundle: a runner in a process of its own."""
+    runner = TorchRun.load(run, threads).runner(name, Overrides())
+    return lambda: runner.generate(1, silent)

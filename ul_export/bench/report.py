@@ -1,4 +1,4 @@
-"""The figures of ul-bench for people: tables, and images per second against batch size as a picture."""
+"""The figures of ul-bench for people: tables, and images per second against batch size as an image."""
 
 import sys
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ def print_report(result: Mapping[str, Any]) -> None:
         console.print(start_up_table(result["start_up"]))
     machine = result["machine"]
     commit = f"; commit {result['commit']}" if result["commit"] else ""
-    console.print(f"{machine['processor']}, {machine['processors']} processors{commit}")
+    console.print(f"{machine['processor']}, {machine['processors']} CPUs{commit}")
 
 
 def step_table(result: Mapping[str, Any]) -> Table:
-    """A row for each batch size and contender: the time of a step, and how far it is from the first contender's."""
+    """A row for each batch size and runner: the time of a step, and how far it is from the first runner's."""
     title = f"{result['bundle']['name']}, threads: {result['threads']}; ms a step, median (95th percentile)"
-    table = Table("batch", "contender", title=title, title_justify="left")
+    table = Table("batch", "runner", title=title, title_justify="left")
     for name in (*_STEPS.values(), "largest difference"):
         table.add_column(name, justify="right")
     for row in result["results"]:
@@ -45,9 +45,9 @@ def step_table(result: Mapping[str, Any]) -> Table:
 
 
 def image_table(result: Mapping[str, Any]) -> Table:
-    """A row for each batch size and contender: whole images."""
+    """A row for each batch size and runner: whole images."""
     title = f"whole images, {result['an_image']['flops'] / 1e9:.3g} GFLOP each"
-    table = Table("batch", "contender", title=title, title_justify="left")
+    table = Table("batch", "runner", title=title, title_justify="left")
     for name in ("images/s", "ms a batch", "of ceiling", "loop beyond graphs", "warm-up, s"):
         table.add_column(name, justify="right")
     for row in result["results"]:
@@ -78,13 +78,13 @@ def start_up_table(started: Mapping[str, Mapping[str, float]]) -> Table:
     }
     for name in columns:
         table.add_column(name, justify="right")
-    for contender, figures in started.items():
-        table.add_row(contender, *(f"{figures[key]:.2f}" if key in figures else "" for key in columns.values()))
+    for name, figures in started.items():
+        table.add_row(name, *(f"{figures[key]:.2f}" if key in figures else "" for key in columns.values()))
     return table
 
 
 def write_plot(result: Mapping[str, Any], path: Path) -> None:
-    """Images per second against batch size, a line for each contender, as PNG. OutputError."""
+    """Images per second against batch size, a line for each runner, as PNG. OutputError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")

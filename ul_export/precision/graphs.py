@@ -9,7 +9,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ul_export.onnx_model import copied, float_tensors, split_weights
-from ul_runtime.backends import InFront
+from ul_runtime.backends import WrappedBackend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.manifest import BundleInfo, FileEntry, GraphName, Manifest
@@ -118,7 +118,7 @@ def weight_ranges(model: ModelProto) -> dict[str, float]:
 
 
 @dataclass
-class RangeRecorder(InFront):
+class RangeRecorder(WrappedBackend):
     """Keeps the largest magnitude of every tensor over all calls of a backend whose graphs are `with_ranges`.
 
     `names`: the tensors in the order of each graph's OUTPUT; `largest`: starts with those of the weights.

@@ -19,7 +19,6 @@ from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
 from ul_export.verify import REDUCED
 from ul_runtime.machine import versions
 from ul_runtime.manifest import GraphName
-from ul_runtime.progress import UNWATCHED
 from ul_train.activations import LARGEST_FLOAT16
 
 _PACKAGES = ("unified-latents", "onnx", "onnxruntime", "torch")
@@ -125,7 +124,7 @@ def _speed(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict
         models["int8"] = reduced.models[graph]
     backends = [in_memory(calibration.info, {graph: model}, calibration.threads) for model in models.values()]
     calls = [partial(backend.run, graph, inputs) for backend in backends]
-    seconds = in_turn(calls, _TIMED, UNWATCHED, warm=True)
+    seconds = in_turn(calls, _TIMED, warm=True)
     batch = len(next(iter(inputs.values())))
     return {"batch": batch, "ms": {name: 1e3 * median(of) for name, of in zip(models, seconds, strict=True)}}
 

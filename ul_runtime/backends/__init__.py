@@ -46,24 +46,24 @@ class Backend(Protocol):
 
 
 @dataclass
-class InFront:
-    """A backend in front of another, which it passes for; subclasses run."""
+class WrappedBackend:
+    """A backend around another, which it passes for; subclasses run."""
 
     backend: Backend
 
     @property
     def name(self) -> str:
-        """Of the backend behind."""
+        """Of the wrapped backend."""
         return self.backend.name
 
     @property
     def precision(self) -> str:
-        """Of the backend behind."""
+        """Of the wrapped backend."""
         return self.backend.precision
 
     @property
     def threads(self) -> int | None:
-        """Of the backend behind."""
+        """Of the wrapped backend."""
         return self.backend.threads
 
 
