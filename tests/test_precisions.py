@@ -26,7 +26,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 def test_the_table_has_a_row_a_bundle_with_its_precision_and_quality(pipeline):
     tool = load_tool("precisions")
-    row = tool.facts(pipeline)
+    row = tool.described(pipeline)
     (row["images_per_s"],) = tool.speeds([pipeline], 1)
     assert min(row["images_per_s"].values()) > 0
     lines = tool.markdown({"rows": [row | {"quality": QUALITY}], "threads": 1, "command": "c"}).splitlines()

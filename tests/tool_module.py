@@ -10,6 +10,8 @@ TOOLS = Path(__file__).parent.parent / "tools"
 
 def load_tool(name: str) -> ModuleType:
     """tools/NAME.py, run as an import would."""
+    if str(TOOLS) not in sys.path:
+        sys.path.insert(0, str(TOOLS))  # as for a script of it
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -8,12 +8,19 @@ Skin tones are left out: they are near-duplicates, and would stand on both sides
 
 import json
 import shutil
-import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 
-def emoji_folder(package: Path, out: Path) -> int:
-    """Copy `package`/img/google/64/*.png to `out`/CATEGORY/; returns how many."""
+def emoji_folder(
+    package: Annotated[
+        Path, typer.Argument(metavar="PACKAGE", exists=True, help="The unpacked emoji-datasource-google.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the folders go.")],
+) -> None:
+    """Copy PACKAGE/img/google/64/*.png to DIR/CATEGORY/, without skin tones."""
     count = 0
     for emoji in json.loads((package / "emoji.json").read_text()):
         image = package / "img" / "google" / "64" / emoji["image"]
@@ -23,10 +30,8 @@ def emoji_folder(package: Path, out: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, folder / emoji["image"])
         count += 1
-    return count
+    print(f"{count} images in {out}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[1], "emoji.json").is_file():
-        sys.exit(f"{__doc__}\nemoji_folder.py: expected the unpacked package and a folder to make")
-    print(f"{emoji_folder(Path(sys.argv[1]), Path(sys.argv[2]))} images in {sys.argv[2]}")
+    typer.run(emoji_folder)

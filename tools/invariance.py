@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -19,7 +20,7 @@ import typer
 
 import ul_runtime
 from ul_runtime import noise
-from ul_runtime.backends import Backend
+from ul_runtime.backends import WrappedBackend
 from ul_runtime.errors import DifferentError, run_command
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.settings import Overrides, parse_counts
@@ -40,7 +41,10 @@ def invariance(
     seed: Annotated[int, typer.Option(metavar="INT", help="Seed of all noise, and of the orders.")] = 0,
     backend: Annotated[str, typer.Option(metavar="NAME", help="What runs the graphs.")] = "auto",
 ) -> None:
-    """Compare every case with batch size 1 in the order of the indices, on the first thread count."""
+    """Check that image i is the same bytes at every batch size, in any order, at every number of threads.
+
+    Each case is compared with batch size 1 in the order of the indices, on the first thread count.
+    """
     sizes, counts = parse_counts("--batch-sizes", batch_sizes), parse_counts("--threads", threads)
 
     def load(threads: int) -> Pipeline:
@@ -58,7 +62,7 @@ def invariance(
 def measure(
     pipelines: Sequence[Pipeline], threads: Sequence[int], batch_sizes: Sequence[int], seed: int, settings: Overrides
 ) -> dict[str, Any]:
-    """What `main` prints: one case a pipeline (of `threads`) and batch size, its images in an order of its own.
+    """What the tool prints: one case a pipeline (of `threads`) and batch size, its images in an order of its own.
 
     A case has three whole batches and one image more, or all of the reference.
     """
@@ -89,12 +93,11 @@ def measure(
     }
 
 
-class Traced:
-    """A backend that keeps the outputs of all calls since `calls` was last emptied."""
+@dataclass
+class Recorder(WrappedBackend):
+    """Keeps the outputs of all calls since `calls` was last emptied."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend, self.name, self.precision = backend, backend.name, backend.precision
-        self.calls: list[tuple[str, np.ndarray]] = []
+    calls: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def run(self, graph_name: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See Backend.run."""
@@ -105,8 +108,8 @@ class Traced:
 
 def trace(pipeline: Pipeline, indices: Sequence[int], batch_size: int, seed: int, settings: Overrides) -> Rows:
     """Each image generated, and as many images of noise encoded, with all that was computed for them."""
-    backend = Traced(pipeline.backend)
-    traced = Pipeline(pipeline.bundle, backend)
+    backend = Recorder(pipeline.backend)
+    recorded = Pipeline(pipeline.bundle, backend)
     rows: Rows = {index: [] for index in indices}
 
     def keep(at: Iterable[int], results: dict[str, np.ndarray]) -> None:
@@ -114,13 +117,13 @@ def trace(pipeline: Pipeline, indices: Sequence[int], batch_size: int, seed: int
             rows[index] += [(what, array[i].copy()) for what, array in [*backend.calls, *results.items()]]
         backend.calls.clear()
 
-    for batch in traced.generate(indices, seed=seed, batch_size=batch_size, **settings):
+    for batch in recorded.generate(indices, seed=seed, batch_size=batch_size, **settings):
         keep(batch.indices.tolist(), {"x": batch.x, "image": batch.images})
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
         x = np.clip(noise.normals(seed, part, noise.ENCODER, pipeline.image_shape), -1.0, 1.0)
-        encoded = traced.encode(x, seed=seed, indices=part)
-        bits = traced.bits(encoded.z_clean, seed=seed, indices=part, num_samples=1)
+        encoded = recorded.encode(x, seed=seed, indices=part)
+        bits = recorded.bits(encoded.z_clean, seed=seed, indices=part, num_samples=1)
         keep(part, {"z_clean": encoded.z_clean, "z_0": encoded.z_0, "bits": bits})
     return rows
 

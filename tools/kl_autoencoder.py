@@ -10,15 +10,15 @@ to unit variance, a decoder of one pass. Same images, latent shape, base network
 adversarial losses of that paper, as Unified Latents is here. Both become bundles, and ul-eval measures both.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
+from tool_tables import EvalOptions, evaluated, write_results
 from torch import Tensor, nn
 
+from ul_runtime.cli.options import with_options
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError, run_command
 from ul_train.stages import Batch, Stage, base_stage, to_model
@@ -142,7 +142,7 @@ def unit_scale(autoencoder: nn.Module, splits: "Splits") -> float:
 def write(
     bundle: Path, config: "Config", classes: tuple[str, ...], networks: dict[str, nn.Module], threads: int | None
 ) -> None:
-    """The bundle of these networks, once proved equal to torch as any other."""
+    """The bundle of these networks, once checked against torch as any other."""
     from ul_export.export import Trial
     from ul_export.onnx_graphs import export_graphs
     from ul_export.verify import require
@@ -159,36 +159,33 @@ def write(
 
 
 @app.command()
+@with_options
 def compare(
     beside: Annotated[Path, typer.Option(metavar="RUN", help="Run of ul-train, both stages, with RUN/bundle.")],
     data: Annotated[str, typer.Option(metavar="SOURCE", help="Its images, as for ul-train.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints and the bundle go.")],
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where kl-autoencoder.json and .md go.")],
+    options: EvalOptions,
     channels: Annotated[
         str, typer.Option(metavar="A,B,...", help="Of the autoencoder, a number a stage.")
     ] = "32,64,64",
     blocks: Annotated[int, typer.Option(metavar="N", min=1, help="Residual blocks a stage.")] = 1,
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of rFD and gFD.")] = 1000,
     eval_seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of sampling.")] = 2,
-    eval_option: Annotated[list[str] | None, typer.Option(metavar="--X=Y", help="Of ul-eval; repeatable.")] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
-    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Prepared images, as for ul-train.")] = None,
 ) -> None:
     """Train the autoencoder and its latent diffusion model at equal compute, and put both beside each other."""
     from ul_runtime import durable
     from ul_runtime.loop import never
-    from ul_runtime.machine import anonymous, cache_dir, commit, versions
+    from ul_runtime.machine import cache_dir, origin
     from ul_train.account import account
     from ul_train.data.prepare import open_splits
     from ul_train.run import Run
-    from ul_train.sweep import option_words
 
-    if threads:
-        torch.set_num_threads(threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     run = Run.open(beside)
     classes = run.info.class_names
     given, config = account(run.config, len(classes)), latent_diffusion(run.config)
-    splits = open_splits(config.image, data, None, cache_dir(cache), never)
+    splits = open_splits(config.image, data, None, cache_dir(options.cache), never)
     widths = tuple(int(width) for width in channels.split(","))
     step_flops = flops_per_image(config, widths, blocks) * config.joint.batch_size
     steps = round(given.joint.flops_of_stage / step_flops)
@@ -200,9 +197,8 @@ def compare(
     scale = unit_scale(autoencoder, splits)
     encoder, decoder = Encode(autoencoder, scale).eval(), Decode(autoencoder, scale).eval()
     base = train(base_stage(config, len(classes), device, precision, {"encoder": encoder}), splits, out)
-    write(out / "bundle", config, classes, {"encoder": encoder, "prior": base, "decoder": decoder}, threads)
-    ask = ["--images", str(images), "--seeds", str(eval_seeds), *(eval_option or [])]
-    ask += option_words({"--threads": threads, "--cache": cache})
+    write(out / "bundle", config, classes, {"encoder": encoder, "prior": base, "decoder": decoder}, options.threads)
+    ask = options.words(eval_seeds)
     rows = {
         "Unified Latents": figures(beside / "bundle", data, ask, given.joint.flops_of_stage, given.base.flops_of_stage),
         "KL autoencoder, latent diffusion": figures(
@@ -210,20 +206,15 @@ def compare(
         ),
     }
     record = {
-        "command": anonymous("python tools/kl_autoencoder.py", sys.argv[1:]),
         "figures": rows,
         "autoencoder": {"channels": widths, "blocks": blocks, "steps": steps, "kl_weight": KL_WEIGHT, "scale": scale},
         "parameters": {
             "encoder and decoder": given.networks["encoder"].parameters + given.networks["decoder"].parameters,
             "autoencoder": sum(parameter.numel() for parameter in autoencoder.parameters()),
         },
-        "versions": versions(PACKAGES),
-        "commit": commit(),
+        **origin("python tools/kl_autoencoder.py", PACKAGES),
     }
-    durable.make_directory(results)
-    durable.write_json(results / "kl-autoencoder.json", record)
-    durable.atomic_write(results / "kl-autoencoder.md", markdown(record).encode())
-    print(markdown(record), end="")
+    write_results(results, ("kl-autoencoder.json", "kl-autoencoder.md"), record, markdown(record))
 
 
 def latent_diffusion(config: "Config") -> "Config":
@@ -244,11 +235,9 @@ def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) ->
     from ul_export.bench.measure import work_of_an_image
     from ul_export.evaluation.report import summary
     from ul_runtime.bundle import Bundle
-    from ul_train.sweep import run_main
 
-    said = run_main("ul_export.evaluation.cli", str(bundle), "--data", data, *ask, "--json")
     return {
-        **summary(json.loads(said)),
+        **summary(evaluated(bundle, data, ask)),
         "training_flops": {"first stage": first, "base": second},
         "sampling_flops": work_of_an_image(Bundle.open(bundle), len(os.sched_getaffinity(0)), {}).image_flops,
     }
@@ -256,6 +245,8 @@ def figures(bundle: Path, data: str, ask: list[str], first: int, second: int) ->
 
 def markdown(record: dict[str, Any]) -> str:
     """Both models side by side."""
+    from ul_train.sweep import markdown_table
+
     rows = record["figures"]
     first = next(iter(rows.values()))
     gfd = f"gFD ({first['space']}, {first['count']} images; real {first['gfd_real']:.1f})"
@@ -268,14 +259,14 @@ def markdown(record: dict[str, Any]) -> str:
         "training, TFLOP: first stage + base": "{first_stage:.0f} + {base:.0f}",
         "sampling, GFLOP an image": "{sampling:.2f}",
     }
-    lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
+    lines = []
     for title, text in shown.items():
-        cells = []
+        cells = [title]
         for row in rows.values():
             flops = {key.replace(" ", "_"): value / 1e12 for key, value in row["training_flops"].items()}
             cells.append(text.format(**row, **flops, sampling=row["sampling_flops"] / 1e9))
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"`{record['command']}`", ""])
+        lines.append(cells)
+    return "\n".join([*markdown_table(["", *rows], lines), "", f"`{record['command']}`", ""])
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ tables that are the same run are trained once. TABLES below has the rows, BUDGET
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tool_tables import EvalOptions, evaluated, write_results
 
+from ul_runtime.cli.options import with_options
 from ul_runtime.errors import UsageError, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -99,35 +100,31 @@ COLUMNS = {
 
 
 @app.command()
+@with_options
 def table(
     name: Annotated[str, typer.Argument(metavar="TABLE", help=", ".join(TABLES))],
     data: Annotated[str, typer.Option(metavar="SOURCE", help="Images, as for ul-train.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where TABLE.json, TABLE.md and TABLE.png go.")],
+    options: EvalOptions,
     heldout: Annotated[str | None, typer.Option(metavar="SOURCE", help="Held-out images, as for ul-train.")] = None,
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="Preset or TOML file.")] = "quickstart",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Of every row.")] = None,
     seeds: Annotated[str, typer.Option(metavar="A,B,...", help="Seeds of training: one run a row and seed.")] = "0",
     values: Annotated[str | None, typer.Option(metavar="A,B,...", help="Rows by value or start of name.")] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs go, one folder each.")] = Path("runs"),
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of rFD and gFD, and of PSNR.")] = 1000,
     eval_seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of sampling.")] = 2,
     mean_of: Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")] = 4,
-    eval_option: Annotated[
-        list[str] | None, typer.Option(metavar="--X=Y", help="Of ul-eval, such as --features=pixels; repeatable.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
-    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Prepared images, as for ul-train.")] = None,
 ) -> None:
     """Train, export and evaluate every row of a table, and write it."""
     from ul_runtime import durable
-    from ul_runtime.machine import anonymous, commit, versions
+    from ul_runtime.machine import origin
     from ul_train.sweep import Variants, option_words
 
     rows = chosen_rows(name, values)
-    shared = option_words({"--heldout": heldout, "--threads": threads, "--cache": cache})
-    variants = Variants(recipe, data, runs, shared)
+    held_out = option_words({"--heldout": heldout})
+    variants = Variants(recipe, data, runs, [*held_out, *options.shared])
     common = [*BUDGET.get(recipe, ()), *(set_ or [])]
-    ask = ["--images", str(images), "--seeds", str(eval_seeds), *shared, *(eval_option or [])]
+    ask = [*options.words(eval_seeds), *held_out]
     figures: list[dict[str, Any]] = []
     durable.make_directory(out)
     for row in rows:
@@ -135,21 +132,11 @@ def table(
             changes = [*common, *steered(row, seed, figures)]
             name_ = run_name(row, seed, recipe, common)
             run = variants.train(name_, [*changes, f"seed={seed}"], "all")
-            figures.append(
-                {"row": row.label, "seed": seed, "changes": changes, **measured(variants, run, images, mean_of, ask)}
-            )
-    record = {
-        "table": name,
-        "command": anonymous("python tools/paper_tables.py", sys.argv[1:]),
-        "recipe": recipe,
-        "figures": figures,
-        "versions": versions(PACKAGES),
-        "commit": commit(),
-    }
-    durable.write_json(out / f"{name}.json", record)
-    durable.atomic_write(out / f"{name}.md", markdown(record).encode())
-    durable.atomic_write(out / f"{name}.png", plot(record))
-    print(markdown(record), end="")
+            found = measured(variants, run, options.images, mean_of, ask)
+            figures.append({"row": row.label, "seed": seed, "changes": changes, **found})
+    made = origin("python tools/paper_tables.py", PACKAGES)
+    record = {"table": name, "recipe": recipe, "figures": figures, **made}
+    write_results(out, (f"{name}.json", f"{name}.md", f"{name}.png"), record, markdown(record), plot(record))
 
 
 def chosen_rows(name: str, values: str | None) -> tuple[Row, ...]:
@@ -201,8 +188,7 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
     if record.get("asked") != ask:
         if not bundle.exists():
             run_main("ul_export.cli", str(run), "--out", str(bundle))
-        said = run_main("ul_export.evaluation.cli", str(bundle), "--data", variants.data, *ask, "--json")
-        record = {"asked": ask, "figures": json.loads(said)}
+        record = {"asked": ask, "figures": evaluated(bundle, variants.data, ask)}
         durable.atomic_write(file, json.dumps(record).encode())
     kept = ("bits_per_pixel", "psnr_db", "psnr_mean_db", "gaussian_psnr_db", "latent_std", "decoder_steps", "mean_of")
     of_base = summary(record["figures"])
@@ -245,11 +231,11 @@ def averaged(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The table and what it was made with."""
+    from ul_train.sweep import markdown_table
+
     table_ = TABLES[record["table"]]
-    lines = [f"| {table_.title.lower()} | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
-    lines.append("|" + "---|" * (len(COLUMNS) + 1))
-    for row in averaged(record):
-        lines.append(f"| {row['row']} | " + " | ".join(cell(row, key) for key in COLUMNS) + " |")
+    columns = [table_.title.lower(), *(title for title, _ in COLUMNS.values())]
+    lines = markdown_table(columns, ([row["row"], *(cell(row, key) for key in COLUMNS)] for row in averaged(record)))
     first = record["figures"][0]
     teraflops = sum(first["flops"].values()) / 1e12
     seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in record["figures"]}))

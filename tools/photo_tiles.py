@@ -7,17 +7,21 @@ Public domain or CC-BY-SA, file by file (the package's copyright file). Every ei
 of one photograph are alike, and would stand on both sides of a split by tile.
 """
 
-import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from PIL import Image
 
 SIZE = 64
 HELDOUT_EVERY = 8
 
 
-def photo_tiles(photos: Path, out: Path) -> dict[str, int]:
-    """Write `out`/train and `out`/heldout, a PNG a tile of SIZE pixels; returns how many of each."""
+def photo_tiles(
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", exists=True, help="Folder of photographs (*.jpg).")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where train and heldout go.")],
+) -> None:
+    """Cut photographs into tiles of 64 px: DIR/train and DIR/heldout, a PNG a tile."""
     counts = {"train": 0, "heldout": 0}
     for split in counts:
         (out / split).mkdir(parents=True, exist_ok=True)
@@ -30,10 +34,8 @@ def photo_tiles(photos: Path, out: Path) -> dict[str, int]:
                 tile = photo.crop((left, top, left + SIZE, top + SIZE))
                 tile.save(out / split / f"{file.stem}_{top}_{left}.png")
                 counts[split] += 1
-    return counts
+    print(f"{counts} tiles in {out}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_dir():
-        sys.exit(f"{__doc__}\nphoto_tiles.py: expected the folder of photographs and a folder to make")
-    print(f"{photo_tiles(Path(sys.argv[1]), Path(sys.argv[2]))} tiles in {sys.argv[2]}")
+    typer.run(photo_tiles)

@@ -8,19 +8,20 @@ is of the typed graphs with every rounding written out: ONNX Runtime's CPU would
 what `--backend auto` takes on this machine, all bundles in turn.
 """
 
-import json
 import os
-import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tool_tables import EvalOptions, evaluated, write_results
 
+from ul_runtime.cli.options import with_options
 from ul_runtime.errors import UsageError, run_command
-from ul_runtime.machine import anonymous, commit, versions
+from ul_runtime.machine import origin
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -32,44 +33,29 @@ BATCH_SIZES = (1, 16)
 
 
 @app.command()
+@with_options
 def precisions(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="In float32 first.")],
     data: Annotated[str, typer.Option(metavar="SOURCE", help="Images, as for ul-eval.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where precisions.json and precisions.md go.")],
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images of ul-eval.")] = 1000,
+    options: EvalOptions,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of ul-eval.")] = 2,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Batches timed, of each size.")] = 7,
-    eval_option: Annotated[
-        list[str] | None, typer.Option(metavar="--X=Y", help="Of ul-eval, such as --features=pixels; repeatable.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all if not given.")] = None,
-    cache: Annotated[Path | None, typer.Option(metavar="DIR", help="Prepared images, as for ul-train.")] = None,
 ) -> None:
-    """Compare them, and write a table."""
+    """Put bundles of one model in several precisions side by side: size, parity, speed on this CPU and quality."""
     import ul_runtime
-    from ul_runtime import durable
-    from ul_train.sweep import option_words
 
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = options.threads or len(os.sched_getaffinity(0))
+    options = replace(options, threads=threads)
     pipelines = [ul_runtime.load(path, threads=threads) for path in bundles]
     check_same(bundles, pipelines)
-    ask = ["--images", str(images), "--seeds", str(seeds), *option_words({"--cache": cache, "--threads": threads})]
-    rows = [facts(pipeline) for pipeline in pipelines]
+    rows = [described(pipeline) for pipeline in pipelines]
     for row, speed in zip(rows, speeds(pipelines, repeats), strict=True):
         row["images_per_s"] = speed
     for row, pipeline in zip(rows, pipelines, strict=True):
-        row["quality"] = quality(pipeline.bundle.path, data, [*ask, *(eval_option or [])])
-    record = {
-        "command": anonymous("python tools/precisions.py", sys.argv[1:]),
-        "rows": rows,
-        "threads": threads,
-        "versions": versions(PACKAGES),
-        "commit": commit(),
-    }
-    durable.make_directory(out)
-    durable.write_json(out / "precisions.json", record)
-    durable.atomic_write(out / "precisions.md", markdown(record).encode())
-    print(markdown(record), end="")
+        row["quality"] = quality(pipeline.bundle.path, data, options.words(seeds))
+    record = {"rows": rows, "threads": threads, **origin("python tools/precisions.py", PACKAGES)}
+    write_results(out, ("precisions.json", "precisions.md"), record, markdown(record))
 
 
 def check_same(paths: list[Path], pipelines: "list[Pipeline]") -> None:
@@ -84,7 +70,7 @@ def check_same(paths: list[Path], pipelines: "list[Pipeline]") -> None:
             raise UsageError(f"{path}: is not of the same weights as {paths[0]}")
 
 
-def facts(pipeline: "Pipeline") -> dict[str, Any]:
+def described(pipeline: "Pipeline") -> dict[str, Any]:
     """Precision, size, and the parity that ul-export measured."""
     from ul_runtime.backends import bundle_precision
 
@@ -126,15 +112,14 @@ def quality(path: Path, data: str, ask: list[str]) -> dict[str, Any]:
     from ul_export.precision.lower import HALF
     from ul_runtime.backends import bundle_precision
     from ul_runtime.bundle import Bundle
-    from ul_train.sweep import run_main
 
     bundle = Bundle.open(path)
     with tempfile.TemporaryDirectory() as folder:
         half = bundle_precision(bundle) in HALF
         if half:
             path = rounded_copy(bundle, Path(folder) / "rounded").path
-        said = run_main("ul_export.evaluation.cli", str(path), "--data", data, *ask, "--json")
-    return {"evaluated": "every rounding written out" if half else "as it is", **summary(json.loads(said))}
+        found = summary(evaluated(path, data, ask))
+    return {"evaluated": "every rounding written out" if half else "as it is", **found}
 
 
 def rounded_copy(bundle: "Bundle", out: Path) -> "Bundle":
@@ -154,33 +139,36 @@ def rounded_copy(bundle: "Bundle", out: Path) -> "Bundle":
 
 def markdown(record: dict[str, Any]) -> str:
     """The table and what it was made with."""
+    from ul_train.sweep import markdown_table
+
     sizes = record["rows"][0]["images_per_s"]
     columns = ["precision", "weights, MB", "least share of FLOPs", "pinned", "z_0 differs by at most", "images, dB"]
     columns += ["gFD", "rFD", "PSNR, dB", *(f"images/s, batch {size}" for size in sizes), "on this CPU by"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows = []
     for row in record["rows"]:
         computed, found = row["computed_by"], row["quality"]
-        cells = [
-            row["precision"],
-            f"{row['weights_mb']:.1f}",
-            f"{min(row['flops_share'].values()):.0%}" if row["flops_share"] else "",
-            str(row["pinned"]),
-            f"{row['z_0']:.2g}",
-            f"{row['image_psnr_db']:.0f}",
-            f"{found['gfd']:.2f} ± {found['gfd_spread']:.2f}",
-            f"{found['rfd']:.2f}",
-            f"{found['psnr_db']:.2f}",
-            *(f"{speed:.2f}" for speed in row["images_per_s"].values()),
-            f"{computed['backend']}, {computed['precision']}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(
+            [
+                row["precision"],
+                f"{row['weights_mb']:.1f}",
+                f"{min(row['flops_share'].values()):.0%}" if row["flops_share"] else "",
+                str(row["pinned"]),
+                f"{row['z_0']:.2g}",
+                f"{row['image_psnr_db']:.0f}",
+                f"{found['gfd']:.2f} ± {found['gfd_spread']:.2f}",
+                f"{found['rfd']:.2f}",
+                f"{found['psnr_db']:.2f}",
+                *(f"{speed:.2f}" for speed in row["images_per_s"].values()),
+                f"{computed['backend']}, {computed['precision']}",
+            ]
+        )
     first = record["rows"][0]["quality"]
     how = (
-        f"z_0 and images: of fp32 against torch, of the others against fp32, the worst of all batches of the proof. "
+        f"z_0 and images: of fp32 against torch, of the others against fp32, the worst of all batches of the check. "
         f"gFD and rFD: Frechet distance of {first['count']} samples and reconstructions, {first['space']} features; of "
         f"real images: {first['gfd_real']:.2f}. {record['threads']} threads."
     )
-    return "\n".join([*lines, "", how, "", f"`{record['command']}`", ""])
+    return "\n".join([*markdown_table(columns, rows), "", how, "", f"`{record['command']}`", ""])
 
 
 if __name__ == "__main__":

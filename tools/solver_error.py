@@ -9,16 +9,16 @@ Bundle: deterministic samplers against a run of many steps from the same noise: 
 Without a BUNDLE: the exact model alone.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tool_tables import write_results
 
 from ul_runtime.errors import NonFiniteError, UsageError, run_command
-from ul_runtime.machine import anonymous, commit, versions
+from ul_runtime.machine import origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,11 +56,9 @@ def solver_error(
 ) -> None:
     """Measure the error of every sampler for these numbers of calls."""
     import ul_runtime
-    from ul_runtime import durable
 
     counts = parse_calls(calls)
-    command = anonymous("python tools/solver_error.py", sys.argv[1:])
-    record: dict[str, Any] = {"command": command, "seed": seed, "exact_grid": grid or "mix"}
+    record: dict[str, Any] = {"seed": seed, "exact_grid": grid or "mix"}
     pipeline = None if bundle is None else ul_runtime.load(bundle, threads=threads)
     figures = list(exact_figures(counts, record["exact_grid"], seed))
     if pipeline is not None:
@@ -70,12 +68,8 @@ def solver_error(
         record["settings"] = {key: value for key, value in settings.as_dict().items() if key in asked}
         record["reference"] = f"{reference_steps} steps of {REFERENCE}"
         figures += bundle_figures(pipeline, settings, counts, images, seed, reference_steps)
-    record |= {"figures": figures, "versions": versions(PACKAGES), "commit": commit()}
-    durable.make_directory(out)
-    durable.write_json(out / "results.json", record)
-    durable.atomic_write(out / "table.md", table(record).encode())
-    durable.atomic_write(out / "plot.png", plot(record))
-    print(table(record), end="")
+    record |= {"figures": figures, **origin("python tools/solver_error.py", PACKAGES)}
+    write_results(out, ("results.json", "table.md", "plot.png"), record, table(record), plot(record))
 
 
 def parse_calls(text: str) -> list[int]:
@@ -202,20 +196,21 @@ def panels(record: dict[str, Any], key: str) -> dict[str, dict[str, dict[int, fl
 
 def table(record: dict[str, Any]) -> str:
     """Markdown: a table a panel, a row a sampler, a column a number of calls."""
+    from ul_train.sweep import markdown_table
+
     lines: list[str] = []
     for panel, samplers in panels(record, "at_most").items():
         reference = samplers.pop("reference", {})
-        lines += ["| " + " | ".join([PANELS[panel], *(f"{count} calls" for count in samplers[REFERENCE])]) + " |"]
-        lines += ["|" + "---|" * (len(samplers[REFERENCE]) + 1)]
-        for sampler, errors in samplers.items():
-            lines.append("| " + " | ".join([sampler, *(f"{error:.2g}" for error in errors.values())]) + " |")
+        columns = [PANELS[panel], *(f"{count} calls" for count in samplers[REFERENCE])]
+        rows = ([sampler, *(f"{error:.2g}" for error in errors.values())] for sampler, errors in samplers.items())
+        lines += markdown_table(columns, rows)
         lines += ["", *(f"The reference with half its steps: {error:.2g}.\n" for error in reference.values())]
     how = f"{record['num_images']} images, against {record['reference']}. " if "bundle" in record else ""
     return "\n".join([*lines, f"{how}Seed {record['seed']}. `{record['command']}`", ""])
 
 
 def plot(record: dict[str, Any]) -> bytes:
-    """PNG: error over calls, one picture a panel, both axes logarithmic."""
+    """PNG: error over calls, one plot a panel, both axes logarithmic."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,12 @@ from ul_train.run import Run
 def option_words(given: Mapping[str, object]) -> list[str]:
     """The options that are given, and their values, as words of a command."""
     return [str(word) for name, value in given.items() if value is not None for word in (name, value)]
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
 
 
 def run_main(module: str, *words: str, name: str | None = None) -> str:
@@ -172,11 +178,11 @@ def _by_rate(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def sweep_table(record: dict[str, Any]) -> str:
     """Markdown, one row a loss factor, in the order of rate."""
-    lines = ["| " + " | ".join(_COLUMNS.values()) + " |", "|" + "---|" * len(_COLUMNS)]
+    rows = []
     for row in _by_rate(record):
         cells = [f"{row['loss_factor']:g}", f"{row['bits_per_pixel']:.4f}"]
-        cells += [f"{row[name]:.2f}" if row.get(name) is not None else "" for name in list(_COLUMNS)[2:]]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells + [f"{row[name]:.2f}" if row.get(name) is not None else "" for name in list(_COLUMNS)[2:]])
+    lines = markdown_table(list(_COLUMNS.values()), rows)
     first = record["figures"][0]
     how = f"{first['num_images']} held-out images, {first['decoder_steps']} decoder steps, mean of {first['mean_of']}"
     return "\n".join([*lines, "", f"{how}, seed {record['config']['seed']}. `{record['command']}`", ""])
