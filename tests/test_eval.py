@@ -157,7 +157,7 @@ def test_the_same_command_gives_the_same_figures(command, results, bundle, own, 
         assert other[part] != perfect[part]  # the control
 
 
-def test_people_get_a_table_and_a_page_with_its_pictures_inside(command, bundle, own, tmp_path):
+def test_people_get_a_table_and_a_page_with_its_images_inside(command, bundle, own, tmp_path):
     out = tmp_path / "evaluation"
     result = command(main, bundle, *own, *QUICK, "--features", "classifier", "--classifier-steps", 5, "--out", out)
     assert result.code == 0, result

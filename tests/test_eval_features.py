@@ -198,7 +198,7 @@ def test_packaged_weights_of_other_bytes_are_never_unpickled(tmp_path, monkeypat
         packaged_weights("no_weights", "w.pth", right, "eval")
 
 
-def test_efficientnet_sees_more_in_a_picture_than_in_grey_and_takes_grey_as_three_equal_channels():
+def test_efficientnet_sees_more_in_an_image_than_in_grey_and_takes_grey_as_three_equal_channels():
     found = space(module.EFFICIENTNET)
     x = np.random.default_rng(0).uniform(-1, 1, (2, 1, 16, 16)).astype(np.float32)
     features = found.extract(x)

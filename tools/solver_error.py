@@ -122,7 +122,7 @@ def exact_figures(counts: list[int], grid: str, seed: int) -> Iterator[dict[str,
     draw = np.random.default_rng(seed)
     quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / NUM_POINTS) for i in range(NUM_POINTS)])
 
-    def walk(sampler: str, steps: int) -> tuple[int, np.ndarray]:
+    def sample(sampler: str, steps: int) -> tuple[int, np.ndarray]:
         table = sampler_table(sampler, grid, steps, logsnr_min=-10.0, logsnr_max=5.0, ends_clean=False)
         z, pred_1, pred_2 = quantiles, np.zeros(NUM_POINTS), np.zeros(NUM_POINTS)
         for row in table:
@@ -132,10 +132,10 @@ def exact_figures(counts: list[int], grid: str, seed: int) -> Iterator[dict[str,
             pred_1, pred_2 = pred, pred_1
         return len(table), np.sort(z)
 
-    _, exact = walk(REFERENCE, EXACT_STEPS)
+    _, exact = sample(REFERENCE, EXACT_STEPS)
     for sampler in (*DETERMINISTIC, *STOCHASTIC):
         for count in counts:
-            calls, z_0 = walk(sampler, num_steps(sampler, count))
+            calls, z_0 = sample(sampler, num_steps(sampler, count))
             yield figure("exact", sampler, count, calls, float(np.sqrt(np.mean((z_0 - exact) ** 2))))
 
 

@@ -2,7 +2,7 @@
 
 torch          eager, behind the project's own loop
 torch-compile  compiled by inductor with frozen weights, for each batch size anew, behind the same loop
-torch-loop     eager, and the loop that a user of the networks would write: a further loop on purpose, as the rival
+torch-loop     eager, and the loop that a user of the networks would write: another implementation, on purpose
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""How good a bundle's pictures are: samples and reconstructions against real images, each figure beside its floor."""
+"""How good a bundle's images are: samples and reconstructions against real images, each figure beside its floor."""
