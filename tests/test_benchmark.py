@@ -10,7 +10,7 @@ import pytest
 
 from ul_export.bench import measure
 from ul_export.bench.measure import Runner, add_shares, in_turn, measure_runners, num_turns, pipeline_runner
-from ul_runtime.backends import Backend
+from ul_runtime.backends import Backend, HostBackend
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import StoppedError, ULError
@@ -31,10 +31,10 @@ def work(bundle: Bundle) -> measure.Work:
 
 
 def runner(bundle: Bundle, name: str, backend: Backend | None = None) -> Runner:
-    return pipeline_runner(name, bundle, backend or open_backend("ort-cpu", bundle, threads=1), OVERRIDES)
+    return pipeline_runner(name, bundle.manifest, backend or open_backend("ort-cpu", bundle, threads=1), OVERRIDES)
 
 
-class Wrong:
+class Wrong(HostBackend):
     """ONNX Runtime with 0.5 added to every prediction."""
 
     name, precision = "wrong", "bf16"

@@ -1,6 +1,5 @@
 """The loop on a device equals the loop on the host, byte for byte, captured or not: here over ONNX Runtime's CPU."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import onnxruntime
 import pytest
 from exported_run import PLAIN, exported_run
 from host_memory import HostMemory
+from mixed_batch import MIXED, draw
 from pixels_graph import pixels_onnx
 from safetensors.numpy import load, save
 
@@ -18,13 +18,12 @@ from ul_runtime.backends.gpu import Scratch
 from ul_runtime.backends.gpu_loop import bucket_of
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
-from ul_runtime.batches import Drawn, in_batches
+from ul_runtime.batches import Images, in_batches
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, StoppedError, ULError, UsageError
 from ul_runtime.images import to_uint8
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.progress import Control
 
 # what is drawn -> overrides of the bundle's settings
 LOOPS = {
@@ -47,7 +46,12 @@ def device(path: Path, memory: HostMemory, *, captured: bool = True) -> Pipeline
     if captured:
         backend.loop.bind = memory.recording(backend.loop.bind)
     backend.said = said  # type: ignore[attr-defined]
-    return Pipeline(Bundle.open(path), backend)
+    return Pipeline(Bundle.open(path).manifest, backend)
+
+
+def on_host(path: Path) -> Pipeline:
+    opened = Bundle.open(path)
+    return Pipeline(opened.manifest, OrtCpuBackend(opened, threads=1))
 
 
 def pictures(pipeline: Pipeline, images: object = 5, **options: object) -> np.ndarray:
@@ -58,7 +62,7 @@ def pictures(pipeline: Pipeline, images: object = 5, **options: object) -> np.nd
 @pytest.mark.parametrize("name", LOOPS)
 def test_pictures_are_those_of_the_host_byte_for_byte(bundle, name, captured):
     memory = HostMemory()
-    host = Pipeline(Bundle.open(bundle), OrtCpuBackend(Bundle.open(bundle), threads=1))
+    host = on_host(bundle)
     for images, batch_size in ((5, 3), ([7, 2], 2), (1, 1)):
         options = {"seed": 4, "labels": [1, 2, "none"], "batch_size": batch_size, **LOOPS[name]}
         expected = pictures(host, images, **options)
@@ -69,7 +73,7 @@ def test_pictures_are_those_of_the_host_byte_for_byte(bundle, name, captured):
 
 @pytest.mark.parametrize("captured", [True, False])
 def test_the_device_makes_the_hosts_pictures_in_uint8_itself(bundle, captured):
-    host = Pipeline(Bundle.open(bundle), OrtCpuBackend(Bundle.open(bundle), threads=1))
+    host = on_host(bundle)
     memory = HostMemory()
     there = device(bundle, memory, captured=captured)
     for _ in range(3):
@@ -134,8 +138,8 @@ def guided(bundle: Path, lesser: Path, memory: HostMemory, other: HostMemory, **
 @pytest.mark.parametrize("captured", [True, False])
 def test_a_guide_on_the_same_device_is_asked_there_and_pictures_are_the_hosts(bundle, lesser, captured):
     host, there = (Bundle.open(path) for path in (bundle, lesser))
-    guide = Pipeline(there, OrtCpuBackend(there, threads=1))
-    expected = pictures(Pipeline(host, OrtCpuBackend(host, threads=1), guide), 5, batch_size=3, **GUIDED)
+    guide = Pipeline(there.manifest, OrtCpuBackend(there, threads=1))
+    expected = pictures(Pipeline(host.manifest, OrtCpuBackend(host, threads=1), guide), 5, batch_size=3, **GUIDED)
     assert np.abs(expected - pictures(device(bundle, HostMemory()), 5, batch_size=3, **GUIDED)).max() > 1e-3
     memory = HostMemory()
     pipeline = guided(bundle, lesser, memory, memory, captured=captured)
@@ -156,8 +160,20 @@ def test_where_memory_is_short_a_guides_steps_are_released_as_well(bundle, lesse
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_images_at_different_steps_of_different_tables_are_the_hosts_byte_for_byte(bundle, captured):
+    host, there = on_host(bundle), device(bundle, HostMemory(), captured=captured)
+    expected = [draw(host, [each]) for each in MIXED]
+    for _ in range(2):
+        for k, states in enumerate(draw(there, MIXED)):
+            assert states.tobytes() == np.concatenate([alone[k] for alone in expected]).tobytes()
+    others = draw(there, [MIXED[1], *MIXED[1:]])[1]  # negative control
+    assert others[0].tobytes() != expected[0][1].tobytes()
+    assert others[1:].tobytes() == np.concatenate([alone[1] for alone in expected[1:]]).tobytes()
+
+
 def test_encoder_and_bits_are_those_of_the_host(bundle):
-    host = Pipeline(Bundle.open(bundle), OrtCpuBackend(Bundle.open(bundle), threads=1))
+    host = on_host(bundle)
     there = device(bundle, HostMemory())
     x = np.random.default_rng(0).uniform(-1, 1, (3, *host.image_shape)).astype(np.float32)
     expected = host.encode(x)
@@ -274,17 +290,20 @@ def test_tables_that_do_not_fit_release_the_steps_of_the_larger_batch(bundle):
 def test_images_made_again_in_float32_are_so_in_pieces_where_memory_is_short():
     calls = []
 
-    def draw(in_float32: bool, part: np.ndarray, batch: int) -> Drawn:
-        calls.append((in_float32, part.tolist()))
-        if in_float32 and len(part) > 2:
-            raise OutOfMemoryError("no memory left")
-        images = np.full((len(part), 1, 1, 1), part.reshape(-1, 1, 1, 1), np.uint8)
-        return Drawn(part, images, np.full(len(part), in_float32), None)
+    def images(part: np.ndarray, finite: bool) -> Images:
+        pixels = np.full((len(part), 1, 1, 1), part.reshape(-1, 1, 1, 1), np.uint8)
+        return Images(part, part, pixels, np.full(len(part), finite), np.zeros(len(part), bool))
 
-    remade: list[int] = []
-    (batch,) = in_batches(np.arange(5), 5, draw, True, remade)
-    assert batch.images.ravel().tolist() == batch.indices.tolist() == remade == [0, 1, 2, 3, 4]
-    assert calls[1:] == [(True, [0, 1, 2, 3, 4]), (True, [0, 1, 2]), (True, [0, 1]), (True, [2]), (True, [3, 4])]
+    def again(part: np.ndarray, batch: int) -> Images:
+        calls.append(part.tolist())
+        if len(part) > 2:
+            raise OutOfMemoryError("no memory left")
+        return images(part, finite=True)
+
+    (batch,) = in_batches(5, 5, lambda part, batch: images(part, finite=False), again)
+    assert batch.images.ravel().tolist() == batch.indices.tolist() == [0, 1, 2, 3, 4]
+    assert batch.in_float32.all()
+    assert calls == [[0, 1, 2, 3, 4], [0, 1, 2], [0, 1], [2], [3, 4]]
 
 
 def test_two_threads_can_share_a_pipeline(bundle):
@@ -353,9 +372,16 @@ def test_a_stop_ends_the_loop_and_gives_its_table_back(bundle):
     pictures(pipeline, 2, steps=6)
     before = set(memory.held)
     done: list[float] = []
-    stop: Callable[[], bool] = lambda: len(done) >= 3  # noqa: E731
-    with pytest.raises(StoppedError, match="stopped before step 4 of 6"):
-        pictures(pipeline, 2, steps=6, control=Control(stop, done.append))
+
+    def tick(amount: float) -> None:
+        if len(done) == 3:
+            raise StoppedError("stopped")
+        if amount:
+            done.append(amount)
+
+    with pytest.raises(StoppedError):
+        pictures(pipeline, 2, steps=6, tick=tick)
+    assert len(done) == 3
     assert set(memory.held) == before
 
 

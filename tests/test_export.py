@@ -104,7 +104,7 @@ def test_images_equal_those_of_torch_along_the_whole_path(exported, sampler, gui
     bundle = Bundle.open(exported.bundle)
     settings = sampler | (guidance if bundle.manifest.classes else {})
     batches = [
-        list(Pipeline(bundle, backend).generate(10, seed=5, batch_size=7, **settings))
+        list(Pipeline(bundle.manifest, backend).generate(10, seed=5, batch_size=7, **settings))
         for backend in (OrtCpuBackend(bundle, threads=1), exported.torch_backend())
     ]
     ours, theirs = (np.concatenate([batch.images for batch in side]).astype(int) for side in batches)

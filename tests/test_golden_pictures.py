@@ -77,7 +77,7 @@ def load(guide: Path | str | None = None) -> Any:
 
 def write_lesser(folder: Path) -> Path:
     """The shipped bundle with a worse prior: its matrices are shrunk."""
-    shutil.copytree(load().bundle.path, folder)
+    shutil.copytree(load().path, folder)
     weights = load_file(folder / "prior.safetensors")
     worse = {name: (array * (0.9 if array.ndim > 1 else 1.0)).astype(array.dtype) for name, array in weights.items()}
     (folder / "prior.safetensors").write_bytes(data := save(worse))

@@ -54,7 +54,7 @@ def pictures(pipeline: Pipeline, images: Any = 4, **options: Any) -> np.ndarray:
 
 def test_pictures_are_those_of_the_cpu_within_the_published_tolerance(pipeline, bundle):
     opened = Bundle.open(bundle)
-    host = Pipeline(opened, open_backend("ort-cpu", opened))
+    host = Pipeline(opened.manifest, open_backend("ort-cpu", opened))
     for options in (GUIDED, {"steps": 4, "sampler": "sa2"}, {"steps": 4, "decoder_sampler": "ancestral"}):
         for batch_size in (1, 3, 16):
             expected = pictures(host, 5, batch_size=batch_size, **options)
@@ -146,9 +146,10 @@ def test_a_guide_is_asked_on_the_card(exported, pipeline):
     where = exported.run if pipeline.backend.name == "torch" else exported.bundle
     guided = ul_runtime.load(where, guide=where, backend=pipeline.backend.name, device=0)
     assert guided.guide is not None
-    assert guided.backend.can_ask(guided.guide.backend)  # type: ignore[attr-defined]
+    assert guided.backend.shares_order(guided.guide.backend)  # type: ignore[attr-defined]
     opened = Bundle.open(exported.bundle)
-    host = Pipeline(opened, open_backend("ort-cpu", opened), Pipeline(opened, open_backend("ort-cpu", opened)))
+    guide = Pipeline(opened.manifest, open_backend("ort-cpu", opened))
+    host = Pipeline(opened.manifest, open_backend("ort-cpu", opened), guide)
     assert image_psnr_db(pictures(host, **GUIDED), pictures(guided, **GUIDED)) > FP32.least_psnr_db
 
 

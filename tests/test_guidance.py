@@ -13,6 +13,7 @@ from PIL import Image
 
 import ul_runtime
 from ul_runtime import noise
+from ul_runtime.backends import HostBackend
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.cli.generate import main
 from ul_runtime.errors import BadInputError, UsageError
@@ -135,7 +136,7 @@ def test_a_bundle_that_guides_itself_is_unguided(analytic_bundle, plain):
 # --- what is computed, and what is not
 
 
-class Recorder:
+class Recorder(HostBackend):
     """A backend that keeps the inputs of every prior step."""
 
     name, precision, threads = "recorder", "fp32", None
@@ -151,7 +152,7 @@ class Recorder:
 
 def recorded(pipeline: Pipeline) -> tuple[Pipeline, Recorder, Recorder]:
     main_, guide_ = Recorder(pipeline.backend), Recorder(pipeline.guide.backend)
-    return Pipeline(pipeline.bundle, main_, Pipeline(pipeline.guide.bundle, guide_)), main_, guide_
+    return Pipeline(pipeline.manifest, main_, Pipeline(pipeline.guide.manifest, guide_)), main_, guide_
 
 
 def test_the_guide_runs_inside_the_interval_only_and_the_main_network_once_a_step(guided):

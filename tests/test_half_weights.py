@@ -74,7 +74,7 @@ def test_pictures_that_rounding_would_change_too_much_are_refused(tmp_path):
     pipelines = {}
     for std in (0.5, 0.501, 0.6):
         bundle = write_analytic_bundle(tmp_path / f"{std}", latent_std=std)
-        pipelines[std] = Pipeline(bundle, OrtCpuBackend(bundle, threads=1))
+        pipelines[std] = Pipeline(bundle.manifest, OrtCpuBackend(bundle, threads=1))
     assert effect_of_rounding(pipelines[0.5], pipelines[0.5])["image_psnr_db"] == 200.0
     assert 50 < effect_of_rounding(pipelines[0.5], pipelines[0.501])["image_psnr_db"] < 80
     with pytest.raises(BadInputError, match="dB of those by exact weights, at least 35 is asked for"):

@@ -10,6 +10,7 @@ from random_bundle import write_random_bundle
 from tool_module import load_tool
 
 import ul_runtime
+from ul_runtime.backends import HostBackend
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import UsageError, run_command
 from ul_runtime.pipeline import Pipeline
@@ -65,7 +66,7 @@ def test_the_files_of_the_real_networks_are_the_same_at_any_batch_size(command, 
     assert trees[0] == trees[1]
 
 
-class Sloppy:
+class Sloppy(HostBackend):
     """A backend whose decoder is off in the last bit of one value, in the second row of any batch."""
 
     name, precision, threads = "sloppy", "fp32", None
@@ -83,7 +84,7 @@ class Sloppy:
 
 def test_the_comparison_finds_the_last_bit_of_one_value_and_says_where(tool, analytic_bundle):
     pipeline = ul_runtime.load(analytic_bundle, threads=1)
-    broken = Pipeline(pipeline.bundle, Sloppy(pipeline.backend))
+    broken = Pipeline(pipeline.manifest, Sloppy(pipeline.backend))
     result = tool.measure([broken, broken], (1, 1), (1, 3), 0, SHORT)
     assert result["equal"] is False
     assert [case["differing"] for case in result["cases"]] == [0, 3, 0, 3]
@@ -106,7 +107,7 @@ def test_the_tool_prints_one_json_line_and_fails_where_bytes_differ(tool, comman
 
     def load_sloppy(*args, **kwargs):
         pipeline = load(*args, **kwargs)
-        return Pipeline(pipeline.bundle, Sloppy(pipeline.backend))
+        return Pipeline(pipeline.manifest, Sloppy(pipeline.backend))
 
     monkeypatch.setattr(ul_runtime, "load", load_sloppy)
     result = command(main, *arguments)

@@ -54,13 +54,13 @@ def opened(bundle: Bundle, precision: str = "fp32", threads: int = 1) -> OpenVin
 
 def images(bundle: Bundle, backend: Backend, num: int = 5, **settings: Any) -> np.ndarray:
     """x of the first images."""
-    return np.concatenate([batch.x for batch in Pipeline(bundle, backend).generate(num, **settings)])
+    return np.concatenate([batch.x for batch in Pipeline(bundle.manifest, backend).generate(num, **settings)])
 
 
 def recorded(bundle: Bundle) -> Iterator[tuple[Any, dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """The graph calls of ONNX Runtime on a real path, and one of the encoder."""
     recorder = Recorder(open_backend("ort-cpu", bundle, threads=1))
-    pipeline = Pipeline(bundle, recorder)
+    pipeline = Pipeline(bundle.manifest, recorder)
     list(pipeline.generate(3))
     pipeline.encode(np.random.default_rng(0).uniform(-1, 1, (3, *pipeline.image_shape)).astype(np.float32))
     yield from recorder.calls
@@ -123,7 +123,7 @@ def test_an_image_is_the_same_bytes_at_any_batch_size_and_position(
     other = opened(exported_bundle, precision)
     for batch_size in (1, 3, 5):
         assert np.array_equal(images(exported_bundle, other, 8, batch_size=batch_size, **settings), expected)
-    few = [batch.x for batch in Pipeline(exported_bundle, other).generate([6, 1, 3], **settings)]
+    few = [batch.x for batch in Pipeline(exported_bundle.manifest, other).generate([6, 1, 3], **settings)]
     assert np.array_equal(np.concatenate(few), expected[[6, 1, 3]])
 
 
@@ -158,7 +158,7 @@ def test_a_batch_size_is_compiled_once_for_its_power_of_two(analytic_bundle: Pat
 
 def test_auto_takes_openvino_only_for_a_precision_that_the_bundle_does_not_have(analytic_bundle: Path) -> None:
     bundle = Bundle.open(analytic_bundle)
-    assert [choose_backend(bundle, precision)[0] for precision in (None, "fp32", "bf16")] == [
+    assert [choose_backend(bundle.manifest, precision)[0] for precision in (None, "fp32", "bf16")] == [
         "ort-cpu",
         "ort-cpu",
         "openvino",
@@ -179,19 +179,20 @@ def test_auto_computes_a_bundle_in_bf16_natively_only_where_that_was_proved(
 ) -> None:
     bundle = Bundle.open(analytic_bundle)
     proved, unproved = in_bf16(bundle, {"openvino": {"versions": {}}}), in_bf16(bundle, {"pinned": {}})
-    assert choose_backend(proved, None) == ("openvino", "bf16", "computes in bf16 as ul-export proved the bundle")
+    proof = ("openvino", "bf16", "computes in bf16 as ul-export proved the bundle")
+    assert choose_backend(proved.manifest, None) == proof
     backend = open_backend("auto", proved, threads=1)
     assert (backend.name, backend.precision) == ("openvino", "bf16")
     assert backend.run("encoder", {"x": X})["z_clean"].shape == (len(X), 4, 4, 4)
     backend = open_backend("auto", unproved, threads=1)
     assert (backend.name, backend.precision) == ("ort-cpu", "fp32")
-    assert choose_backend(unproved, None).why.endswith("weights: ul-export did not prove it on OpenVINO")
-    assert choose_backend(proved, "fp32")[:2] == ("ort-cpu", "fp32")
+    assert choose_backend(unproved.manifest, None).why.endswith("weights: ul-export did not prove it on OpenVINO")
+    assert choose_backend(proved.manifest, "fp32")[:2] == ("ort-cpu", "fp32")
     monkeypatch.setattr(module, "has_bf16", lambda: False)
-    assert choose_backend(proved, None)[:2] == ("ort-cpu", None)
-    assert "this processor has no bfloat16" in choose_backend(proved, None).why
+    assert choose_backend(proved.manifest, None)[:2] == ("ort-cpu", None)
+    assert "this processor has no bfloat16" in choose_backend(proved.manifest, None).why
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert "openvino is not installed; pip install" in choose_backend(proved, None).why
+    assert "openvino is not installed; pip install" in choose_backend(proved.manifest, None).why
 
 
 def test_provenance_says_backend_threads_and_precision(command: Runner, analytic_bundle: Path, tmp_path: Path) -> None:

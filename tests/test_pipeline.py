@@ -1,20 +1,22 @@
 """The pipeline over a real ONNX bundle whose networks are exact."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from analytic_bundle import MEANS, write_analytic_bundle
 from exact_denoisers import gaussian_mean, walk
+from mixed_batch import MIXED, draw
 
 import ul_runtime
 from ul_runtime import noise
+from ul_runtime.backends import HostBackend
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
 from ul_runtime.images import to_uint8
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.progress import Control
 from ul_runtime.samplers import B_0, SAMPLERS
 
 NO_MEAN = np.zeros((4, 4))
@@ -117,7 +119,7 @@ def test_labels_by_name_number_and_none(pipeline, labels, expected):
     assert made(pipeline, 3, labels=labels)[1].tolist() == expected
 
 
-class Recorder:
+class Recorder(HostBackend):
     """A backend that notes the shape of `label` for each prior step."""
 
     name, precision, threads = "recorder", "fp32", None
@@ -133,7 +135,7 @@ class Recorder:
 
 def test_guidance_runs_two_branches_inside_its_interval_and_one_elsewhere(pipeline):
     recorder = Recorder(pipeline.backend)
-    made(Pipeline(pipeline.bundle, recorder), 1, labels="green", guidance=2.5, guidance_interval=(-3.0, 1.5), steps=8)
+    made(Pipeline(pipeline.manifest, recorder), 1, labels="green", guidance=2.5, guidance_interval=(-3.0, 1.5), steps=8)
     assert len(recorder.calls) == 8
     for logsnr, label, weight in recorder.calls:
         inside = -3.0 <= logsnr <= 1.5
@@ -143,7 +145,7 @@ def test_guidance_runs_two_branches_inside_its_interval_and_one_elsewhere(pipeli
 @pytest.mark.parametrize("settings", [{"guidance": 1.0}, {"guidance": 3.0, "labels": "none"}])
 def test_without_guidance_or_label_every_step_has_one_branch(pipeline, settings):
     recorder = Recorder(pipeline.backend)
-    made(Pipeline(pipeline.bundle, recorder), 1, **settings)
+    made(Pipeline(pipeline.manifest, recorder), 1, **settings)
     assert {len(label[0]) for _, label, _ in recorder.calls} == {1}
 
 
@@ -213,7 +215,7 @@ def test_a_latent_that_is_not_finite_is_not_decoded_to_an_image(pipeline):
                 out["z_next"][0] = np.inf
             return out
 
-    batches = Pipeline(pipeline.bundle, Broken(pipeline.backend)).generate(2)
+    batches = Pipeline(pipeline.manifest, Broken(pipeline.backend)).generate(2)
     assert next(batches).indices.tolist() == [1]
     with pytest.raises(NonFiniteError, match="1 of 2"):
         next(batches)
@@ -237,11 +239,11 @@ def test_images_that_are_not_finite_are_made_again_in_float32_and_these_alone(pi
         opened.append(Recorder(pipeline.backend))
         return opened[-1]
 
-    half = Pipeline(pipeline.bundle, Overflowing(pipeline.backend), exact=exact)
-    given, expected = made(half, 6, batch_size=batch_size), made(pipeline, 6, batch_size=batch_size)
-    for one, other in zip(given, expected, strict=True):
-        assert np.array_equal(one, other)
-    assert half.remade == [2, 5]
+    half = Pipeline(pipeline.manifest, Overflowing(pipeline.backend), exact=exact)
+    batches, expected = list(half.generate(6, batch_size=batch_size)), made(pipeline, 6, batch_size=batch_size)
+    for part, other in zip(("indices", "labels", "images"), expected, strict=True):
+        assert np.array_equal(np.concatenate([getattr(batch, part) for batch in batches]), other)
+    assert [index for batch in batches for index in batch.indices[batch.in_float32]] == [2, 5]
     (recorder,) = opened
     assert {branches[0] for _, label, _ in recorder.calls for branches in label} == {2}
 
@@ -250,21 +252,27 @@ def test_without_float32_or_not_finite_there_either_they_are_named(pipeline):
     def overflowing():
         return Overflowing(pipeline.backend)
 
-    for half in (Pipeline(pipeline.bundle, overflowing()), Pipeline(pipeline.bundle, overflowing(), exact=overflowing)):
+    for exact in (None, overflowing):
+        half = Pipeline(pipeline.manifest, overflowing(), exact=exact)
         with pytest.raises(NonFiniteError, match=r"2 of 6 images .* 2, 5"):
             list(half.generate(6))
+
+
+def stopped(amount: float) -> None:
+    assert amount == 0, "looked before the first call of a graph"
+    raise StoppedError("stopped")
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp2m", "heun"])
 def test_stop_is_prompt_and_progress_adds_up_to_the_images(pipeline, sampler):
     total, settings = [], {"sampler": sampler, "decoder_sampler": sampler, "steps": 3, "decoder_steps": 2}
-    list(pipeline.generate(5, batch_size=2, control=Control(progress=total.append), **settings))
+    list(pipeline.generate(5, batch_size=2, tick=total.append, **settings))
     assert sum(total) == pytest.approx(5)
     total.clear()
-    list(pipeline.decode(np.zeros((5, *pipeline.latent_shape)), control=Control(progress=total.append), **settings))
+    list(pipeline.decode(np.zeros((5, *pipeline.latent_shape)), tick=total.append, **settings))
     assert sum(total) == pytest.approx(5)
     with pytest.raises(StoppedError):
-        list(pipeline.generate(5, control=Control(stop=lambda: True)))
+        list(pipeline.generate(5, tick=stopped))
 
 
 def test_float_to_uint8_is_round_of_x_plus_1_times_127_5():
@@ -317,3 +325,30 @@ def test_a_bundle_without_classes_takes_no_label_and_no_guidance(tmp_path):
         pipeline.generate(1, labels=0)
     with pytest.raises(UsageError, match="the bundle has none"):
         pipeline.generate(1, guidance=2.0)
+
+
+def test_images_at_different_steps_of_different_tables_are_those_that_each_is_alone(pipeline):
+    batch = draw(pipeline, MIXED)
+    for i, wanted in enumerate(MIXED):
+        for together, alone in zip(batch, draw(pipeline, [wanted]), strict=True):
+            assert together[i].tobytes() == alone[0].tobytes(), wanted
+    again = draw(pipeline, MIXED[::-1])
+    assert all(one[::-1].tobytes() == other.tobytes() for one, other in zip(again, batch, strict=True))
+
+
+@pytest.mark.parametrize("change", [{"steps": 6}, {"sampler": "ab2"}, {"guidance": 2.5}, {"decoder_steps": 3}])
+def test_what_one_image_of_a_batch_asks_changes_that_image_alone(pipeline, change):
+    """The control of the test above."""
+    first, *others = MIXED
+    before, after = (
+        draw(pipeline, [each, *others])[1] for each in (first, replace(first, overrides=first.overrides | change))
+    )
+    assert np.abs(before[0] - after[0]).max() > 1e-4
+    assert before[1:].tobytes() == after[1:].tobytes()
+
+
+def test_an_image_of_a_mixed_batch_is_that_of_generate(pipeline):
+    batch, names = draw(pipeline, MIXED)[1], ["red", "green", "blue", "none"]
+    for i, each in enumerate(MIXED):
+        (alone,) = pipeline.generate([each.index], seed=each.seed, labels=names[each.label], **each.overrides)
+        assert alone.x[0].tobytes() == batch[i].tobytes()

@@ -259,7 +259,7 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
 def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, command, tmp_path):
     out = tmp_path / "bundle"
     assert command(main, plain.run, "--fp16", "--out", out, "--calibrate", plain.run.parent / "images.npz").code == 0
-    assert choose_backend(Bundle.open(out), None) == (
+    assert choose_backend(Bundle.open(out).manifest, None) == (
         *("ort-cpu", None, "computes in fp32 with the fp16 bundle's weights"),
     )
     made = command(generate, out, "--out", tmp_path / "samples", "--num-images", 2)

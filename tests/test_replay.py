@@ -269,8 +269,9 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands work on such a device."""
 
     def load(path, **_):
-        backend = Rounding(Bundle.open(path), HostMemory(), ["CPUExecutionProvider"], print)
-        return Pipeline(Bundle.open(path), backend)
+        bundle = Bundle.open(path)
+        backend = Rounding(bundle, HostMemory(), ["CPUExecutionProvider"], print)
+        return Pipeline(bundle.manifest, backend, path=bundle.path, hash=bundle.hash)
 
     monkeypatch.setattr("ul_runtime.loading.load", load)
 

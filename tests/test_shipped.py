@@ -33,8 +33,8 @@ def one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_is_found_by_name_and_when_nothing_is_given(one_model):
-    expected = ul_runtime.load("analytic").bundle.hash
-    assert ul_runtime.load().bundle.hash == expected
+    expected = ul_runtime.load("analytic").hash
+    assert ul_runtime.load().hash == expected
     with pytest.raises(UntrustedError, match="link"):
         Bundle.open(one_model)  # of an installer's hard links only those inside the package are taken
 
@@ -42,7 +42,7 @@ def test_a_model_is_found_by_name_and_when_nothing_is_given(one_model):
 def test_a_folder_goes_before_a_model_of_its_name(one_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     other = write_analytic_bundle(tmp_path / "analytic", latent_std=0.3)
-    assert ul_runtime.load("analytic").bundle.hash == other.hash != ul_runtime.load().bundle.hash
+    assert ul_runtime.load("analytic").hash == other.hash != ul_runtime.load().hash
 
 
 def test_a_name_that_does_not_ship_is_refused_with_those_that_do(one_model):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from exact_denoisers import gaussian_mean, gaussian_v, walk
+from given_steps import run_steps
 from torch import Tensor, nn
 from torch.export import Dim, export
 
 from ul_runtime.diffusion import alpha, sigma, x_from_v
-from ul_runtime.loop import run_steps
 from ul_runtime.samplers import B_0, B_1, B_2, SAMPLERS, A, S, sampler_table
 from ul_train.networks import DecoderUViT, LatentViT
 from ul_train.step_graphs import DecoderStep, PriorStep, clean_value, rescale_std, update

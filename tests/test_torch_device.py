@@ -44,7 +44,7 @@ def test_pictures_are_those_of_the_bundle(exported, options):
 
 def test_the_loop_on_the_device_is_the_hosts_byte_for_byte(exported):
     run = ul_runtime.load(exported.run, backend="torch", threads=1)
-    host = Pipeline(run.bundle, exported.torch_backend())
+    host = Pipeline(run.manifest, exported.torch_backend())
     for options in LOOPS:
         assert pictures(run, 4, **options).tobytes() == pictures(host, 4, **options).tobytes()
 
@@ -119,7 +119,7 @@ def test_memory_copies_rows_and_parts_and_a_processor_captures_nothing():
 
 def test_a_guides_prior_is_asked_on_the_device(exported):
     run = ul_runtime.load(exported.run, guide=exported.run, backend="torch", threads=1)
-    assert run.backend.can_ask(run.guide.backend)
+    assert run.backend.shares_order(run.guide.backend)
     options = {"steps": 5, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)}
-    host = Pipeline(run.bundle, exported.torch_backend(), Pipeline(run.bundle, exported.torch_backend()))
+    host = Pipeline(run.manifest, exported.torch_backend(), Pipeline(run.manifest, exported.torch_backend()))
     assert pictures(run, 4, **options).tobytes() == pictures(host, 4, **options).tobytes()

@@ -13,7 +13,7 @@ import torch
 from tiny_run import CPU, image_set, same_tensors, session, splits, stop_at, tiny
 
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
-from ul_runtime.loop import never
+from ul_runtime.progress import never
 from ul_train import checkpoint as ckpt
 from ul_train.log import RunLog
 from ul_train.objective import step_generator

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from command import Runner
 
-from ul_runtime.loop import never
+from ul_runtime.progress import never
 from ul_train import checkpoint as ckpt
 from ul_train.cli import main
 from ul_train.config import Config, load_config

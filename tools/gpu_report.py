@@ -301,7 +301,7 @@ def make(model: Model, contender: str, device: Any) -> Made:
     backend: Any = open_on_a_card(name, bundle, None, CardOptions(), said.append)
     if contender.endswith("-no-graphs"):
         backend.loop.captures = False
-    return Made(backend.precision, _images(Pipeline(bundle, backend)), backend.loop, said)
+    return Made(backend.precision, _images(Pipeline(bundle.manifest, backend)), backend.loop, said)
 
 
 def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Made:
@@ -310,14 +310,13 @@ def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Mad
     from ul_export.bench.peers import UserLoop
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Overrides, resolve_settings
-    from ul_train.torch_backend import RunModel, TorchDeviceBackend, TorchMemory, in_precision
+    from ul_train.torch_backend import TorchDeviceBackend, TorchMemory, in_precision
 
     assert model.networks is not None
     if contender in ("torch-graphs", "torch-no-graphs"):
         backend = TorchDeviceBackend(model.networks, model.info, TorchMemory(device), said.append, precision="bf16")
         backend.loop.captures &= contender == "torch-graphs"
-        described = RunModel(Path(model.name), model.info, "")
-        return Made("bf16", _images(Pipeline(described, backend)), backend.loop, said)
+        return Made("bf16", _images(Pipeline(model.info, backend)), backend.loop, said)
     networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
     settings = resolve_settings(model.info.defaults, Overrides(), can_guide=bool(model.info.classes))
     if contender == "torch-compile":

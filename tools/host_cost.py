@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -127,8 +126,7 @@ def over_no_device(preset: str) -> "Pipeline":
     backend: Any = DeviceBackend()
     backend.name, backend.precision, backend.threads = "none", "fp16", None
     backend.loop = DeviceLoop(NoTime(), graphs_of(info), lambda *_: NoEngine(), print)
-    described: Any = SimpleNamespace(manifest=info, hash="")
-    return Pipeline(described, backend)
+    return Pipeline(info, backend)
 
 
 def seconds(pipeline: "Pipeline", batch: int, sampler: str) -> float:

@@ -82,7 +82,7 @@ def measure(
             print(f"threads {count}, batch size {size}: {len(found)} of {len(order)} differ", file=sys.stderr)
     return {
         "equal": not any(case["differing"] for case in cases),
-        "bundle": first.bundle.hash,
+        "bundle": first.hash,
         "backend": first.backend.name,
         "precision": first.backend.precision,
         "version": ul_runtime.__version__,
@@ -109,7 +109,7 @@ class Recorder(WrappedBackend):
 def trace(pipeline: Pipeline, indices: Sequence[int], batch_size: int, seed: int, settings: Overrides) -> Rows:
     """Each image generated, and as many images of noise encoded, with all that was computed for them."""
     backend = Recorder(pipeline.backend)
-    recorded = Pipeline(pipeline.bundle, backend)
+    recorded = Pipeline(pipeline.manifest, backend)
     rows: Rows = {index: [] for index in indices}
 
     def keep(at: Iterable[int], results: dict[str, np.ndarray]) -> None:

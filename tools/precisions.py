@@ -53,7 +53,7 @@ def precisions(
     for row, speed in zip(rows, speeds(pipelines, repeats), strict=True):
         row["images_per_s"] = speed
     for row, pipeline in zip(rows, pipelines, strict=True):
-        row["quality"] = quality(pipeline.bundle.path, data, options.words(seeds))
+        row["quality"] = quality(pipeline.path, data, options.words(seeds))
     record = {"rows": rows, "threads": threads, **origin("python tools/precisions.py", PACKAGES)}
     write_results(out, ("precisions.json", "precisions.md"), record, markdown(record))
 
@@ -63,8 +63,8 @@ def check_same(paths: list[Path], pipelines: "list[Pipeline]") -> None:
     from ul_runtime.backends import bundle_precision
 
     first = pipelines[0].manifest
-    if bundle_precision(pipelines[0].bundle) != "fp32":
-        raise UsageError(f"{paths[0]}: is in {bundle_precision(pipelines[0].bundle)}; give the one in fp32 first")
+    if bundle_precision(pipelines[0].manifest) != "fp32":
+        raise UsageError(f"{paths[0]}: is in {bundle_precision(pipelines[0].manifest)}; give the one in fp32 first")
     for path, pipeline in zip(paths, pipelines, strict=True):
         if pipeline.manifest.provenance != first.provenance:
             raise UsageError(f"{path}: is not of the same weights as {paths[0]}")
@@ -74,13 +74,13 @@ def described(pipeline: "Pipeline") -> dict[str, Any]:
     """Precision, size, and the parity that ul-export measured."""
     from ul_runtime.backends import bundle_precision
 
-    manifest, kind = pipeline.manifest, bundle_precision(pipeline.bundle)
+    manifest, kind = pipeline.manifest, bundle_precision(pipeline.manifest)
     weights = {graph.weights for graph in manifest.graphs.values()}
     parity: Any = manifest.parity if kind == "fp32" else manifest.parity[kind]
     paths = [each for each in parity.values() if isinstance(each, dict) and "image_psnr_db" in each]
     return {
         "precision": kind,
-        "hash": pipeline.bundle.hash,
+        "hash": pipeline.hash,
         "weights_mb": sum(manifest.files[name].size for name in weights) / 1e6,
         "flops_share": {} if kind == "fp32" else parity["flops_share"],
         "pinned": 0 if kind == "fp32" else sum(map(len, parity["pinned"].values())),
@@ -115,7 +115,7 @@ def quality(path: Path, data: str, ask: list[str]) -> dict[str, Any]:
 
     bundle = Bundle.open(path)
     with tempfile.TemporaryDirectory() as folder:
-        half = bundle_precision(bundle) in HALF
+        half = bundle_precision(bundle.manifest) in HALF
         if half:
             path = rounded_copy(bundle, Path(folder) / "rounded").path
         found = summary(evaluated(path, data, ask))

@@ -63,7 +63,7 @@ def solver_error(
     figures = list(exact_figures(counts, record["exact_grid"], seed))
     if pipeline is not None:
         settings = pipeline.settings(grid=grid, decoder_grid=decoder_grid, guidance=guidance)
-        record |= {"bundle": pipeline.manifest.name, "bundle_sha256": pipeline.bundle.hash, "num_images": images}
+        record |= {"bundle": pipeline.manifest.name, "bundle_sha256": pipeline.hash, "num_images": images}
         asked = ("prior_grid", "decoder_grid", "guidance", "guidance_interval")
         record["settings"] = {key: value for key, value in settings.as_dict().items() if key in asked}
         record["reference"] = f"{reference_steps} steps of {REFERENCE}"
@@ -147,7 +147,7 @@ def bundle_figures(
 
     import numpy as np
 
-    from ul_runtime.progress import Control, progress
+    from ul_runtime.progress import progress
     from ul_runtime.settings import label_cycle
 
     plan = [(REFERENCE, reference_steps), (REFERENCE, reference_steps // 2)]
@@ -160,15 +160,14 @@ def bundle_figures(
     cycle = np.array(label_cycle(None, pipeline.manifest.classes))
     errors: dict[str, list[list[np.ndarray]]] = {"z_0": [[] for _ in plan], "image": [[] for _ in plan]}
     with progress("samplers", images * (sum(prior_calls) + sum(decoder_calls)), "calls") as advance:
-        control = Control(progress=advance)
         for first in range(0, images, pipeline.default_batch_size):
             at = np.arange(first, min(images, first + pipeline.default_batch_size))
             label = cycle[at % len(cycle)]
-            z_0 = pipeline.sample_z_0(at, label, seed, priors[0], control)
-            x = pipeline.sample_x(z_0, at, seed, decoders[0], control)
+            z_0 = pipeline.sample_z_0(at, label, seed, priors[0], advance)
+            x = pipeline.sample_x(z_0, at, seed, decoders[0], advance)
             for i in range(1, len(plan)):
-                errors["z_0"][i].append(rms(pipeline.sample_z_0(at, label, seed, priors[i], control) - z_0))
-                errors["image"][i].append(rms(pipeline.sample_x(z_0, at, seed, decoders[i], control) - x))
+                errors["z_0"][i].append(rms(pipeline.sample_z_0(at, label, seed, priors[i], advance) - z_0))
+                errors["image"][i].append(rms(pipeline.sample_x(z_0, at, seed, decoders[i], advance) - x))
     return [
         figure(
             panel, "reference" if i == 1 else sampler, count, calls[i], float(np.concatenate(errors[panel][i]).mean())

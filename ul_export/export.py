@@ -44,10 +44,10 @@ from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
 from ul_runtime.images import from_uint8
-from ul_runtime.loop import never
 from ul_runtime.machine import versions
 from ul_runtime.manifest import GRAPH_NAMES, MANIFEST_NAME, BundleInfo, Manifest, Provenance
 from ul_runtime.pipeline import Pipeline
+from ul_runtime.progress import never
 from ul_train.data.prepare import open_splits
 from ul_train.run import Run
 from ul_train.torch_backend import torch_pipeline

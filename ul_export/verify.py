@@ -237,7 +237,7 @@ class _Path:
 
     def images(self, backend: Recorder) -> Images:
         """Of this backend."""
-        pipeline = Pipeline(self.reference.bundle, backend)
+        pipeline = Pipeline(self.reference.manifest, backend)
         batches = pipeline.generate(self.batch_size, seed=self.seed, batch_size=self.batch_size, guidance=self.guidance)
         (images,) = batches
         return images

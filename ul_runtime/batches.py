@@ -2,24 +2,27 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, UsageError
-from ul_runtime.images import to_uint8
 
 _LOG = logging.getLogger(__name__)
+_ARRAYS = ("indices", "labels", "images", "finite", "in_float32", "kept_x")  # of Images, an entry an image
 
 
 @dataclass(frozen=True)
 class Images:
-    """One batch of finished images, all finite."""
+    """A batch of images; all that a pipeline yields are finite."""
 
     indices: np.ndarray  # int64 b
     labels: np.ndarray  # int64 b; len(classes) = no label
     images: np.ndarray  # uint8 b h w c
-    kept_x: np.ndarray | None  # see `x`
+    finite: np.ndarray  # bool b
+    in_float32: np.ndarray  # bool b: made again, not finite before
+    kept_x: np.ndarray | None = None  # see `x`
     computed_as: int | None = None  # a batch of so many; None: images do not depend on it
 
     @property
@@ -29,54 +32,45 @@ class Images:
             raise UsageError("these images were made with keep_x=False: there is no x, only images in uint8")
         return self.kept_x
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """Images of a batch, finite or not; x `b c h w` float32 only if it was asked for."""
-
-    labels: np.ndarray  # int64 b
-    images: np.ndarray  # uint8 b h w c
-    finite: np.ndarray  # bool b
-    x: np.ndarray | None
-    computed_as: int | None = None  # see Images
-
-    @classmethod
-    def of(cls, labels: np.ndarray, x: np.ndarray) -> "Drawn":
-        """From x, with its images."""
-        good = finite(x)
-        return cls(labels, to_uint8(np.where(good[:, None, None, None], x, np.float32(0.0))), good, x)
-
-    def at(self, rows: np.ndarray) -> "Drawn":
+    def at(self, rows: np.ndarray) -> "Images":
         """Some of them; `rows` bool b."""
-        x = None if self.x is None else self.x[rows]
-        return Drawn(self.labels[rows], self.images[rows], self.finite[rows], x, self.computed_as)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        taken: dict[str, Any] = {name: None if array is None else array[rows] for name, array in arrays.items()}
+        return replace(self, **taken)
 
-    def with_rows(self, rows: np.ndarray, other: "Drawn") -> "Drawn":
-        """`other` in place of these rows, bool b; x stays only where both have it."""
-        images, good = self.images.copy(), self.finite.copy()
-        images[rows], good[rows] = other.images, other.finite
-        x = None
-        if self.x is not None and other.x is not None:
-            x = self.x.copy()
-            x[rows] = other.x
-        return Drawn(self.labels, images, good, x, self.computed_as)
-
-
-# (whether in float32, positions in the indices, batch that they are computed as if a device depends on it) -> images
-Draw = Callable[[bool, np.ndarray, int], Drawn]
+    def with_again(self, rows: np.ndarray, again: "Images") -> "Images":
+        """`again`, made in float32, in place of these rows, bool b."""
+        x = self.kept_x
+        if x is not None:
+            x = x.copy()
+            x[rows] = again.x
+        images, finite = self.images.copy(), self.finite.copy()
+        images[rows], finite[rows] = again.images, again.finite
+        return replace(self, images=images, finite=finite, in_float32=self.in_float32 | rows, kept_x=x)
 
 
-def in_batches(indices: np.ndarray, size: int, draw: Draw, can_repeat: bool, remade: list[int]) -> Iterator[Images]:
+def concatenated(a: Images, b: Images) -> Images:
+    """The images of both."""
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in _ARRAYS}
+    both: dict[str, Any] = {name: None if pair[0] is None else np.concatenate(pair) for name, pair in pairs.items()}
+    return replace(a, **both)
+
+
+# (positions in the indices, batch that they are computed as where a device depends on it) -> images, finite or not
+Draw = Callable[[np.ndarray, int], Images]
+
+
+def in_batches(num_images: int, size: int, draw: Draw, again: Draw | None) -> Iterator[Images]:
     """The finite images of `draw`, `size` at a time and computed as so many, then NonFiniteError for the others.
 
-    `can_repeat`: those that are not finite are drawn again in float32, and their indices added to `remade`.
+    Those that are not finite are drawn by `again`, in float32, if there is that.
     """
     failed: list[int] = []
     first, most = 0, size
-    while first < len(indices):
-        part = np.arange(first, min(first + most, len(indices)))
+    while first < num_images:
+        part = np.arange(first, min(first + most, num_images))
         try:
-            drawn = draw(False, part, most)
+            drawn = draw(part, most)
         except OutOfMemoryError as error:
             if most == 1:
                 raise
@@ -84,33 +78,23 @@ def in_batches(indices: np.ndarray, size: int, draw: Draw, can_repeat: bool, rem
             _LOG.warning("%s; going on with batches of %d, which make the same images", error, most)
             continue
         first += len(part)
-        if can_repeat and not drawn.finite.all():
-            again = ~drawn.finite
-            remade += indices[part[again]].tolist()
-            drawn = drawn.with_rows(again, _in_float32(draw, part[again]))
-        failed += indices[part][~drawn.finite].tolist()
+        if again is not None and not drawn.finite.all():
+            drawn = drawn.with_again(~drawn.finite, _in_pieces(again, part[~drawn.finite]))
+        failed += drawn.indices[~drawn.finite].tolist()
         if drawn.finite.any():
-            good = drawn if drawn.finite.all() else drawn.at(drawn.finite)
-            yield Images(indices[part][drawn.finite], good.labels, good.images, good.x, good.computed_as)
+            yield drawn if drawn.finite.all() else drawn.at(drawn.finite)
     if failed:
         names = ", ".join(map(str, failed[:10])) + (" ..." if len(failed) > 10 else "")
-        message = f"{len(failed)} of {len(indices)} images are not finite and were left out: {names}"
+        message = f"{len(failed)} of {num_images} images are not finite and were left out: {names}"
         raise NonFiniteError(f"{message}; lower the guidance, or check the bundle with ul-export")
 
 
-def _in_float32(draw: Draw, part: np.ndarray) -> Drawn:
+def _in_pieces(again: Draw, part: np.ndarray) -> Images:
     """These images, in pieces where memory is short: there are two backends in it then."""
     try:
-        return draw(True, part, len(part))
+        return again(part, len(part))
     except OutOfMemoryError:
         if len(part) == 1:
             raise
-    a, b = (_in_float32(draw, piece) for piece in np.array_split(part, 2))
-    x = None if a.x is None or b.x is None else np.concatenate([a.x, b.x])
-    labels, images = np.concatenate([a.labels, b.labels]), np.concatenate([a.images, b.images])
-    return Drawn(labels, images, np.concatenate([a.finite, b.finite]), x)
-
-
-def finite(array: np.ndarray) -> np.ndarray:
-    """Which rows of `b ...` have no NaN or Inf."""
-    return np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    a, b = (_in_pieces(again, piece) for piece in np.array_split(part, 2))
+    return concatenated(a, b)

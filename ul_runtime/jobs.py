@@ -18,7 +18,6 @@ from ul_runtime import durable
 from ul_runtime.batches import Images
 from ul_runtime.contact_sheet import MOST_TILES, contact_sheet
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, UsageError
-from ul_runtime.loop import never
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.png import (
     _JOB_FILES,
@@ -33,7 +32,7 @@ from ul_runtime.png import (
     sheet_chunks,
     to_picture,
 )
-from ul_runtime.progress import UNWATCHED, Control, progress, stop_on_signal
+from ul_runtime.progress import UNWATCHED, Control, never, progress, stop_on_signal
 from ul_runtime.settings import NO_LABEL, check_seed
 
 Item = TypeVar("Item")
@@ -189,7 +188,7 @@ Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
 def job_of(pipeline: Pipeline, kind: type[SomeJob], seed: int, **fields: Any) -> SomeJob:
     """The job of `kind` on this bundle and backend. UsageError: a seed that cannot be."""
     check_seed(seed)
-    return kind(bundle=pipeline.bundle.hash, seed=seed, **fields, **pipeline.computed_by)
+    return kind(bundle=pipeline.hash, seed=seed, **fields, **pipeline.computed_by)
 
 
 def fill(
@@ -207,13 +206,14 @@ def fill(
     StoppedError on a signal: what is written is whole. NonFiniteError after all other images are written.
     """
     if (channels := pipeline.manifest.image.channels) not in (1, 3, 4):
-        raise BadInputError(f"{pipeline.bundle.path}: images have {channels} channels; PNG takes 1, 3 or 4")
+        raise BadInputError(f"{pipeline.path}: images have {channels} channels; PNG takes 1, 3 or 4")
     batches(np.zeros(0, np.int64), UNWATCHED)  # refuses what cannot be before anything is written
     failed: list[NonFiniteError] = []
     names = [*pipeline.manifest.classes, NO_LABEL]
     with stop_on_signal() as stop, open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
         done = folder.done(stop)
         start, made = time.monotonic(), 0
+        again: list[int] = []
         pool = ThreadPoolExecutor(min(_MOST_WRITERS, len(os.sched_getaffinity(0))))
         writer: Background[Images] = Background(lambda batch: _write(folder, batch, names, pool), _MOST_BATCHES)
 
@@ -227,6 +227,7 @@ def fill(
                     for batch in batches(missing, Control(stopped, advance)):
                         writer.put(batch)
                         made += len(batch.indices)
+                        again += batch.indices[batch.in_float32].tolist()
                 except NonFiniteError as error:
                     failed.append(error)
                 except StoppedError as error:
@@ -237,7 +238,7 @@ def fill(
     if failed:
         raise NonFiniteError("; ".join(map(str, failed)))
     rate = round(made / seconds, 3) if made else None
-    if again := pipeline.remade:
+    if again:
         shown = ", ".join(map(str, again[:10])) + (" ..." if len(again) > 10 else "")
         what = f"not finite in {pipeline.backend.precision} and made again in float32: images {shown}"
         print(f"{len(again)} of {made} {what}", file=sys.stderr, flush=True)

@@ -96,9 +96,9 @@ def load(
 
         opened = open_in(precision, backend, guide)
         if opened.precision == "fp32":
-            return Pipeline(bundle, opened, guide)
+            return Pipeline(bundle.manifest, opened, guide, path=bundle.path, hash=bundle.hash)
         in_float32 = lambda: open_in("fp32", opened.name, guide and (guide.in_float32 or guide))  # noqa: E731
-        return Pipeline(bundle, opened, guide, in_float32)
+        return Pipeline(bundle.manifest, opened, guide, in_float32, path=bundle.path, hash=bundle.hash)
 
     lesser = None if guide is None else pipeline(open_bundle(guide, graphs=["prior_step"]))
     return pipeline(open_bundle(path), lesser)

@@ -1,83 +1,204 @@
-"""The one loop of every sampler: it walks the rows of a coefficient table and does no arithmetic of its own."""
+"""The one loop of every sampler: each image follows its own rows of coefficients; the step graphs do the arithmetic."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from ul_runtime import noise
-from ul_runtime.errors import BadInputError, StoppedError, UsageError
+from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.images import to_uint8
 from ul_runtime.manifest import BundleInfo, GraphName
-from ul_runtime.samplers import S
+from ul_runtime.progress import Tick
+from ul_runtime.samplers import B_0, LOGSNR, A, S
 from ul_runtime.settings import Overrides, Settings
 
-# (state b c h w, history b 2 c h w, noise b c h w, row b 8) -> (next state, prediction), all float32
-Step: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Inputs: TypeAlias = dict[str, np.ndarray]
+NO_NOISE = -1  # in place of a stream
 
 
-def never() -> bool:
-    """The `stop` of a loop that nobody stops."""
-    return False
+class Runs(Protocol):
+    """What runs graphs; see backends.Backend."""
+
+    def run(self, graph_name: GraphName, inputs: Inputs) -> Inputs:
+        """The outputs of a graph by name."""
 
 
-def run_steps(
-    step: Step,
-    table: np.ndarray,
-    state: np.ndarray,
-    noise_for_step: Callable[[int], np.ndarray],
-    stop: Callable[[], bool] = never,
-) -> np.ndarray:
-    """The state `b c h w` (float32) after all rows of `table` `[rows, 8]` (samplers.ROW).
+@dataclass(frozen=True)
+class NoiseKeys:
+    """Whose noise: a key for each image, so that images of other seeds may share a batch."""
 
-    `noise_for_step(k)` is asked only where row k draws noise. `stop` is asked before each step: StoppedError.
+    seeds: np.ndarray  # uint64 b
+    indices: np.ndarray  # int64 b
+    shape: tuple[int, ...]  # c h w
+
+    def draw(self, streams: np.ndarray) -> np.ndarray:
+        """Noise `b c h w` from each image's stream, int64 `b`; 0 where that is NO_NOISE."""
+        drawn = np.zeros((len(self.indices), *self.shape), np.float32)
+        for seed, stream in set(zip(self.seeds.tolist(), streams.tolist(), strict=True)):
+            if stream != NO_NOISE:
+                at = (self.seeds == seed) & (streams == stream)
+                drawn[at] = noise.normals(seed, self.indices[at], stream, self.shape)
+        return drawn
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A weaker prior on `backend`: its prediction is the graph's input `guide` at calls where it is `asked`."""
+
+    backend: Runs
+    condition: Inputs  # of its own step
+    asked: np.ndarray  # bool calls
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Images `b` from noise through `calls` calls of a step graph, as data.
+
+    `condition(k)` are the graph's other inputs at call k, the same object for all calls that share them. Beside them,
+    the input `takes` is the last state of the loop before.
     """
-    rows = table.astype(np.float32)
-    batch = len(state)
-    history = np.zeros((batch, 2, *state.shape[1:]), np.float32)
-    silence = np.zeros_like(state)
-    for k, row in enumerate(rows):
-        if stop():
-            raise StoppedError(f"stopped before step {k + 1} of {len(rows)}; run the same command again to go on")
-        noise = noise_for_step(k) if row[S] != 0.0 else silence
-        state, pred = step(state, history, noise, np.tile(row, (batch, 1)))
-        history = np.stack([pred, history[:, 0]], axis=1)
+
+    graph: GraphName
+    state: str  # its input; the output is {state}_next
+    rows: np.ndarray  # float32 calls b 8, see samplers.ROW
+    streams: np.ndarray  # int64 calls b: of the noise that each image's row takes
+    noise: NoiseKeys
+    start: int  # stream of the first state
+    condition: Callable[[int], Inputs]
+    takes: str | None = None
+    batch: int = 0  # computed as so many images at least
+    guide: Guide | None = None
+
+
+def side_by_side(tables: Sequence[np.ndarray], stream: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `calls b 8` and streams `calls b` of images that each follow a table `[rows, 8]`; row k draws `stream(k)`.
+
+    An image with a shorter table waits at the start: its rows have its first noise level, a = 1 and no other
+    coefficient, so its state stays and the network sees what it sees in the image's first call.
+    """
+    calls = max(map(len, tables))
+    rows = np.zeros((calls, len(tables), tables[0].shape[1]), np.float32)
+    streams = np.full(rows.shape[:2], NO_NOISE, np.int64)
+    for image, table in enumerate(tables):
+        first = calls - len(table)
+        rows[:first, image, :A] = table[0, :A]
+        rows[:first, image, A] = 1.0
+        rows[first:, image] = table
+        drawing = np.flatnonzero(table[:, S])
+        streams[first + drawing, image] = [stream(k) for k in drawing.tolist()]
+    return rows, streams
+
+
+def run_on_host(backend: Runs, loops: Sequence[Loop], tick: Tick, *, pixels: bool = False) -> list[np.ndarray]:
+    """See Backend.run_loops: the loops one after the other, each call of a graph a call of `backend`."""
+    states: list[np.ndarray] = []
+    for loop in loops:
+        states.append(_run(backend, loop, states[-1] if states else None, tick))
+    return [*states[:-1], *to_pixels(states[-1])] if pixels else states
+
+
+def _run(backend: Runs, loop: Loop, before: np.ndarray | None, tick: Tick) -> np.ndarray:
+    """The last state of one loop, `b c h w`."""
+    taken = {} if loop.takes is None or before is None else {loop.takes: before}
+    state = loop.noise.draw(np.full_like(loop.streams[0], loop.start))
+    history = np.zeros((len(state), 2, *state.shape[1:]), np.float32)
+    for k, row in enumerate(loop.rows):
+        tick(0)
+        step = {loop.state: state, "history": history, "noise": loop.noise.draw(loop.streams[k]), "row": row, **taken}
+        condition = loop.condition(k)
+        if loop.guide is not None and loop.guide.asked[k]:
+            guide = loop.guide.backend.run(loop.graph, step | loop.guide.condition)["pred"]
+            condition = condition | {"guide": guide}
+        out = backend.run(loop.graph, step | condition)
+        state, history = out[f"{loop.state}_next"], np.stack([out["pred"], history[:, 0]], axis=1)
+        tick(len(state))
     return state
 
 
-Inputs = dict[str, np.ndarray]
+def to_pixels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `b h w c` of x, and the sums of its magnitudes, `b`: finite where all of x is."""
+    total = np.abs(x).sum(axis=(1, 2, 3), dtype=np.float64)
+    return to_uint8(np.where(np.isfinite(total)[:, None, None, None], x, np.float32(0.0))), total
 
 
-def unguided(label: np.ndarray, z: np.ndarray) -> Inputs:
-    """pred(label): one branch, for labels `b` and a state `b c h w`."""
-    off, nobody = np.zeros(len(label), np.float32), np.zeros(z.shape, np.float32)  # takes no memory until it is read
-    one = np.ones((len(label), 1), np.float32)
-    return {"label": label[:, None], "weight": one, "guide": nobody, "guide_weight": off, "rescale": off}
+@dataclass(frozen=True)
+class Guidance:
+    """How each image of a batch is guided: pred = w pred(label) + (1 - w) u, where u is the guide's or of no label."""
+
+    labels: np.ndarray  # int64 b
+    weights: np.ndarray  # float64 b; w = 1 is off
+    intervals: np.ndarray  # float32 b 2: lowest and highest logsnr
+    rescales: np.ndarray  # float32 b: phi of Lin et al. 2023 (arXiv 2305.08891), 0 = off
+
+    @classmethod
+    def of(cls, labels: np.ndarray, settings: Sequence[Settings]) -> "Guidance":
+        """As the settings of each image say."""
+        weights = np.array([each.guidance for each in settings], np.float64)
+        everywhere = (-np.inf, np.inf)
+        intervals = np.array([each.guidance_interval or everywhere for each in settings], np.float32)
+        return cls(labels, weights, intervals, np.array([each.guidance_rescale for each in settings], np.float32))
+
+    def guided(self, rows: np.ndarray) -> np.ndarray:
+        """At which of the rows `calls b 8` each image is guided: bool `calls b`."""
+        logsnr = rows[..., LOGSNR]
+        return (self.weights != 1.0) & (self.intervals[:, 0] <= logsnr) & (logsnr <= self.intervals[:, 1])
+
+    def by_no_label(self, guided: np.ndarray, no_label: int) -> Inputs:
+        """Classifier-free: two branches, weights w and 1 - w (Ho & Salimans 2022, arXiv 2207.12598)."""
+        w = np.where(guided, self.weights, 1.0)
+        branches = {"label": np.stack([self.labels, np.full_like(self.labels, no_label)], axis=1)}
+        return branches | {"weight": np.stack([w, 1.0 - w], axis=1).astype(np.float32)} | self._rescaled(guided)
+
+    def by_guide(self, guided: np.ndarray) -> Inputs:
+        """One branch of weight w, and the guide's prediction of weight 1 - w (Karras et al. 2024, arXiv 2406.02507)."""
+        w = np.where(guided, self.weights, 1.0)
+        weights = {"weight": w[:, None].astype(np.float32), "guide_weight": (1.0 - w).astype(np.float32)}
+        return weights | self._rescaled(guided)
+
+    def _rescaled(self, guided: np.ndarray) -> Inputs:
+        return {"rescale": np.where(guided, self.rescales, np.float32(0.0))}
 
 
-def classifier_free(label: np.ndarray, z: np.ndarray, no_label: int, guidance: float, rescale: float) -> Inputs:
-    """Two branches, weights w and 1 - w (Ho & Salimans 2022, arXiv 2207.12598); `rescale` is phi of Lin et al. 2023.
+def unguided(labels: np.ndarray, shape: tuple[int, ...]) -> Inputs:
+    """pred(label): one branch, for labels `b` and states of `shape` c h w."""
+    one, off = np.ones((len(labels), 1), np.float32), np.zeros(len(labels), np.float32)
+    nobody = np.zeros((len(labels), *shape), np.float32)  # takes no memory until it is read
+    return {"label": labels[:, None], "weight": one, "guide": nobody, "guide_weight": off, "rescale": off}
 
-    Images without a label have nothing to be guided from: theirs are 1, 0 and 0, as in a batch that is not guided.
+
+def conditions(
+    guidance: Guidance, rows: np.ndarray, shape: tuple[int, ...], no_label: int, guide: Runs | None
+) -> tuple[Callable[[int], Inputs], Guide | None]:
+    """The condition of a prior's loop over `rows`, with its guide if there is one that is asked.
+
+    The graph has two branches only at calls where an image is guided by no label; there, and where a guide is asked,
+    the others have weights 1 and 0, which leave their bytes as they are.
     """
-    pull = np.where(label == no_label, 1.0, guidance)
-    return {
-        **unguided(label, z),
-        "label": np.stack([label, np.full_like(label, no_label)], axis=1),
-        "weight": np.stack([pull, 1.0 - pull], axis=1).astype(np.float32),
-        "rescale": np.where(label == no_label, 0.0, rescale).astype(np.float32),
-    }
+    guided = guidance.guided(rows)
+    if guide is None:
+        guided = guided & (guidance.labels != no_label)  # these have nothing to be guided from
+    off = unguided(guidance.labels, shape)
+    made: dict[bytes, Inputs] = {np.zeros_like(guided[0]).tobytes(): off}
+
+    def at(k: int) -> Inputs:
+        key = guided[k].tobytes()
+        if key not in made:
+            by = guidance.by_no_label(guided[k], no_label) if guide is None else guidance.by_guide(guided[k])
+            made[key] = off | by
+        return made[key]
+
+    return at, None if guide is None else Guide(guide, off, np.any(guided, axis=1))
 
 
-def autoguided(label: np.ndarray, guide: np.ndarray, guidance: float, rescale: float) -> Inputs:
-    """One branch of weight w, and the guide's prediction `b c h w` of weight 1 - w (Karras et al. 2024)."""
-    return {
-        **unguided(label, guide),
-        "weight": np.full((len(label), 1), guidance, np.float32),
-        "guide": guide,
-        "guide_weight": np.full(len(label), 1.0 - guidance, np.float32),
-        "rescale": np.full(len(label), rescale, np.float32),
-    }
+def one_call(state: str, values: np.ndarray, logsnr: np.ndarray, alpha: np.ndarray, sigma: np.ndarray) -> Inputs:
+    """A step whose prediction alone is wanted, of `values` `b c h w` at noise levels `b`."""
+    row = np.zeros((len(values), S + 1), np.float32)
+    row[:, :A] = np.stack([logsnr, alpha, sigma], axis=1)
+    row[:, B_0] = 1.0
+    history = np.zeros((len(values), 2, *values.shape[1:]), np.float32)
+    return {state: values, "history": history, "noise": np.zeros_like(values), "row": row}
 
 
 def check_effective(settings: Settings, given: Overrides, *, has_guide: bool) -> None:
@@ -108,72 +229,3 @@ def _encoders(main: BundleInfo, guide: BundleInfo) -> tuple[str, str]:
     """Start of the hash of each one's encoder; empty if either does not say."""
     hashes = main.provenance.encoder_sha256, guide.provenance.encoder_sha256
     return (hashes[0][:12], hashes[1][:12]) if hashes[0] and hashes[1] else ("", "")
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The noise of a loop, `b c h w`, by its keys (see noise.normals): a device can make it itself."""
-
-    seed: int
-    indices: np.ndarray  # int64 b
-    shape: tuple[int, ...]  # c h w
-    start: int  # its stream
-    step: Callable[[int], int]  # row of the table -> stream
-
-    def at_start(self) -> np.ndarray:
-        """The first state."""
-        return noise.normals(self.seed, self.indices, self.start, self.shape)
-
-    def at_step(self, k: int) -> np.ndarray:
-        """What row k of the table adds."""
-        return noise.normals(self.seed, self.indices, self.step(k), self.shape)
-
-
-@dataclass(frozen=True)
-class Guide:
-    """A lesser prior that is asked at rows where `asked(k)`: its prediction is then the graph's input `guide`."""
-
-    walker: "Walker"
-    condition: Inputs  # of its own step
-    asked: Callable[[int], bool]
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A loop over the rows of `table` `[rows, 8]` from noise.
-
-    `condition(k)` are the graph's other inputs at row k, the same object for all rows that share them; beside them, the
-    input `takes` is the last state of the walk before.
-    """
-
-    graph: GraphName
-    state: str  # its input; the output is {state}_next
-    table: np.ndarray
-    noise: Noise
-    condition: Callable[[int], Inputs]
-    takes: str | None = None
-    batch: int = 0  # computed as so many images at least
-    guide: Guide | None = None
-
-
-@runtime_checkable
-class Walker(Protocol):
-    """A backend that runs whole loops on its device, one after the other, of the same images."""
-
-    @property
-    def likely_batch(self) -> int | None:
-        """How many images at once suit the device; None: as many as a processor."""
-
-    def computed_as(self, count: int) -> int | None:
-        """How many images a batch of `count` is computed as, where images depend on it; None: they do not."""
-
-    def can_ask(self, other: object) -> bool:
-        """Whether another backend can be the walker of a Guide: it works on the same device, in the same order."""
-
-    def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
-        """The states `b c h w` float32 after their last rows; `advance` gets images after each row. StoppedError."""
-
-    def walk_to_images(
-        self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]
-    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """(States of all but the last, its images `b h w c` as batches.to_uint8 makes them, finite or not: bool b)."""

@@ -223,22 +223,6 @@ class Manifest(BundleInfo):
         return self
 
 
-class Described(Protocol):
-    """What can be sampled: a bundle, or a run of ul-train as it is."""
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-
-    @property
-    def manifest(self) -> BundleInfo:
-        """What it says of itself."""
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of all that its images depend on."""
-
-
 def interface(graph: GraphName, image: ImageFormat, latent: LatentFormat) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Tensor names and shapes (inputs, outputs) that a step graph of these formats has."""
     x: Shape = ("b", image.channels, image.size, image.size)

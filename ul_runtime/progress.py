@@ -13,12 +13,16 @@ from types import FrameType
 from typing import TypeAlias
 
 from ul_runtime.errors import StoppedError
-from ul_runtime.loop import never
 
 Tick: TypeAlias = Callable[[float], None]  # the amount just done, 0 = only look whether to stop; raises StoppedError
 
 _QUIET_S = 2.0  # nothing is shown for work that is shorter
 _LINE_EVERY_S = 10.0
+
+
+def never() -> bool:
+    """The `stop` of work that nobody stops."""
+    return False
 
 
 def silent(amount: float) -> None:

@@ -23,9 +23,8 @@ _END_S = 10.0  # for a process to end by itself
 
 
 class _Done(NamedTuple):
-    """What a process says after the last images of a part: those made again in float32, and what was not finite."""
+    """What a process says after the last images of a part: what was not finite."""
 
-    remade: list[int]
     not_finite: str | None
 
 
@@ -61,10 +60,8 @@ class Workers:
                 process.join()
         self._processes.clear()
 
-    def generate(
-        self, indices: np.ndarray, batch_size: int, control: Control, remade: list[int], **options: Any
-    ) -> Iterator[Images]:
-        """Batches in no order; `options` as for Pipeline.generate, which says what is raised. Adds to `remade`.
+    def generate(self, indices: np.ndarray, batch_size: int, control: Control, **options: Any) -> Iterator[Images]:
+        """Batches in no order; `options` as for Pipeline.generate, which says what is raised.
 
         ULError: a process has ended.
         """
@@ -85,7 +82,6 @@ class Workers:
                     control.progress(len(message.indices))
                     yield message
                     continue
-                remade += message.remade
                 failed += [message.not_finite] if message.not_finite else []
                 busy.remove(connection)
                 if parts:
@@ -128,13 +124,13 @@ def _work(connection: Connection, opened: dict[str, Any]) -> None:
         pipeline = ul_runtime.load(**opened)
         while True:
             indices, options = connection.recv()
-            before, not_finite = len(pipeline.remade), None
+            not_finite = None
             try:
                 for batch in pipeline.generate(indices, **options):
                     connection.send(batch)
             except NonFiniteError as error:
                 not_finite = str(error)
-            connection.send(_Done(pipeline.remade[before:], not_finite))
+            connection.send(_Done(not_finite))
     except (EOFError, BrokenPipeError):
         return
     except ULError as error:
@@ -164,6 +160,6 @@ def by_workers(pipeline: Pipeline, opened: Sequence[dict[str, Any]]) -> Iterator
         ) -> Iterator[Images]:
             pipeline.generate(images, batch_size=batch_size, control=control, **options)
             size = batch_size or pipeline.default_batch_size
-            return workers.generate(images, size, control, pipeline.remade, **options)
+            return workers.generate(images, size, control, **options)
 
         yield generate

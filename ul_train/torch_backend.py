@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ul_runtime.backends import HostBackend
 from ul_runtime.backends.gpu import NoiseKernel, no_collection
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine, graphs_of
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
@@ -68,7 +68,7 @@ class Moments(nn.Module):
         return mean, log_variance
 
 
-class TorchBackend:
+class TorchBackend(HostBackend):
     """Runs the graphs of ul_runtime.pipeline with torch networks: numpy float32 in and out.
 
     `prior` is whichever prior is asked about: the base to sample, the prior of stage 1 to measure bits.
@@ -78,9 +78,15 @@ class TorchBackend:
     threads = None
 
     def __init__(
-        self, encoder: nn.Module, prior: nn.Module, decoder: nn.Module, device: torch.device, precision: str = "fp32"
+        self,
+        encoder: nn.Module,
+        prior: nn.Module,
+        decoder: nn.Module,
+        device: torch.device,
+        precision: str = "fp32",
+        likely_batch: int | None = None,
     ) -> None:
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.likely_batch = device, precision, likely_batch
         self.graphs: dict[str, nn.Module] = {
             "encoder": encoder,
             "prior_step": PriorStep(prior),
@@ -446,7 +452,7 @@ def open_run(
         )
 
     exact = None if precision in (None, "fp32") else lambda: backend("fp32")
-    return Pipeline(model, backend(precision or "fp32"), lesser, exact)
+    return Pipeline(model.manifest, backend(precision or "fp32"), lesser, exact, path=run, hash=model.hash)
 
 
 def torch_pipeline(
@@ -458,7 +464,5 @@ def torch_pipeline(
     precision: str,
 ) -> Pipeline:
     """The runtime's own pipeline over torch networks; `prior` is the base, or the prior of stage 1 for its bits."""
-    backend = TorchBackend(encoder, prior, decoder, device, precision)
-    pipeline = Pipeline(SimpleNamespace(manifest=info), backend)
-    pipeline.default_batch_size = min(64, max(1, 2**16 // info.image.size**2))  # a GPU gains from more than a CPU does
-    return pipeline
+    likely_batch = min(64, max(1, 2**16 // info.image.size**2))  # a GPU gains from more than a CPU does
+    return Pipeline(info, TorchBackend(encoder, prior, decoder, device, precision, likely_batch))

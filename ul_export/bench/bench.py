@@ -133,7 +133,7 @@ def _maker(
 
     def make() -> Runner:
         opened = open_backend(backend, bundle, precision=precision, threads=threads)
-        return pipeline_runner(name, bundle, opened, overrides)
+        return pipeline_runner(name, bundle.manifest, opened, overrides)
 
     return make
 

@@ -21,7 +21,7 @@ from ul_runtime.backends import Backend, WrappedBackend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError
-from ul_runtime.manifest import Described, GraphName
+from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, silent
 from ul_runtime.settings import Overrides
@@ -123,10 +123,10 @@ class Runner:
     generate: Callable[[int, Tick], object]  # one batch of so many images
 
 
-def pipeline_runner(name: str, bundle: Described, backend: Backend, overrides: Overrides) -> Runner:
+def pipeline_runner(name: str, manifest: BundleInfo, backend: Backend, overrides: Overrides) -> Runner:
     """The project's own loop over a backend."""
     timed = TimedBackend(backend)
-    pipeline = Pipeline(bundle, timed)
+    pipeline = Pipeline(manifest, timed)
 
     def generate(batch: int, tick: Tick) -> None:
         for _ in pipeline.generate(batch, batch_size=batch, tick=tick, **overrides):
@@ -157,7 +157,7 @@ def work_of_an_image(bundle: Bundle, threads: int, overrides: Overrides) -> Work
     """Made by ONNX Runtime; FLOPs are counted in the graphs, and linear in the batch."""
     backend = OrtCpuBackend(bundle, threads=threads)
     timed = TimedBackend(backend)
-    list(Pipeline(bundle, timed).generate(1, **overrides))
+    list(Pipeline(bundle.manifest, timed).generate(1, **overrides))
     flops = {step: count_flops(run_nodes(backend, step[0], inputs)) for step, inputs in timed.inputs.items()}
     return Work(dict(timed.calls), flops)
 

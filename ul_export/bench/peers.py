@@ -24,7 +24,7 @@ from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
 from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
 from ul_train.run import Run
-from ul_train.torch_backend import RunModel, TorchBackend, in_precision
+from ul_train.torch_backend import TorchBackend, in_precision
 
 _LOAD = """
 import sys, time
@@ -77,7 +77,7 @@ class TorchRun:
             for key in ("prior_step", "decoder_step"):
                 compiled = torch.compile(backend.graphs[key], dynamic=False, options={"freezing": True})
                 backend.graphs[key] = cast(nn.Module, compiled)
-        return pipeline_runner(name, RunModel(self.path, self.info, ""), backend, overrides)
+        return pipeline_runner(name, self.info, backend, overrides)
 
 
 @dataclass(frozen=True)

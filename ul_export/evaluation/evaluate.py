@@ -75,7 +75,7 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
         bits = measure_bits(comparison)
         memorisation, nearest = find_neighbours(comparison, samples)
         result = {
-            "bundle": {"path": str(path), "name": pipeline.manifest.name, "hash": pipeline.bundle.hash},
+            "bundle": {"path": str(path), "name": pipeline.manifest.name, "hash": pipeline.hash},
             "data": _data(comparison),
             "settings": settings.as_dict(),
             "computed_by": pipeline.computed_by,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ class Calibration:
         return self._over(in_memory(self.info, models, self.threads))
 
     def _over(self, backend: Backend) -> Pipeline:
-        return Pipeline(SimpleNamespace(manifest=self.info), backend)
+        return Pipeline(self.info, backend)
 
     @cached_property
     def largest(self) -> dict[GraphName, dict[str, float]]:

@@ -2,16 +2,20 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ul_runtime.errors import BadInputError, ULError, UsageError
+from ul_runtime.loop import Inputs, run_on_host
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
-    from ul_runtime.manifest import Described, GraphName
+    from ul_runtime.loop import Loop
+    from ul_runtime.manifest import BundleInfo, GraphName
+    from ul_runtime.progress import Tick
 
 
 _LOG = logging.getLogger(__name__)
@@ -39,15 +43,47 @@ class Backend(Protocol):
 
     @property
     def threads(self) -> int | None:
-        """How many threads compute, where the bytes of a picture depend on it; else None."""
+        """How many threads compute, where the bytes of an image depend on it; else None."""
 
-    def run(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    @property
+    def likely_batch(self) -> int | None:
+        """How many images at once suit the device; None: as many as a CPU."""
+
+    def computed_as(self, count: int) -> int | None:
+        """How many images a batch of `count` is computed as, where images depend on it; None: they do not."""
+
+    def run(self, graph_name: "GraphName", inputs: Inputs) -> Inputs:
         """The outputs of a graph by name; arrays cross the boundary in float32 (labels: int64)."""
+
+    def run_loops(self, loops: "Sequence[Loop]", tick: "Tick", *, pixels: bool = False) -> list[np.ndarray]:
+        """The last states `b c h w` float32 of loops of the same images, run one after the other.
+
+        With `pixels`, the last one is replaced by two: images uint8 `b h w c`, and the sums `b` of the magnitudes of
+        x, finite where x is. `tick` gets 0 before each call of a graph and the number of images after it.
+        """
+
+
+class HostBackend:
+    """What backends have in common whose loops run on the host; subclasses run single graphs."""
+
+    likely_batch: int | None = None
+
+    def computed_as(self, count: int) -> int | None:
+        """See Backend.computed_as: images do not depend on their batch."""
+        return None
+
+    def run(self, graph_name: "GraphName", inputs: Inputs) -> Inputs:
+        """See Backend.run."""
+        raise NotImplementedError
+
+    def run_loops(self, loops: "Sequence[Loop]", tick: "Tick", *, pixels: bool = False) -> list[np.ndarray]:
+        """See Backend.run_loops."""
+        return run_on_host(self, loops, tick, pixels=pixels)
 
 
 @dataclass
-class WrappedBackend:
-    """A backend around another, which it passes for; subclasses run."""
+class WrappedBackend(HostBackend):
+    """A backend around another, which it passes for; subclasses run single graphs."""
 
     backend: Backend
 
@@ -95,19 +131,17 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"the number of threads is {threads}; expected at most {most}, for {processors} processors")
 
 
-def bundle_precision(bundle: "Described") -> str:
-    """Precision of the graphs that make images, in which ul-export proved them: one for both, or "prior+decoder"."""
-    graphs = bundle.manifest.graphs
-    return "+".join(dict.fromkeys(graphs[name].precision for name in ("prior_step", "decoder_step")))
+def bundle_precision(manifest: "BundleInfo") -> str:
+    """Precision of the graphs that make images, as ul-export verified them: one for both, or "prior+decoder"."""
+    return "+".join(dict.fromkeys(manifest.graphs[name].precision for name in ("prior_step", "decoder_step")))
 
 
-def has_float32(bundle: "Described") -> bool:
+def has_float32(manifest: "BundleInfo") -> bool:
     """Whether the bundle's images can be computed in float32."""
-    graphs = bundle.manifest.graphs
-    return all(graph.precision == "fp32" or graph.float32_file is not None for graph in graphs.values())
+    return all(graph.precision == "fp32" or graph.float32_file is not None for graph in manifest.graphs.values())
 
 
-def cpu_precision(bundle: "Described") -> str:
+def cpu_precision(manifest: "BundleInfo") -> str:
     """What the bundle computes in on a CPU: its own precision, or float32 if it has graphs for that beside others."""
-    precisions = {graph.precision for graph in bundle.manifest.graphs.values() if graph.float32_file is not None}
-    return "fp32" if precisions - {"int8"} else bundle_precision(bundle)
+    precisions = {graph.precision for graph in manifest.graphs.values() if graph.float32_file is not None}
+    return "fp32" if precisions - {"int8"} else bundle_precision(manifest)

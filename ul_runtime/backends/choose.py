@@ -36,7 +36,7 @@ from ul_runtime.manifest import BundleInfo, GraphName
 if TYPE_CHECKING:
     from ul_runtime.backends.gpu import CudaMemory
     from ul_runtime.bundle import Bundle
-    from ul_runtime.manifest import Described, GraphName
+    from ul_runtime.manifest import GraphName
     from ul_runtime.pipeline import Pipeline
 
 
@@ -48,25 +48,25 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose_backend(bundle: "Described", precision: str | None) -> Choice:
+def choose_backend(manifest: "BundleInfo", precision: str | None) -> Choice:
     """The fastest on a processor that was proved; for a bundle in bf16 it depends on machine and installation."""
-    typed = bundle_precision(bundle)
-    if precision in (None, typed) and typed == cpu_precision(bundle):
+    typed = bundle_precision(manifest)
+    if precision in (None, typed) and typed == cpu_precision(manifest):
         return Choice("ort-cpu", precision, f"computes in {typed} as ul-export proved the bundle")
     if precision is None and typed == "bf16":
-        lacking = _lacks_bf16(bundle)
+        lacking = _lacks_bf16(manifest)
         if lacking is None:
             return Choice("openvino", "bf16", "computes in bf16 as ul-export proved the bundle")
-        return Choice("ort-cpu", None, f"{in_another(bundle, 'fp32')}: {lacking}")
-    if precision is None or (precision == "fp32" and has_float32(bundle)):
-        return Choice("ort-cpu", precision, in_another(bundle, "fp32"))
-    why = f"the one backend that computes in {precision} on a CPU; {in_another(bundle, precision)}"
+        return Choice("ort-cpu", None, f"{in_another(manifest, 'fp32')}: {lacking}")
+    if precision is None or (precision == "fp32" and has_float32(manifest)):
+        return Choice("ort-cpu", precision, in_another(manifest, "fp32"))
+    why = f"the one backend that computes in {precision} on a CPU; {in_another(manifest, precision)}"
     return Choice("openvino", precision, why)
 
 
-def _lacks_bf16(bundle: "Described") -> str | None:
+def _lacks_bf16(manifest: "BundleInfo") -> str | None:
     """Why a bundle in bf16 is not computed in it on this machine; None if it can be."""
-    proof = bundle.manifest.parity.get("bf16")
+    proof = manifest.parity.get("bf16")
     if not (isinstance(proof, dict) and proof.get("openvino")):
         return "ul-export did not prove it on OpenVINO"
     if find_spec("openvino") is None:
@@ -76,9 +76,9 @@ def _lacks_bf16(bundle: "Described") -> str | None:
     return None if has_bf16() else NO_BF16
 
 
-def in_another(bundle: "Described", precision: str) -> str:
+def in_another(manifest: "BundleInfo", precision: str) -> str:
     """What to say where a backend computes in `precision` and the bundle is of another."""
-    return f"computes in {precision} with the {bundle_precision(bundle)} bundle's weights"
+    return f"computes in {precision} with the {bundle_precision(manifest)} bundle's weights"
 
 
 def open_backend(
@@ -117,19 +117,19 @@ def open_backend(
 def _open_on_processor(
     name: str, bundle: "Bundle", precision: str | None, threads: int | None, allow_spinning: bool
 ) -> Backend:
-    own = cpu_precision(bundle)
+    own = cpu_precision(bundle.manifest)
     known = list(dict.fromkeys([*PRECISIONS, own]))
     if precision not in (None, *known):
         raise UsageError(f"no backend for processors computes in {precision!r}; expected one of {', '.join(known)}")
     check_threads(threads)
     if name == "auto":
-        name, precision, _ = choose_backend(bundle, precision)
+        name, precision, _ = choose_backend(bundle.manifest, precision)
     if name == "openvino":
         require_packages("openvino", extras="openvino")
         from ul_runtime.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(bundle, precision or own, threads=threads)
-    if precision not in (None, own, *(["fp32"] if has_float32(bundle) else [])):
+    if precision not in (None, own, *(["fp32"] if has_float32(bundle.manifest) else [])):
         raise UsageError(f"ort-cpu computes in the bundle's precision, {own}; for {precision} give --backend openvino")
     from ul_runtime.backends.ort_cpu import OrtCpuBackend
 
@@ -156,7 +156,8 @@ def open_on_a_card(
     name: str, bundle: "Bundle", precision: str | None, options: CardOptions, say: Callable[[str], None]
 ) -> Backend:
     """The backend `name` on a card, in the bundle's precision or float32. UsageError: not installed, no such card."""
-    known = list(dict.fromkeys([bundle_precision(bundle), *(["fp32"] if has_float32(bundle) else [])]))
+    own, others = bundle_precision(bundle.manifest), ["fp32"] if has_float32(bundle.manifest) else []
+    known = list(dict.fromkeys([own, *others]))
     if precision not in (None, *known):
         raise UsageError(f"{name} computes in what the bundle's graphs are in, {' or '.join(known)}, not {precision!r}")
     if options.engines is not None and name != "tensorrt":
@@ -286,7 +287,7 @@ def _inputs(manifest: BundleInfo, graph: GraphName) -> Inputs:
     x = normals(state)
     inputs = {state: x, "history": np.stack([x, -x], axis=1), "noise": np.zeros_like(x), "row": row.repeat(2, axis=0)}
     if graph == "prior_step":
-        return inputs | unguided(np.arange(2) % (len(manifest.classes) + 1), x)
+        return inputs | unguided(np.arange(2) % (len(manifest.classes) + 1), x.shape[1:])
     return inputs | {"z_0": normals("z_0")}
 
 
@@ -303,9 +304,11 @@ def say_choice(backend: str, precision: str | None, pipeline: "Pipeline") -> Non
     if backend == "auto" and pipeline.backend.name in ON_A_CARD:
         print(f"backend auto: {pipeline.backend.name}, whose step equals the processor's", file=sys.stderr, flush=True)
     elif backend == "auto":
-        why = choose_backend(pipeline.bundle, precision).why
+        why = choose_backend(pipeline.manifest, precision).why
         print(f"backend auto: {pipeline.backend.name}, {why}", file=sys.stderr, flush=True)
-    elif backend == TORCH and computed != bundle_precision(pipeline.bundle):
+    elif backend == TORCH and computed != bundle_precision(pipeline.manifest):
         print(f"backend torch: computes in {computed}", file=sys.stderr, flush=True)
-    elif computed != bundle_precision(pipeline.bundle):
-        print(f"backend {pipeline.backend.name}: {in_another(pipeline.bundle, computed)}", file=sys.stderr, flush=True)
+    elif computed != bundle_precision(pipeline.manifest):
+        print(
+            f"backend {pipeline.backend.name}: {in_another(pipeline.manifest, computed)}", file=sys.stderr, flush=True
+        )

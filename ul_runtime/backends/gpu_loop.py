@@ -8,16 +8,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ul_runtime.backends.gpu import Memory, Scratch
-from ul_runtime.errors import OutOfMemoryError, StoppedError, ULError
-from ul_runtime.loop import Guide, Inputs, Walk
+from ul_runtime.errors import OutOfMemoryError, ULError
+from ul_runtime.loop import NO_NOISE, Guide, Inputs, Loop, run_on_host
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, Interface, Tensor
-from ul_runtime.samplers import S
+from ul_runtime.progress import Tick
 
 PIXELS = "pixels"
 # round((clip(x, -1, 1) + 1) * 127.5) as uint8, channels last; and the sum of the magnitudes of x, finite where x is.
@@ -264,10 +265,6 @@ def padded_to(bucket: int, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(filled)
 
 
-Stop = Callable[[], bool]
-Advance = Callable[[int], None]
-
-
 @dataclass
 class _Batch:
     """The images of one run through all loops; addresses are the device's."""
@@ -275,9 +272,9 @@ class _Batch:
     count: int
     bucket: int
     indices: int  # address
+    seeds: list[int]
     sent: list[np.ndarray]  # what is uploaded, until it is there
-    stop: Stop
-    advance: Advance
+    tick: Tick
     asked: Bound | None = None  # the guide's step
 
 
@@ -297,101 +294,95 @@ class _End:
 class DeviceLoop(DeviceSteps):
     """Loops over bound steps."""
 
-    def walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance) -> list[np.ndarray]:
-        """See Walker.walk."""
-        return self._walk(walks, stop, advance, pixels=False)
-
-    def walk_to_images(
-        self, walks: Sequence[Walk], stop: Stop, advance: Advance
-    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """See Walker.walk_to_images."""
-        *states, images, total = self._walk(walks, stop, advance, pixels=True)
-        return states, images, np.isfinite(total)
-
-    def _walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance, pixels: bool) -> list[np.ndarray]:
-        """The last states; of the last walk with `pixels` its pixels and the sums of its magnitudes instead."""
+    def run_loops(self, loops: Sequence[Loop], tick: Tick, *, pixels: bool = False) -> list[np.ndarray]:
+        """See Backend.run_loops."""
         with self.memory.lock:
-            return self._locked_walk(walks, stop, advance, pixels)
+            return self._run_loops(loops, tick, pixels)
 
-    def _locked_walk(self, walks: Sequence[Walk], stop: Stop, advance: Advance, pixels: bool) -> list[np.ndarray]:
-        indices = walks[0].noise.indices
-        bucket = bucket_of(max(len(indices), walks[0].batch))
-        sent = [padded_to(bucket, indices)]
-        sent += [np.repeat(walk.table.astype(np.float32)[:, None], bucket, axis=1) for walk in walks]  # rows bucket 8
+    def _run_loops(self, loops: Sequence[Loop], tick: Tick, pixels: bool) -> list[np.ndarray]:
+        keys = loops[0].noise
+        bucket = bucket_of(max(len(keys.indices), loops[0].batch))
+        sent = [padded_to(bucket, keys.indices)]
+        sent += [padded_to(bucket, loop.rows.swapaxes(0, 1)).swapaxes(0, 1).copy() for loop in loops]  # calls bucket 8
         ends: list[_End] = []
-        with self._region(sum(array.nbytes for array in sent), walks) as region:
+        with self._region(sum(array.nbytes for array in sent), loops) as region:
             places = [region + sum(array.nbytes for array in sent[:n]) for n in range(len(sent))]
             for place, array in zip(places, sent, strict=True):
                 self.memory.upload(place, array)
-            batch = _Batch(len(indices), bucket, places[0], sent, stop, advance)
-            for walk, table in zip(walks, places[1:], strict=True):
-                ends.append(self._steps(walk, table, batch, ends[-1] if ends else None))
+            seeds = padded_to(bucket, keys.seeds).tolist()
+            batch = _Batch(len(keys.indices), bucket, places[0], seeds, sent, tick)
+            for loop, rows in zip(loops, places[1:], strict=True):
+                ends.append(self._steps(loop, rows, batch, ends[-1] if ends else None))
             # only now: what leaves for pageable memory is waited for
             made = self._pixels(ends.pop(), bucket) if pixels else []
             results = [*[self.leaving(end.step, end.state) for end in ends], *made]
-        return [result[: len(indices)] for result in results]
+        return [result[: len(keys.indices)] for result in results]
 
-    def _steps(self, walk: Walk, table: int, batch: _Batch, before: _End | None) -> _End:
-        """All rows of one walk, enqueued. `table` is an address, `before` where the walk before ended."""
+    def _steps(self, loop: Loop, rows: int, batch: _Batch, before: _End | None) -> _End:
+        """All calls of one loop, enqueued. `rows` is an address, `before` where the loop before ended."""
         last: Bound | None = None
         condition: object = None
         quiet = False
-        for k in range(len(walk.table)):
-            if batch.stop():
-                raise StoppedError(
-                    f"stopped before step {k + 1} of {len(walk.table)}; run the same command again to go on"
-                )
-            inputs = walk.condition(k)
-            bound = self.bound_for(walk.graph, walk.state, batch.bucket, inputs)
+        for k, streams in enumerate(loop.streams):
+            batch.tick(0)
+            inputs = loop.condition(k)
+            bound = self.bound_for(loop.graph, loop.state, batch.bucket, inputs)
             if inputs is not condition:
                 batch.sent += self.upload(bound, inputs, batch.bucket)
                 condition = inputs
             if bound is not last:
-                self._enter(walk, batch, bound, last, before)
+                self._enter(loop, batch, bound, last, before)
                 last, quiet = bound, False
-            if walk.table[k, S] != 0.0:
-                self._draw(walk, batch, bound, "noise", walk.noise.step(k))
-                quiet = False
-            elif not quiet:
-                self.memory.clear(bound.addresses["noise"], bound.size("noise"))
-                quiet = True
-            row = table + k * bound.size("row")
-            if walk.guide is not None and walk.guide.asked(k):
-                self._ask(walk, walk.guide, bound, batch, row)
+            drawing = bool((streams != NO_NOISE).any())
+            if drawing or not quiet:
+                self._draw(loop, batch, bound, "noise", streams)
+            quiet = not drawing
+            row = rows + k * bound.size("row")
+            if loop.guide is not None and loop.guide.asked[k]:
+                self._ask(loop, loop.guide, bound, batch, row)
             self.memory.copy(bound.addresses["row"], row, bound.size("row"))
             bound.step()
-            batch.advance(batch.count)
+            batch.tick(batch.count)
         assert last is not None
-        return _End(last, walk.state)
+        return _End(last, loop.state)
 
-    def _ask(self, walk: Walk, guide: Guide, bound: Bound, batch: _Batch, row: int) -> None:
+    def _ask(self, loop: Loop, guide: Guide, bound: Bound, batch: _Batch, row: int) -> None:
         """The guide's prediction for the state of a step, into that step's `guide`; `row` is an address."""
-        theirs = _loop_of(guide).bound_for(walk.graph, walk.state, batch.bucket, guide.condition)
+        theirs = _loop_of(guide).bound_for(loop.graph, loop.state, batch.bucket, guide.condition)
         if theirs is not batch.asked:
             batch.sent += self.upload(theirs, guide.condition, batch.bucket)
             for name in ("history", "noise"):  # which its prediction does not depend on
                 self.memory.clear(theirs.addresses[name], theirs.size(name))
             batch.asked = theirs
-        self.memory.copy(theirs.addresses[walk.state], bound.addresses[walk.state], bound.size(walk.state))
+        self.memory.copy(theirs.addresses[loop.state], bound.addresses[loop.state], bound.size(loop.state))
         self.memory.copy(theirs.addresses["row"], row, bound.size("row"))
         theirs.step()
         self.memory.copy(bound.addresses["guide"], theirs.addresses["pred"], bound.size("guide"))
 
-    def _enter(self, walk: Walk, batch: _Batch, bound: Bound, last: Bound | None, before: _End | None) -> None:
-        """Fill what a step goes on from: noise in a walk's first step, else what `last`, of other sizes, left."""
+    def _enter(self, loop: Loop, batch: _Batch, bound: Bound, last: Bound | None, before: _End | None) -> None:
+        """Fill what a step goes on from: noise in a loop's first step, else what `last`, of other sizes, left."""
         if last is None:
-            self._draw(walk, batch, bound, walk.state, walk.noise.start)
+            self._draw(loop, batch, bound, loop.state, np.full_like(loop.streams[0], loop.start))
             self.memory.clear(bound.addresses["history"], bound.size("history"))
         else:
-            for name in (walk.state, "history"):
+            for name in (loop.state, "history"):
                 self.memory.copy(bound.addresses[name], last.addresses[name], bound.size(name))
-        if walk.takes is not None and before is not None:
-            self.memory.copy(bound.addresses[walk.takes], before.address, bound.size(walk.takes))
+        if loop.takes is not None and before is not None:
+            self.memory.copy(bound.addresses[loop.takes], before.address, bound.size(loop.takes))
 
-    def _draw(self, walk: Walk, batch: _Batch, bound: Bound, name: str, stream: int) -> None:
-        """Noise into a tensor."""
-        values = math.prod(walk.noise.shape)
-        self.memory.normals(bound.addresses[name], walk.noise.seed, batch.indices, batch.bucket, stream, values)
+    def _draw(self, loop: Loop, batch: _Batch, bound: Bound, name: str, streams: np.ndarray) -> None:
+        """Noise into a tensor, a launch for each run of images of one seed and stream."""
+        values = math.prod(loop.noise.shape)
+        keys = list(zip(batch.seeds, padded_to(batch.bucket, streams).tolist(), strict=True))
+        first = 0
+        for (seed, stream), run in groupby(keys):
+            count = len(list(run))
+            to, indices = bound.addresses[name] + 4 * values * first, batch.indices + 8 * first
+            if stream == NO_NOISE:
+                self.memory.clear(to, 4 * values * count)
+            else:
+                self.memory.normals(to, seed, indices, count, stream, values)
+            first += count
 
     def _pixels(self, end: _End, bucket: int) -> list[np.ndarray]:
         """(Images, sums of magnitudes) of a state, on their way."""
@@ -401,21 +392,21 @@ class DeviceLoop(DeviceSteps):
         return [self.leaving(source, tensor.name, tensor.dtype) for tensor in self.graphs[PIXELS].outputs]
 
     @contextmanager
-    def _region(self, size: int, walks: Sequence[Walk]) -> Iterator[int]:
-        """Memory for these walks, given back when their work is done. Where memory is short, all steps are released."""
+    def _region(self, size: int, loops: Sequence[Loop]) -> Iterator[int]:
+        """Memory for these loops, given back when their work is done. Where memory is short, all steps are released."""
         memory, failed = self.memory, True
         memory.use()
         try:
             region = memory.allocate(size)
         except OutOfMemoryError:
-            self._release_all(walks)
+            self._release_all(loops)
             raise
         try:
             yield region
             memory.wait()
             failed = False
         except OutOfMemoryError:
-            self._release_all(walks)
+            self._release_all(loops)
             raise
         finally:
             # a device that failed may fail here again: the first error says why
@@ -424,12 +415,12 @@ class DeviceLoop(DeviceSteps):
                     memory.wait()
                 memory.free(region)
 
-    def _release_all(self, walks: Sequence[Walk]) -> None:
+    def _release_all(self, loops: Sequence[Loop]) -> None:
         """Of the guides as well."""
         self.release()
-        for walk in walks:
-            if walk.guide is not None:
-                _loop_of(walk.guide).release()
+        for loop in loops:
+            if loop.guide is not None:
+                _loop_of(loop.guide).release()
 
 
 class _OnDevice(Protocol):
@@ -437,15 +428,15 @@ class _OnDevice(Protocol):
 
 
 def _loop_of(guide: Guide) -> DeviceLoop:
-    """Of a walker that `can_ask` took."""
-    return cast(_OnDevice, guide.walker).loop
+    """Of a backend that `shares_order` took."""
+    return cast(_OnDevice, guide.backend).loop
 
 
 _LIKELY_BATCH = 64  # fills a card; the batch is halved where its memory is short
 
 
 class DeviceBackend:
-    """A Backend and Walker over `loop`; subclasses make it, and have name, precision and threads."""
+    """A Backend over `loop`; subclasses make it, and have name, precision and threads."""
 
     loop: DeviceLoop
 
@@ -455,34 +446,25 @@ class DeviceBackend:
 
     @property
     def likely_batch(self) -> int | None:
-        """See Walker.likely_batch."""
+        """See Backend.likely_batch."""
         return _LIKELY_BATCH if self.loop.memory.kind == "cuda" else None
 
     def computed_as(self, count: int) -> int | None:
-        """See Walker.computed_as: a card's kernels for another size round otherwise."""
+        """See Backend.computed_as: a GPU's kernels for another size round otherwise."""
         return bucket_of(count) if self.loop.memory.kind == "cuda" else None
 
-    def can_ask(self, other: object) -> bool:
-        """See Walker.can_ask."""
+    def shares_order(self, other: object) -> bool:
+        """Whether another backend can be asked within these loops: it works in the same memory, in the same order."""
         return isinstance(other, DeviceBackend) and other is not self and other.loop.memory is self.loop.memory
 
-    def walk(self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]) -> list[np.ndarray]:
-        """See Walker.walk. Errors as for `run`."""
-        with self._watched():
-            return self.loop.walk(walks, stop, advance)
-
-    def walk_to_images(
-        self, walks: Sequence[Walk], stop: Callable[[], bool], advance: Callable[[int], None]
-    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """See Walker.walk_to_images. Errors as for `run`."""
-        with self._watched():
-            return self.loop.walk_to_images(walks, stop, advance)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def run_loops(self, loops: Sequence[Loop], tick: Tick, *, pixels: bool = False) -> list[np.ndarray]:
+        """See Backend.run_loops; the host runs them where a guide works in another order. Errors as for `run`."""
+        if any(loop.guide is not None and not self.shares_order(loop.guide.backend) for loop in loops):
+            return run_on_host(self, loops, tick, pixels=pixels)
         bound = len(self.loop.bound)
-        yield
-        self._walked(len(self.loop.bound) != bound)
+        results = self.loop.run_loops(loops, tick, pixels=pixels)
+        self._ran(len(self.loop.bound) != bound)
+        return results
 
-    def _walked(self, bound_more: bool) -> None:
+    def _ran(self, bound_more: bool) -> None:
         """After a loop; `bound_more`: it ran graphs in sizes that were not run before."""

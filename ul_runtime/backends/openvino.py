@@ -18,7 +18,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino as ov  # noqa: E402
 import openvino.opset13 as opset  # noqa: E402
 
-from ul_runtime.backends import NO_BF16, cannot_load, check_threads, run_failed  # noqa: E402
+from ul_runtime.backends import NO_BF16, HostBackend, cannot_load, check_threads, run_failed  # noqa: E402
 from ul_runtime.errors import UsageError  # noqa: E402
 from ul_runtime.onnx_weights import with_weights  # noqa: E402
 
@@ -43,7 +43,7 @@ def has_bf16() -> bool:
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(HostBackend):
     """Runs a bundle's graphs on the CPU. A graph is compiled when it is first run.
 
     In bfloat16 it is compiled anew for each batch size, rounded up to a power of two, and kept: 1.2 to 1.4 times faster

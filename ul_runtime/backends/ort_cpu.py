@@ -9,6 +9,7 @@ import numpy as np
 from ul_runtime.backends import (
     ORT_GPU,
     REINSTALL_ORT_GPU,
+    HostBackend,
     cannot_load,
     check_threads,
     cpu_precision,
@@ -53,7 +54,7 @@ _BFLOAT16 = 16  # TensorProto.DataType
 _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 
 
-class OrtCpuBackend:
+class OrtCpuBackend(HostBackend):
     """Runs a bundle's graphs on the CPU. A session is built when its graph is first run."""
 
     name = "ort-cpu"
@@ -72,7 +73,7 @@ class OrtCpuBackend:
         `threads` None = one per core; `allow_spinning` False is kinder to a shared machine, 1-25 % slower.
         """
         check_threads(threads)
-        self.precision = precision or cpu_precision(bundle)
+        self.precision = precision or cpu_precision(bundle.manifest)
         self._bundle = bundle
         self._threads = threads
         self._allow_spinning = allow_spinning

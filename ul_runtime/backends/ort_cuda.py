@@ -62,7 +62,7 @@ class OrtDeviceBackend(DeviceBackend):
 
         `require_graphs`: a graph that it cannot capture is an error, and not run node by node.
         """
-        self.precision = precision or bundle_precision(bundle)
+        self.precision = precision or bundle_precision(bundle.manifest)
         self._float32 = precision == "fp32"
         self._bundle, self._memory, self._providers = bundle, memory, providers
         self._say, self._require_graphs = say, require_graphs

@@ -35,7 +35,7 @@ class TensorRtBackend(DeviceBackend):
         require_graphs: bool = False,
     ) -> None:
         """`precision` None = the bundle's, else fp32; `require_graphs`: a capture that fails is an error."""
-        self.precision = precision or bundle_precision(bundle)
+        self.precision = precision or bundle_precision(bundle.manifest)
         self._float32 = precision == "fp32"
         self._bundle, self._engines, self._memory, self._say = bundle, engines, memory, say
         try:
@@ -86,7 +86,7 @@ class TensorRtBackend(DeviceBackend):
         config.set_runtime_cache(self._compiled)
         return engine.create_execution_context(config)
 
-    def _walked(self, bound_more: bool) -> None:
+    def _ran(self, bound_more: bool) -> None:
         """Keep the kernels that were compiled for it, for the next process."""
         if bound_more and self._compiled is not None:
             facts, now = self._engines.kept(_COMPILED), bytes(self._compiled.serialize())

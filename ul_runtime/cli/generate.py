@@ -69,7 +69,7 @@ def generate(
 
     pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine)
     choose.say_choice(backend, precision, pipeline)
-    if pipeline.guide_hash == pipeline.bundle.hash:
+    if pipeline.guide_hash == pipeline.hash:
         print("the guide is the bundle itself: guidance has no effect", file=sys.stderr, flush=True)
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)
     guided = Overrides(guidance=guidance, guidance_interval=interval, guidance_rescale=guidance_rescale)

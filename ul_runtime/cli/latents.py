@@ -97,9 +97,9 @@ def _check_fits(path: Path, file: "Latents", pipeline: "Pipeline") -> None:
     label, num_classes = file.arrays.get("label"), pipeline.num_classes
     if label is not None and (label.shape != shape[:1] or label.dtype.kind != "i" or not _within(label, num_classes)):
         raise BadInputError(f"{path}: label must be {shape[0]} numbers from 0 to {num_classes}; encode again")
-    made_by = file.info.get("bundle", pipeline.bundle.hash)
-    if made_by != pipeline.bundle.hash:
-        message = f"made with bundle {str(made_by)[:12]}, this is {pipeline.bundle.hash[:12]}"
+    made_by = file.info.get("bundle", pipeline.hash)
+    if made_by != pipeline.hash:
+        message = f"made with bundle {str(made_by)[:12]}, this is {pipeline.hash[:12]}"
         raise BadInputError(f"{path}: {message}; encode the images again with this one")
 
 
@@ -162,7 +162,7 @@ def encode(
     durable.make_directory(out.parent)
     arrays, converted = _encode_files(pipeline, files, seed, bits_samples, batch_size or pipeline.default_batch_size)
     info = {
-        "bundle": pipeline.bundle.hash,
+        "bundle": pipeline.hash,
         "seed": seed,
         **pipeline.computed_by,
         "bits_samples": bits_samples,

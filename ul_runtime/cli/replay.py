@@ -79,8 +79,8 @@ def replay(
 
 def _make(image: Path, origin: Provenance, job: GenerateJob, pipeline: Pipeline) -> tuple[np.ndarray, bytes]:
     """The picture made again, uint8 `h w c`, and its file as this program writes it today."""
-    if job.bundle != pipeline.bundle.hash:
-        message = f"made from bundle {job.bundle}, and this one is {pipeline.bundle.hash}"
+    if job.bundle != pipeline.hash:
+        message = f"made from bundle {job.bundle}, and this one is {pipeline.hash}"
         raise BadInputError(f"{image}: {message}; give the bundle that made it")
     if job.guide != pipeline.guide_hash:
         message = f"guided by {_guide(job.guide)}, --guide gives {_guide(pipeline.guide_hash)}"
