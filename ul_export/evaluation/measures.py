@@ -50,7 +50,7 @@ class Reconstructions:
 
 def measure_samples(comparison: Comparison) -> tuple[dict[str, Any], Samples]:
     """Figures of the samples of all seeds, by space and name; and the samples of the first. NonFiniteError."""
-    real = comparison.real_features
+    real = comparison.real_features  # with a progress bar of its own: one at a time
     drawn: list[Samples] = []
     model: dict[str, list[dict[str, float]]] = {space.name: [] for space in comparison.spaces}
     floor: dict[str, list[dict[str, float]]] = {space.name: [] for space in comparison.spaces}
@@ -58,11 +58,11 @@ def measure_samples(comparison: Comparison) -> tuple[dict[str, Any], Samples]:
         for seed in comparison.seeds:
             samples = _draw(comparison, seed, tick)
             drawn = drawn or [samples]
-            first, second = comparison.halves(seed)
+            first, second = (_chosen(real, half) for half in comparison.halves(seed))
             for name in model:
                 tick(0)
-                model[name].append(distances(samples.features[name], real[name][first]))
-                floor[name].append(distances(real[name][second], real[name][first]))
+                model[name].append(distances(samples.features[name], first[name]))
+                floor[name].append(distances(second[name], first[name]))
     return {name: figures(comparison.count, model[name], floor[name]) for name in model}, drawn[0]
 
 
@@ -131,6 +131,7 @@ def measure_reconstructions(
     ids, heldout = comparison.heldout_ids, comparison.splits.heldout
     if len(ids) < 2:
         raise UsageError("one image is held out, and reconstructions need two or more; name more with --heldout")
+    real, originals = comparison.real_features, comparison.heldout_features
     shown: list[np.ndarray] = []
     model, chance, rfd, rfd_real = [], [], [], []
     with progress("reconstructing", len(ids) * len(comparison.seeds), "images") as tick:
@@ -140,12 +141,20 @@ def measure_reconstructions(
             model.append(similar)
             chance.append(unrelated)
             shown = shown or [decoded[:MOST_SHOWN]]
-            first, second = (half[: len(ids)] for half in comparison.halves(seed))
-            of, real = _features(comparison, decoded, tick), comparison.real_features
-            rfd.append({name: frechet_distance(of[name], comparison.heldout_features[name]) for name in of})
-            rfd_real.append({name: frechet_distance(real[name][second], real[name][first]) for name in of})
+            features = _features(comparison, decoded, tick)
+            rfd.append(_frechet_distances(features, originals))
+            first, second = (_chosen(real, half[: len(ids)]) for half in comparison.halves(seed))
+            rfd_real.append(_frechet_distances(second, first))
     record = figures(len(ids), model, chance) | {"frechet_distance": figures(len(ids), rfd, rfd_real)}
     return record, Reconstructions(np.asarray(heldout.images[ids[:MOST_SHOWN]]), shown[0])
+
+
+def _chosen(features: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: values[rows] for name, values in features.items()}
+
+
+def _frechet_distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: frechet_distance(a[name], b[name]) for name in a}
 
 
 def _reconstruct(
