@@ -71,6 +71,43 @@ def test_help_and_success_end_with_0(command: Runner) -> None:
     assert command(command_that(lambda: None)).code == 0
 
 
+def ends(work: str, *redirection: str) -> "subprocess.CompletedProcess[str]":
+    """A command that does `work`, in a process of its own; its exit code is that of the command."""
+    code = f"""
+import typer
+from ul_runtime.errors import run_command
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+@app.command()
+def main():
+    {work}
+run_command(app, "ul-test")
+"""
+    words = ["bash", "-c", 'set -o pipefail; "$@" ' + " ".join(redirection), "bash", sys.executable, "-c", code]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("error", ["ValueError('a fault of ours')", "MemoryError", "OSError(22, 'Invalid argument')"])
+def test_an_error_that_nobody_foresaw_ends_with_70_and_its_traceback(error: str) -> None:
+    done = ends(f"raise {error}")
+    assert done.returncode == 70
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert error.partition("(")[0] in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("work", ["print('result')", "print('much ' * 10**6)"])
+def test_a_closed_pipe_ends_with_74_and_no_word(work: str) -> None:
+    assert ends(work, "| cat").returncode == 0
+    done = ends(f"import time; time.sleep(0.5); {work}", "| true")
+    assert (done.returncode, done.stderr) == (74, "")
+
+
+def test_help_into_a_closed_pipe_ends_with_74() -> None:
+    code = "from ul_runtime.cli.generate import main; import time; time.sleep(0.5); main()"
+    words = ["bash", "-c", 'set -o pipefail; "$@" --help | true', "bash", sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (74, "")
+
+
 UNWINDING = """
 import signal, time, typer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs and their children

@@ -6,10 +6,13 @@ A message says where, what was given, what was expected and what to do, in one l
 
 import errno
 import logging
+import io
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
+from types import TracebackType
 from typing import Any, NoReturn
 
 
@@ -67,7 +70,6 @@ class UntrustedError(ULError):
     exit_code = 77
 
 
-_TYPER_INTERRUPTED = 130  # what a typer app returns after Ctrl-C
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
 
 
@@ -94,37 +96,48 @@ def _log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
 
 
+def _end_with_70(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+    """The excepthook of a command: 1, which Python would end with, means that two things differ."""
+    sys.__excepthook__(kind, error, trace)
+    raise SystemExit(ULError.exit_code)
+
+
 def run_command(app: Callable[..., Any], name: str) -> NoReturn:
     """Run a typer app and end the process with the exit code of the table, any error as one line on stderr.
 
-    SIGTERM unwinds as Ctrl-C does, so that what is half written goes; `signals.stop_on_signal` stops more gently.
+    An error that nobody foresaw keeps its traceback and ends with 70. SIGTERM unwinds as Ctrl-C does, so that
+    temporary files are removed; `progress.stop_on_signal` stops more gently.
     """
     import typer
 
     _log_to_stderr()
     misuse: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: typer keeps click to itself
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.excepthook = _end_with_70
+    command = typer.main.get_command(app)  # type: ignore[arg-type]
     try:
-        ended = app(prog_name=name, standalone_mode=False)
+        # not command.main(), which ends with 1 where a pipe is closed
+        with suppress(typer.Exit), command.make_context(name, sys.argv[1:]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
     except misuse as error:
         message: str = error.format_message()  # type: ignore[attr-defined]
         fail(name, UsageError(f"{' '.join(message.split()).removesuffix('.')}; see {name} --help"))
     except ULError as error:
         fail(name, error)
     except KeyboardInterrupt:
-        ended = _TYPER_INTERRUPTED
+        fail(name, StoppedError("interrupted"))
     except BrokenPipeError:
+        sys.stdout = sys.stderr = io.StringIO()  # or Python flushes the old ones, and ends with 120
         sys.exit(OutputError.exit_code)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         fail(name, OutputError(f"{error.filename or 'output'}: {error.strerror}; free space or fix permissions"))
-    if ended == _TYPER_INTERRUPTED:
-        fail(name, StoppedError("interrupted"))
-    sys.exit(ended if isinstance(ended, int) else 0)
+    sys.exit(0)
 
 
 def fail(name: str, error: ULError) -> NoReturn:
-    """Say the error in one line, and end the process with its exit code."""
+    """Print the error as one line, and end the process with its exit code."""
     print(f"{name}: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
