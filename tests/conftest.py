@@ -1,7 +1,6 @@
 """Fixtures of several test files."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +45,12 @@ def train_options(image_store: Path, tmp_path: Path) -> list[Any]:
 
 
 @pytest.fixture
-def one_thread_and_a_sound_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Around a command in this process: one thread, a cache that no test may use, and the disk put back."""
+def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a command in this process: one thread, and a cache that no test may use."""
     import torch
-
-    from ul_runtime import durable
 
     monkeypatch.setenv("UL_CACHE", str(tmp_path / "never"))
     torch.set_num_threads(1)
-    yield
-    durable.disk = durable.Disk()
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ul_runtime import durable
+from disk import Disk
 
 Tree = dict[str, "bytes | Tree"]
 Event = tuple[Any, ...]
 
 
-class RecordingDisk(durable.Disk):
+class RecordingDisk(Disk):
     """Does the real calls and logs them: create, write, sync, rename, exchange, remove, make_directory."""
 
     def __init__(self, skip_sync_of: str = "") -> None:
@@ -123,9 +123,9 @@ def violations(root: Path, act: Callable[[], None], new: "bytes | Tree", disk: R
     before = snapshot(root)
     old = before.after_power_loss(True)
     assert isinstance(old, dict)
-    durable.disk = disk
     start = snapshot(root)
-    act()
+    with disk.in_use():
+        act()
     found = []
     for end in range(len(disk.log) + 1):
         for flushed in (False, True):

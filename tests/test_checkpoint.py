@@ -3,27 +3,20 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disk import Disk
 from power_loss import Inode, RecordingDisk, copy_of, replay, snapshot
 from tiny_run import contents
 from torch import nn
 
-from ul_runtime import durable
 from ul_runtime.errors import BadInputError, OutputError
 from ul_train import checkpoint as ckpt
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
-
-
-@pytest.fixture(autouse=True)
-def _restore_disk() -> Iterator[None]:
-    yield
-    durable.disk = durable.Disk()
 
 
 def state(step: int = 7, stage: str = "joint") -> ckpt.State:
@@ -148,9 +141,8 @@ def test_a_power_loss_at_any_call_of_a_save_leaves_a_whole_newest_checkpoint(tmp
     folder = tmp_path / "checkpoints"
     save(folder, 7)
     start = snapshot(tmp_path)
-    disk = durable.disk = RecordingDisk()
-    save(folder, 8)
-    durable.disk = durable.Disk()
+    with RecordingDisk().in_use() as disk:
+        save(folder, 8)
     assert len(disk.log) >= 20
     newest = set()
     for end in range(len(disk.log) + 1):
@@ -179,7 +171,7 @@ def put(path: Path, model: Inode) -> None:
             at.write_bytes(node)
 
 
-class FullDisk(durable.Disk):
+class FullDisk(Disk):
     """Has room for so many bytes."""
 
     def __init__(self, room: int) -> None:
@@ -197,20 +189,17 @@ class FullDisk(durable.Disk):
 def test_a_full_disk_is_an_output_error_and_the_checkpoint_before_stays(tmp_path: Path, room: int) -> None:
     save(tmp_path, 7)
     before = contents(tmp_path)
-    durable.disk = FullDisk(room)
-    with pytest.raises(OutputError, match="No space left"):
+    with FullDisk(room).in_use(), pytest.raises(OutputError, match="No space left"):
         save(tmp_path, 8)
     assert OutputError.exit_code == 74
     assert contents(tmp_path) == before
-    durable.disk = durable.Disk()
     assert loads(save(tmp_path, 8))
 
 
 def test_a_full_disk_does_not_harm_the_checkpoint_that_is_replaced(tmp_path: Path) -> None:
     save(tmp_path, 7)
     before = contents(tmp_path)
-    durable.disk = FullDisk(1500)
-    with pytest.raises(OutputError):
+    with FullDisk(1500).in_use(), pytest.raises(OutputError):
         save(tmp_path, 7)
     assert contents(tmp_path) == before
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from analytic_bundle import MEANS, write_analytic_bundle
+from disk import Disk
 from PIL import Image
 
 import ul_runtime
-from ul_runtime import durable
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.cli.generate import _title, main
 from ul_runtime.jobs import _missing
@@ -256,7 +256,7 @@ assert not heavy, heavy
     assert process.returncode == 0, err
 
 
-class FullDisk(durable.Disk):
+class FullDisk(Disk):
     """No image of index `full_at` or later can be written; counts what is tried."""
 
     def __init__(self, full_at: int) -> None:
@@ -271,13 +271,11 @@ class FullDisk(durable.Disk):
         return super().create(path)
 
 
-def test_a_disk_that_fills_ends_the_work_at_once_and_leaves_whole_files(
-    command, analytic_bundle, tmp_path, monkeypatch
-):
-    disk, out = FullDisk(full_at=6), tmp_path / "out"
-    monkeypatch.setattr(durable, "disk", disk)
+def test_a_disk_that_fills_ends_the_work_at_once_and_leaves_whole_files(command, analytic_bundle, tmp_path):
+    out = tmp_path / "out"
     arguments = (analytic_bundle, "--out", out, "--num-images", 100_000, "--batch-size", 4, *FAST)
-    command.fails(main, 74, "cannot write: No space left on device; free space", *arguments)
+    with FullDisk(full_at=6).in_use() as disk:
+        command.fails(main, 74, "cannot write: No space left on device; free space", *arguments)
     assert set(range(7)) <= set(disk.tried) <= set(range(8)), "images of one batch are written at once, of no later one"
     assert sorted(tree(out)) == [*(f"{i:06d}.png" for i in range(6)), "generate.json"]
 
@@ -286,13 +284,12 @@ def test_images_are_written_while_the_next_are_made(command, analytic_bundle, tm
     """The disk hangs at the first image until the network is asked for the second batch."""
     asked = threading.Event()
 
-    class Waiting(durable.Disk):
+    class Waiting(Disk):
         def create(self, path: Path) -> int:
             if path.name.startswith(".000000.png"):
                 assert asked.wait(60)
             return super().create(path)
 
-    monkeypatch.setattr(durable, "disk", Waiting())
     run, calls = OrtCpuBackend.run, []
 
     def counted(self, graph_name, inputs):
@@ -302,7 +299,9 @@ def test_images_are_written_while_the_next_are_made(command, analytic_bundle, tm
         return run(self, graph_name, inputs)
 
     monkeypatch.setattr(OrtCpuBackend, "run", counted)
-    result = command(main, analytic_bundle, "--out", tmp_path / "out", "--num-images", 4, "--batch-size", 2, *FAST)
+    arguments = (analytic_bundle, "--out", tmp_path / "out", "--num-images", 4, "--batch-size", 2, *FAST)
+    with Waiting().in_use():
+        result = command(main, *arguments)
     assert result.code == 0, result
     assert len(calls) == 10
 

@@ -10,18 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disk import Disk
 from power_loss import RecordingDisk, Tree, violations
 
 from ul_runtime import durable
 from ul_runtime.errors import OutputError, UsageError
 
 OLD, NEW = b"old" * 1000, b"new!" * 2000
-
-
-@pytest.fixture(autouse=True)
-def _restore_disk() -> Iterator[None]:
-    yield
-    durable.disk = durable.Disk()
 
 
 def fill(directory: Path) -> None:
@@ -86,7 +81,7 @@ def test_the_power_loss_check_finds_a_missing_fsync(tmp_path: Path, case: str, s
     assert violations(tmp_path, lambda: act(tmp_path), new, RecordingDisk(skipped)) != []
 
 
-class FailingDisk(durable.Disk):
+class FailingDisk(Disk):
     """The k-th call that changes something fails."""
 
     def __init__(self, fail_at: int, code: int) -> None:
@@ -145,9 +140,7 @@ def test_a_failure_of_any_call_is_an_output_error_and_leaves_no_trace(tmp_path: 
         root.mkdir()
         prepare(root)
         old = contents(root)
-        disk = FailingDisk(fail_at, code)
-        durable.disk = disk
-        if not disk_reached(disk, act, root):
+        if not disk_reached(FailingDisk(fail_at, code), act, root):
             assert contents(root) == {"target": new}
             return
         assert contents(root) in (old, {"target": new})
@@ -158,7 +151,8 @@ def disk_reached(disk: FailingDisk, act: Callable[[Path], None], root: Path) -> 
     """Run `act`; whether the planted failure was met (it must then be an OutputError that names the target)."""
     reported = ""
     try:
-        act(root)
+        with disk.in_use():
+            act(root)
     except OutputError as error:
         reported = str(error)
     assert (str(root) in reported and os.strerror(disk.code) in reported) == disk.failed
@@ -308,6 +302,33 @@ def test_a_directory_cannot_be_locked_twice_in_one_process(tmp_path: Path) -> No
         durable.lock_directory(tmp_path).__enter__()
 
 
+@pytest.mark.parametrize("content", [b"mine\n", b"pid of another program", b"pid 7 on host\nand more\n"])
+def test_a_file_of_another_program_with_the_name_of_a_lock_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    lock = tmp_path / durable.LOCK_NAME
+    lock.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"\.lock: was not written by this toolkit"):
+            durable.lock_directory(tmp_path).__enter__()
+    assert lock.read_bytes() == content
+
+
+def test_another_name_of_a_file_elsewhere_is_not_taken_for_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    os.link(tmp_path / "mine", tmp_path / "folder" / durable.LOCK_NAME)
+    with pytest.raises(UsageError, match="was not written by this toolkit"):
+        durable.lock_directory(tmp_path / "folder").__enter__()
+    assert contents(tmp_path) == {"mine": b"", "folder": {durable.LOCK_NAME: b""}}
+
+
+@pytest.mark.parametrize("content", [b"", b"pid 999999 on some host\n"])
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / durable.LOCK_NAME).write_bytes(content)
+    with durable.lock_directory(tmp_path):
+        assert (tmp_path / durable.LOCK_NAME).read_text().startswith(f"pid {os.getpid()} on ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_directory_must_be_missing_empty_or_hold_only_what_is_allowed(tmp_path: Path) -> None:
     durable.check_output_directory(tmp_path / "missing" / "deeper")
     assert list(tmp_path.iterdir()) == []
@@ -321,8 +342,7 @@ def test_an_output_directory_must_be_missing_empty_or_hold_only_what_is_allowed(
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused_with_advice(tmp_path: Path) -> None:
-    durable.disk = FailingDisk(1, errno.EROFS)
-    with pytest.raises(OutputError, match=r"Read-only.*writable disk"):
+    with FailingDisk(1, errno.EROFS).in_use(), pytest.raises(OutputError, match=r"Read-only.*writable disk"):
         durable.check_output_directory(tmp_path / "missing")
 
 

@@ -23,7 +23,7 @@ from ul_train import train as training
 from ul_train.cli import main as train
 from ul_train.sweep import run_to_end
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread_and_a_sound_disk")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 FIGURES = {"worst_graph_difference", "worst_z_0_difference", "worst_image_psnr_db", "seconds"}
 
 

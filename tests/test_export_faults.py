@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from disk import Disk
 from exported_run import PLAIN, Exported, exported_run
 from onnx import ModelProto
 from random_run import randomise, save, write_run
@@ -20,7 +21,6 @@ from safetensors.numpy import save as save_weights
 
 from ul_export import export as export_command
 from ul_export.cli import main
-from ul_runtime import durable
 from ul_runtime.bundle import Bundle
 from ul_train.run import Run
 
@@ -167,7 +167,7 @@ def test_a_tensor_that_no_graph_uses_fails_the_export(plain, command, monkeypatc
     assert not (tmp_path / "bundle").exists()
 
 
-class FullDisk(durable.Disk):
+class FullDisk(Disk):
     """A disk that is full after `room` bytes."""
 
     def __init__(self, room: int) -> None:
@@ -182,8 +182,8 @@ class FullDisk(durable.Disk):
 
 @pytest.mark.parametrize("room", [0, 100_000, 700_000])  # the trial takes 0.55 MB, the bundle as much again
 def test_a_full_disk_leaves_nothing(room, plain, command, monkeypatch, tmp_path):
-    monkeypatch.setattr(durable, "disk", FullDisk(room))
-    result = exported_again(plain, plain.files, command, monkeypatch, tmp_path / "bundle")
+    with FullDisk(room).in_use():
+        result = exported_again(plain, plain.files, command, monkeypatch, tmp_path / "bundle")
     check_refused(result, 74, "No space left on device; free space", tmp_path / "bundle")
 
 
@@ -191,8 +191,8 @@ def test_a_full_disk_leaves_the_bundle_that_was_there(plain, command, monkeypatc
     bundle = tmp_path / "bundle"
     assert exported_again(plain, plain.files, command, monkeypatch, bundle).code == 0
     before = {file.name: file.read_bytes() for file in bundle.iterdir()}
-    monkeypatch.setattr(durable, "disk", FullDisk(700_000))
-    result = command(main, plain.run, "--out", bundle, "--threads", 1, "--overwrite")
+    with FullDisk(700_000).in_use():
+        result = command(main, plain.run, "--out", bundle, "--threads", 1, "--overwrite")
     assert result.code == 74, result
     assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

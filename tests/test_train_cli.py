@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from command import Runner
+from disk import Disk
 from PIL import Image
 from tiny_run import SHORT, blobs, refuses, tree, write_npz
 
-from ul_runtime import durable
 from ul_train.cli import main
 from ul_train.config import preset_names
 from ul_train.log import RunLog
@@ -24,7 +24,7 @@ KEPT = sorted(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_a_sound_disk")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, number: signal.Signals) -> None:
@@ -210,7 +210,7 @@ def test_a_run_with_its_own_held_out_images_resumes_from_any_folder_with_nothing
 # disks
 
 
-class FillingDisk(durable.Disk):
+class FillingDisk(Disk):
     """Has no room from the first write to a path with `name` in it."""
 
     def __init__(self, name: str) -> None:
@@ -237,8 +237,8 @@ class FillingDisk(durable.Disk):
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_whole_checkpoints(
     command: Runner, train_options: list[Any], tmp_path: Path, name: str
 ) -> None:
-    durable.disk = FillingDisk(name)
-    result = command(main, "tiny", *train_options, *SHORT, "--stage", "joint")
+    with FillingDisk(name).in_use():
+        result = command(main, "tiny", *train_options, *SHORT, "--stage", "joint")
     assert result.code == 74, result
     last = result.err.splitlines()[-1]
     assert last.startswith("ul-train: ")

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from command import Runner
+from disk import Disk
 from tiny_run import SHORT, refuses, tree, write_npz
 
 from ul_runtime import durable
 from ul_train import train as commands
 from ul_train.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_a_sound_disk")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # resume
@@ -166,10 +167,11 @@ def test_an_output_folder_that_cannot_be_used_is_refused(
         *train_options[-2:-1],
         tmp_path / "x",
     )
-    durable.disk = ReadOnlyDisk()
-    refuses(command, tmp_path, 74, "Read-only file system; choose a folder on a writable disk", *start, tmp_path / "r")
+    with ReadOnlyDisk().in_use():
+        message = "Read-only file system; choose a folder on a writable disk"
+        refuses(command, tmp_path, 74, message, *start, tmp_path / "r")
 
 
-class ReadOnlyDisk(durable.Disk):
+class ReadOnlyDisk(Disk):
     def create(self, path: Path) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

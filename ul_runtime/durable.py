@@ -2,7 +2,7 @@
 
 The recipe (Pillai et al. 2014): write under a temporary name beside the target, fsync, close, rename,
 fsync the directory. An error of any step is an error of the write, and the temporary name is removed.
-All system calls go through `disk`, so that a test can record, fail or drop them.
+System calls go through this module's `os` and `_renameat2`, where tests record, fail or drop them (tests/disk.py).
 """
 
 import ctypes
@@ -24,8 +24,11 @@ from typing import Any
 from ul_runtime.errors import OutputError, UsageError
 
 LOCK_NAME = ".lock"
+_HOLDER = re.compile(rb"(pid \d+ on .+\n)?")
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # an existing name, links included, is an error
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # never follows a link or waits for a pipe
 _ADVICE = {
     errno.ENOSPC: "free space on this disk and run again",
     errno.EDQUOT: "free space in your quota and run again",
@@ -44,57 +47,6 @@ def _renameat2(a: Path, b: Path, flag: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(b))
     if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(flag)) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
-
-
-class Disk:
-    """The system calls of a durable write; tests put a recording or failing one in `durable.disk`."""
-
-    def create(self, path: Path) -> int:
-        """Open a new file for writing; an existing name, links included, is an error."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def open(self, path: Path) -> int:
-        """Open an existing file or directory to sync it; never follows a link or waits for a pipe."""
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def open_to_append(self, path: Path) -> int:
-        """Open for appending and reading, made if missing."""
-        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-    def write(self, fd: int, data: memoryview) -> int:
-        """Write some of `data`; returns how many bytes."""
-        return os.write(fd, data)
-
-    def sync(self, fd: int) -> None:
-        """Make contents (of a directory: its names) survive a power loss."""
-        os.fsync(fd)
-
-    def close(self, fd: int) -> None:
-        """Close; delayed write errors show here on some file systems."""
-        os.close(fd)
-
-    def make_directory(self, path: Path) -> None:
-        """Make one directory; it must not exist."""
-        path.mkdir()
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Rename in one step: over a file, or of a directory to a free name or an empty directory."""
-        os.rename(source, target)
-
-    def rename_to_free(self, source: Path, target: Path) -> None:
-        """Rename in one step to a name that is free: else EEXIST; ENOSYS where the system cannot."""
-        _renameat2(source, target, _RENAME_NOREPLACE)
-
-    def exchange(self, a: Path, b: Path) -> None:
-        """Swap two names in one step; ENOSYS where the system cannot."""
-        _renameat2(a, b, _RENAME_EXCHANGE)
-
-    def remove(self, path: Path) -> None:
-        """Remove a file."""
-        path.unlink()
-
-
-disk = Disk()
 
 
 @contextmanager
@@ -118,26 +70,26 @@ def _absolute(path: Path) -> Path:
 
 
 def _remove_quietly(path: Path) -> None:
-    """Remove what a failed attempt left; what cannot be removed now, `sweep` removes later."""
+    """Remove what a failed attempt left; `sweep` removes later what cannot be removed now."""
     with suppress(OSError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
             shutil.rmtree(path)
         else:
-            disk.remove(path)
+            os.unlink(path)
 
 
 def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data).cast("B")
     while view:
-        view = view[disk.write(fd, view) :]
+        view = view[os.write(fd, view) :]
 
 
 def _sync(path: Path) -> None:
-    fd = disk.open(path)
+    fd = os.open(path, _READ)
     try:
-        disk.sync(fd)
+        os.fsync(fd)
     finally:
-        disk.close(fd)
+        os.close(fd)
 
 
 def write_file(path: Path, chunks: Iterable[bytes]) -> None:
@@ -146,14 +98,14 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
     For files inside a temporary directory. An existing `path` or any failure: OutputError, nothing left.
     """
     with _as_output_error(path), ExitStack() as on_failure:
-        fd = disk.create(path)
+        fd = os.open(path, _CREATE, 0o666)
         on_failure.callback(_remove_quietly, path)
         try:
             for chunk in chunks:
                 _write_all(fd, chunk)
-            disk.sync(fd)
+            os.fsync(fd)
         finally:
-            disk.close(fd)
+            os.close(fd)
         on_failure.pop_all()
 
 
@@ -169,7 +121,10 @@ def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
         write_file(temporary, [data])
         with _as_output_error(path):
             try:
-                (disk.rename if overwrite else disk.rename_to_free)(temporary, path)
+                if overwrite:
+                    os.rename(temporary, path)
+                else:
+                    _renameat2(temporary, path, _RENAME_NOREPLACE)
             except FileExistsError:
                 raise UsageError(f"{path}: exists already; choose another name or remove it") from None
             on_failure.pop_all()
@@ -190,7 +145,7 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
         raise ValueError(f"{path}: one line expected, got {text.count(chr(10)) + 1}")
     path = _absolute(path)
     with _as_output_error(path):
-        fd = disk.open_to_append(path)
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(fd).st_size
             torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
@@ -198,10 +153,10 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
                 on_failure.callback(os.ftruncate, fd, size)
                 _write_all(fd, (("\n" if torn else "") + text + "\n").encode())
                 if sync:
-                    disk.sync(fd)
+                    os.fsync(fd)
                 on_failure.pop_all()
         finally:
-            disk.close(fd)
+            os.close(fd)
         if sync and size == 0:
             _sync(path.parent)
 
@@ -213,7 +168,7 @@ def make_directory(path: Path) -> None:
         for directory in [*reversed(path.parents), path]:
             if not directory.is_dir():
                 with suppress(FileExistsError):
-                    disk.make_directory(directory)
+                    os.mkdir(directory)
                 if not directory.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
                 _sync(directory.parent)
@@ -230,9 +185,9 @@ def temporary_directory_beside(final: Path) -> Iterator[Path]:
     temporary = _temporary_name(final)
     with ExitStack() as at_end:
         with _as_output_error(final):
-            disk.make_directory(temporary)
+            os.mkdir(temporary)
             at_end.callback(_remove_quietly, temporary)
-            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
             at_end.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
@@ -256,7 +211,7 @@ def commit_directory(temporary: Path, final: Path) -> None:
         if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
             raise UsageError(f"{final}: exists already; choose another name or remove it")
         _sync_tree(temporary)
-        disk.rename(temporary, final)
+        os.rename(temporary, final)
         _sync(final.parent)
 
 
@@ -266,7 +221,7 @@ def replace_directory(temporary: Path, final: Path) -> None:
     with _as_output_error(final):
         _sync_tree(temporary)
         try:
-            disk.exchange(temporary, final)
+            _renameat2(temporary, final, _RENAME_EXCHANGE)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EOPNOTSUPP):
                 raise
@@ -278,7 +233,7 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 def _in_use(path: Path) -> bool:
     """Whether a living process holds this temporary directory."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, _READ)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -323,19 +278,22 @@ def check_output_directory(path: Path, allowed: Sequence[str] = ()) -> None:
             raise UsageError(f"{path}: holds other things ({shown}); choose an empty folder or remove them")
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         probe = _temporary_name(existing / "probe")
-        disk.close(disk.create(probe))
-        disk.remove(probe)
+        os.close(os.open(probe, _CREATE, 0o666))
+        os.unlink(probe)
 
 
 def _claim_lock(file: Path) -> int:
-    """An fd that holds the lock of `file`; BlockingIOError when another has it."""
+    """An fd that holds the lock of `file`. BlockingIOError: another process has it. UsageError: it is not a lock."""
     while True:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with ExitStack() as on_failure:
             on_failure.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(fd)
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(file)):  # not just removed by its holder
+                if os.path.samestat(status, os.stat(file)):  # not just removed by its holder
+                    if status.st_nlink > 1 or not _HOLDER.fullmatch(os.pread(fd, 400, 0)):
+                        raise UsageError(f"{file}: was not written by this toolkit; move it or choose another folder")
                     on_failure.pop_all()
                     return fd
 
@@ -360,8 +318,7 @@ def lock_directory(path: Path) -> Iterator[None]:
             try:
                 fd = _claim_lock(file)
             except BlockingIOError:
-                holder = _holder(file)
-                raise UsageError(f"{path}: in use by {holder}; wait or choose another folder") from None
+                raise UsageError(f"{path}: in use by {_holder(file)}; wait or choose another folder") from None
             at_end.callback(os.close, fd)
             at_end.callback(_remove_quietly, file)
             os.ftruncate(fd, 0)

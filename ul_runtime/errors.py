@@ -5,8 +5,8 @@ A message says where, what was given, what was expected and what to do, in one l
 """
 
 import errno
-import logging
 import io
+import logging
 import signal
 import sys
 from collections.abc import Callable

@@ -6,6 +6,7 @@ state.json holds the SHA-256 of the tensor files, and of itself with that hash w
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -152,7 +153,7 @@ def prune(folder: Path, stage: str, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints of a stage, each whole until it is gone."""
     for path in list_checkpoints(folder, stage)[:-keep]:
         leaving = folder / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        durable.disk.rename(path, leaving)
+        os.rename(path, leaving)
         shutil.rmtree(leaving)
 
 
