@@ -37,8 +37,8 @@ def test_idx_files_are_read_with_their_class_names(
     assert splits.train.class_names == names
     assert splits.train.images.shape == (20, 1, SIZE, SIZE)
     assert splits.train.labels.tolist() == [i % 10 for i in range(20)]
-    assert np.array_equal(splits.train.images[4, 0], np.pad(np.full((6, 6), 5), 1))
-    assert splits.heldout.images[:, 0, 4, 4].tolist() == list(range(100, 110))
+    assert np.array_equal(splits.train.images[4][0], np.pad(np.full((6, 6), 5), 1))
+    assert splits.heldout.images[:][:, 0, 4, 4].tolist() == list(range(100, 110))
 
 
 def test_idx_images_smaller_than_the_model_are_refused_with_what_to_do(tmp_path: Path) -> None:

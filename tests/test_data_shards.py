@@ -37,7 +37,7 @@ def test_shards_are_read_in_order(tmp_path: Path, how: str, suffix: str, mode: s
     splits = opened(tmp_path / source, tmp_path)
     assert splits.train.class_names == ("0", "1", "2")
     assert of(splits) == {value: str(value % 3) for value in range(10 if how == "one" else 30)}
-    order = splits.train.images[:, 0, 0, 0].tolist()
+    order = splits.train.images[:][:, 0, 0, 0].tolist()
     assert order == sorted(order)
 
 

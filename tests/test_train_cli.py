@@ -160,17 +160,16 @@ def test_a_signal_in_the_held_out_report_says_how_to_go_on(
 def test_a_signal_while_images_are_prepared_leaves_neither_run_nor_half_a_cache(
     command: Runner, tmp_path: Path, image_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ul_train.data import prepare
+    from ul_train.data import write
 
-    convert = prepare.convert
+    convert = write.convert
 
     def convert_and_signal(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        monkeypatch.setattr(prepare, "convert", convert)
+        monkeypatch.setattr(write, "convert", convert)
         return convert(*arguments)
 
-    monkeypatch.setattr(prepare, "convert", convert_and_signal)
-    monkeypatch.setattr(prepare, "_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(write, "convert", convert_and_signal)
     run = ["--data", image_store / "blobs.npz", "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
     message = "stopped while preparing the images; run the same command again"
     (tmp_path / "cache").mkdir()

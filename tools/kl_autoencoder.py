@@ -185,7 +185,7 @@ def compare(
     run = Run.open(beside)
     classes = run.info.class_names
     given, config = account(run.config, len(classes)), latent_diffusion(run.config)
-    splits = open_splits(config.image, data, None, cache_dir(options.cache), never)
+    splits = open_splits(config.image, data, None, cache_dir(options.cache))
     widths = tuple(int(width) for width in channels.split(","))
     step_flops = flops_per_image(config, widths, blocks) * config.joint.batch_size
     steps = round(given.joint.flops_of_stage / step_flops)

@@ -289,7 +289,7 @@ def calibration_images(
     """
     source, heldout = (run.info.data, run.info.heldout) if calibrate is None else (calibrate, None)
     try:
-        splits = open_splits(run.config.image, source, heldout, cache, never)
+        splits = open_splits(run.config.image, source, heldout, cache)
     except BadInputError as error:
         if calibrate is not None:
             raise

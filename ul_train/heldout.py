@@ -11,7 +11,7 @@ from ul_runtime.diffusion import NATS_PER_BIT, alpha
 from ul_runtime.images import from_uint8
 from ul_runtime.pipeline import Encoded, Pipeline
 from ul_runtime.progress import UNWATCHED, Control
-from ul_train.data.imageset import ImageSet
+from ul_train.data.imageset import Images, ImageSet
 from ul_train.torch_backend import TorchBackend
 
 
@@ -34,7 +34,7 @@ def reverse_water_filling(eigenvalues: np.ndarray, bits: float) -> float:
     return float(count * np.exp2(levels[count - 1]) + variances[count:].sum())
 
 
-def image_covariance_eigenvalues(images: np.ndarray, chunk: int = 4096) -> np.ndarray:
+def image_covariance_eigenvalues(images: Images, chunk: int = 4096) -> np.ndarray:
     """Eigenvalues `c*h*w` of the covariance of uint8 images `n c h w`, scaled to [-1, 1]; one chunk in memory."""
     num, size = len(images), int(np.prod(images.shape[1:]))
     total, second = np.zeros(size), np.zeros((size, size))

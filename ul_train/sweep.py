@@ -162,7 +162,7 @@ def _gaussian_curve(
     config: Config, data: str, options: SweepOptions, rows: list[dict[str, Any]]
 ) -> list[tuple[float, float]]:
     """(bits per pixel, PSNR) of the Gaussian rate-distortion function around the rates measured; [] if not computed."""
-    splits = open_splits(config.image, data, options.heldout, options.cache, never)
+    splits = open_splits(config.image, data, options.heldout, options.cache)
     eigenvalues, _ = yardstick(splits.heldout, splits.train, rows[0]["num_images"])
     if eigenvalues is None:
         return []

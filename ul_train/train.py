@@ -236,7 +236,7 @@ def train_command(config: Config, options: TrainOptions) -> dict[str, Any]:
         heldout = options.heldout or (run.info.heldout if run else None)
         if run and options.stages == ("base",):
             replace(run, config=config).finished_joint()
-        splits = open_splits(config.image, data, heldout, options.cache, stop)
+        splits = open_splits(config.image, data, heldout, options.cache)
         if not there:
             held.enter_context(durable.lock_directory(out))
             _check_run(options, out, config)  # again: another process may have been faster
@@ -319,7 +319,7 @@ def report_command(
     if threads:
         torch.set_num_threads(threads)
     with stop_on_signal() as stop:
-        splits = open_splits(measured.config.image, data or info.data, heldout or info.heldout, cache, stop)
+        splits = open_splits(measured.config.image, data or info.data, heldout or info.heldout, cache)
         measured.check_data(splits)
         log = RunLog(run, measured.config.run.log_every)
         session = Session(measured, splits, device, "fp32", False, stop, log)

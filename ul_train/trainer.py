@@ -85,7 +85,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimiser step, or none when loss or gradient is not finite: the weights never take such an update."""
         settings, device = self.stage.settings, self.stage.device
-        ids = sample_ids(len(self.images.images), self.stage.config.seed, self.step, settings.batch_size)
+        ids = sample_ids(len(self.images), self.stage.config.seed, self.step, settings.batch_size)
         batch = self.stage.batch(self.images, ids, self.step)
         torch.manual_seed(self._dropout_seed())
         figures: dict[str, float] = {}

@@ -1,6 +1,5 @@
 """Measure a bundle against real images, and write the record, the report and contact sheets."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
     if machine.threads:
         torch.set_num_threads(machine.threads)
     with stop_on_signal() as stop:
-        splits = _open_images(pipeline, options, stop)
+        splits = _open_images(pipeline, options)
         reference_split(splits, options.images)  # there are enough of them, or UsageError
         compare, absent = image_measures(pipeline.manifest.image.size)
         names = options.features or default_spaces(pipeline.image_shape[0], splits.train.class_names)
@@ -94,13 +93,13 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
     return result
 
 
-def _open_images(pipeline: Pipeline, options: EvalOptions, stop: Callable[[], bool]) -> Splits:
+def _open_images(pipeline: Pipeline, options: EvalOptions) -> Splits:
     """The real images, converted as the bundle takes them."""
     image = pipeline.manifest.image
     asked = ImageConfig.model_validate(
         {"size": image.size, "channels": image.channels, "background": image.background, "fit": image.fit}
     )
-    return open_splits(asked, options.data, options.heldout, cache_dir(options.cache), stop)
+    return open_splits(asked, options.data, options.heldout, cache_dir(options.cache))
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:

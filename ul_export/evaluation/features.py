@@ -20,7 +20,7 @@ from ul_runtime.backends.ort_cpu import ORT_ERRORS, session_options
 from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, require_packages
 from ul_runtime.images import from_uint8
 from ul_runtime.progress import Tick, progress, silent
-from ul_train.data.imageset import Splits
+from ul_train.data.imageset import Images, Splits
 
 PIXELS, CLASSIFIER, EFFICIENTNET = "pixels", "classifier", "efficientnet-lite0"
 MOST_DIMENSIONS = 4096  # of a feature, for its covariance
@@ -62,7 +62,7 @@ def open_space(name: str, splits: Splits, options: EvalOptions, threads: int | N
     raise UsageError(f"--features {name}: expected {EFFICIENTNET}, {CLASSIFIER}, {PIXELS} or a file that ends in .onnx")
 
 
-def features_of(space: FeatureSpace, images: np.ndarray, ids: np.ndarray, tick: Tick = silent) -> np.ndarray:
+def features_of(space: FeatureSpace, images: Images, ids: np.ndarray, tick: Tick = silent) -> np.ndarray:
     """Features float32 `n d` of the images uint8 `n c h w` with these indices; the tick counts them.
 
     BadInputError: not `b d`, or too many. NonFiniteError, StoppedError.

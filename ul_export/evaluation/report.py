@@ -14,6 +14,7 @@ from ul_export.evaluation.measures import Reconstructions, Samples
 from ul_export.evaluation.statistics import Nearest
 from ul_export.page import page, paragraph, picture, table
 from ul_runtime.contact_sheet import contact_sheet_png
+from ul_train.data.imageset import Images
 
 _WIDTH = 110  # of tables that no terminal limits
 # figure -> (name, better, what it says)
@@ -174,7 +175,7 @@ def contact_sheets(
     return dict(zip(CONTACT_SHEETS, sheets, strict=True))
 
 
-def _neighbours(train: np.ndarray, samples: Samples, nearest: Nearest, rows: np.ndarray, title: str) -> bytes:
+def _neighbours(train: Images, samples: Samples, nearest: Nearest, rows: np.ndarray, title: str) -> bytes:
     """A row a sample: the sample, then its nearest training images with their distances."""
     images: list[np.ndarray] = []
     captions = []

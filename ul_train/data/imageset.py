@@ -1,27 +1,20 @@
-"""A prepared image set: raw uint8 images and int64 labels on disk, memory-mapped, described by index.json."""
+"""A prepared image set: .npy files of images, labels and the ids of each part, memory-mapped, and index.json."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ul_runtime.images import Rejected
 
-SCHEMA = 1  # of the code: raise it when the same source would give other bytes
+SCHEMA = 2  # of the files and of the code: raise it when the same source would give other bytes
 INDEX_NAME = "index.json"
-
-
-class RejectedEntry(BaseModel):
-    """One line of the list of rejected images."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    path: str
-    reason: str
-    detail: str
+IMAGES_NAME = "images.npy"  # uint8 n c h w, all images in the source's order
+LABELS_NAME = "labels.npy"  # int64 n
 
 
 class PartIndex(BaseModel):
@@ -33,7 +26,7 @@ class PartIndex(BaseModel):
     class_counts: dict[str, int]
     num_rejected: int
     reasons: dict[str, int]
-    rejected: list[RejectedEntry]
+    rejected: list[Rejected]
     converted: dict[str, int]
     ignored: dict[str, int]
 
@@ -58,14 +51,36 @@ class Index(BaseModel):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows `ids` of a memory-mapped array; indexing copies some of them, as indexing an array does."""
+
+    array: np.ndarray
+    ids: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array."""
+        return (len(self.ids), *self.array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return np.asarray(self.array[self.ids[rows]])
+
+
+Images: TypeAlias = np.ndarray | Rows  # uint8 n c h w
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Images for training: `images` uint8 n c h w, `labels` int64 n in 0..num_classes-1, all -1 without classes.
 
-    `fingerprint` is the SHA-256 over image bytes, labels and class names. What was set aside is in
-    `rejected` (at most the first 10,000; `num_rejected` counts all), what was changed in `converted`.
+    `fingerprint` is the SHA-256 over image bytes, labels and class names. `rejected` lists at most the first
+    10,000 unusable images (`num_rejected` counts all), `converted` counts what was changed.
     """
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
     class_names: tuple[str, ...]
     fingerprint: str
@@ -93,14 +108,9 @@ class Splits:
     heldout: ImageSet
 
 
-def images_path(folder: Path, part: str) -> Path:
-    """Raw uint8 n c h w."""
-    return folder / f"{part}-images.u8"
-
-
-def labels_path(folder: Path, part: str) -> Path:
-    """Raw int64 n."""
-    return folder / f"{part}-labels.i64"
+def ids_name(part: str) -> str:
+    """File of the ids of "train" or "heldout": int64, rows of images.npy in the part's order."""
+    return f"{part}_ids.npy"
 
 
 def read_index(folder: Path, key: str) -> Index | str:
@@ -113,41 +123,49 @@ def read_index(folder: Path, key: str) -> Index | str:
         return f"{INDEX_NAME} is damaged"
     if index.key != key or index.schema_number != SCHEMA:
         return f"{INDEX_NAME} belongs to another set"
-    row = index.channels * index.size * index.size
-    for name, part in (("train", index.train), ("heldout", index.heldout)):
-        for path, expected in (
-            (images_path(folder, name), part.num_images * row),
-            (labels_path(folder, name), part.num_images * 8),
-        ):
-            actual = path.stat().st_size if path.is_file() else 0
-            if actual != expected or expected == 0:
-                return f"{path.name} has {actual:,} bytes, {expected:,} are expected"
+    for name, shape, dtype in _arrays(index):
+        path = folder / name
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            return f"{name}: {getattr(error, 'strerror', None) or error}"
+        if array.shape != shape or array.dtype != dtype or path.stat().st_size != array.offset + array.nbytes:
+            return f"{name} has {path.stat().st_size:,} bytes, {dtype} {array.shape}; {dtype} {shape} is expected"
     return index
 
 
-def load(folder: Path, index: Index, source: str, notes: tuple[str, ...]) -> Splits:
+def _arrays(index: Index) -> list[tuple[str, tuple[int, ...], str]]:
+    train, heldout = index.train.num_images, index.heldout.num_images
+    return [
+        (IMAGES_NAME, (train + heldout, index.channels, index.size, index.size), "uint8"),
+        (LABELS_NAME, (train + heldout,), "int64"),
+        (ids_name("train"), (train,), "int64"),
+        (ids_name("heldout"), (heldout,), "int64"),
+    ]
+
+
+def load(folder: Path, index: Index, notes: tuple[str, ...]) -> Splits:
     """Map both parts of a set that `read_index` accepted."""
-    return Splits(
-        _load(folder, index, "train", index.train, source, notes),
-        _load(folder, index, "heldout", index.heldout, index.heldout_source, notes),
-    )
+    images = np.load(folder / IMAGES_NAME, mmap_mode="r", allow_pickle=False)
+    labels = np.load(folder / LABELS_NAME, allow_pickle=False)
 
+    def part(name: str, known: PartIndex, source: str) -> ImageSet:
+        ids = np.load(folder / ids_name(name), allow_pickle=False)
+        return ImageSet(
+            images=Rows(images, ids),
+            labels=labels[ids],
+            class_names=tuple(index.class_names),
+            fingerprint=known.fingerprint,
+            rejected=tuple(known.rejected),
+            num_rejected=known.num_rejected,
+            converted=known.converted,
+            ignored=known.ignored,
+            source=source,
+            notes=(*index.notes, *notes),
+            index_path=folder / INDEX_NAME,
+        )
 
-def _load(folder: Path, index: Index, name: str, part: PartIndex, source: str, notes: tuple[str, ...]) -> ImageSet:
-    shape = (part.num_images, index.channels, index.size, index.size)
-    return ImageSet(
-        images=np.memmap(images_path(folder, name), np.uint8, "r", shape=shape),
-        labels=np.memmap(labels_path(folder, name), np.int64, "r", shape=shape[:1]),
-        class_names=tuple(index.class_names),
-        fingerprint=part.fingerprint,
-        rejected=tuple(Rejected(entry.path, entry.reason, entry.detail) for entry in part.rejected),
-        num_rejected=part.num_rejected,
-        converted=part.converted,
-        ignored=part.ignored,
-        source=source,
-        notes=(*index.notes, *notes),
-        index_path=folder / INDEX_NAME,
-    )
+    return Splits(part("train", index.train, index.source), part("heldout", index.heldout, index.heldout_source))
 
 
 @lru_cache(maxsize=2)

@@ -1,10 +1,10 @@
-"""Which kind of source a `--data` string names."""
+"""The sources of images that `--data` and `--heldout` name."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ul_runtime.errors import BadInputError
+from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.images import SUFFIXES
 from ul_train.data.arrays import DIGITS, _digits, find_idx, idx_sources, npz_source
 from ul_train.data.folder import folder_source
@@ -16,6 +16,39 @@ _HELDOUT_FOLDERS = ("heldout", "val", "valid", "validation", "test")
 _KINDS = (
     f"a folder of images, a folder of IDX files, a .npz, WebDataset shards (.tar), hf:NAME_OR_PATH[:split] or {DIGITS}"
 )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Images to train on, and those to hold out; None: some of the former, chosen by name."""
+
+    train: Source
+    heldout: Source | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_records(self) -> int | None:
+        """Of both together, where both know it."""
+        if self.heldout is None or self.train.num_records is None:
+            return self.train.num_records
+        return None if self.heldout.num_records is None else self.train.num_records + self.heldout.num_records
+
+
+def find_sources(data: str, heldout_data: str | None, classes: Literal["auto", "none"]) -> Sources:
+    """What `data` and, if given, `heldout_data` name. BadInputError, UsageError."""
+    if classes not in ("auto", "none"):
+        raise UsageError(f"classes={classes!r}: 'auto' or 'none' is expected")
+    train, heldout = recognise(data, classes)
+    notes: tuple[str, ...] = ()
+    if heldout_data is not None:
+        if heldout is not None:
+            notes = (f"{data}: its own held-out images are not used; {heldout_data} is",)
+        heldout, second = recognise(heldout_data, classes)
+        if second is not None:
+            raise UsageError(f"{heldout_data}: has splits of its own; name the one to hold out")
+    if heldout is not None and heldout.identity == train.identity:
+        raise UsageError(f"{heldout_data}: is the training set; name other images to hold out")
+    return Sources(train, heldout, notes)
 
 
 def recognise(text: str, classes: Literal["auto", "none"]) -> tuple[Source, Source | None]:
@@ -57,7 +90,7 @@ def _in_folder(path: Path, classes: Literal["auto", "none"]) -> tuple[Source, So
         unused = sorted(folders - {"train", heldout})
         if unused:
             note = f"{printable(str(path))}: held out is {heldout}/; not used: {', '.join(map(printable, unused))}"
-            train = _with_note(train, note)
+            train = replace(train, notes=(*train.notes, note))
         return train, _without_splits(path / heldout, classes) if heldout else None
     return _without_splits(path, classes), None
 
@@ -69,7 +102,3 @@ def _without_splits(path: Path, classes: Literal["auto", "none"]) -> Source:
     if any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir()):
         raise BadInputError(f"{printable(str(path))}: images and .tar shards in one folder; separate them")
     return shard_source(printable(str(path)), shards, classes)
-
-
-def _with_note(source: Source, note: str) -> Source:
-    return replace(source, notes=(*source.notes, note))
