@@ -87,6 +87,52 @@ def test_idx_without_labels_or_with_other_counts_is_refused(tmp_path: Path) -> N
         opened(tmp_path / "in", tmp_path)
 
 
+def test_a_plain_idx_file_that_declares_more_or_less_than_it_holds_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idx(tmp_path / "in", "train", 5, suffix="")
+    images = tmp_path / "in" / "train-images-idx3-ubyte"
+    good = images.read_bytes()
+    frombuffer = np.frombuffer
+
+    def labels_only(data: bytes, *options: Any) -> np.ndarray:
+        return frombuffer(data, *options) if len(data) == 5 else pytest.fail("read")
+
+    monkeypatch.setattr(np, "frombuffer", labels_only)
+    for count, message in [(4, "more data than it declares"), (6, "truncated, it declares more than it holds")]:
+        images.write_bytes(good[:4] + struct.pack(">I", count) + good[8:])
+        with pytest.raises(BadInputError, match=message):
+            opened(tmp_path / "in", tmp_path, fit="pad")
+    images.write_bytes(good)
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        opened(tmp_path / "in", tmp_path, fit="pad")
+
+
+def test_a_gzip_bomb_is_refused_before_it_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    idx(tmp_path / "in", "train", 5)
+    images = tmp_path / "in" / "train-images-idx3-ubyte.gz"
+    images.write_bytes(gzip.compress(struct.pack(">4I", 0x803, 70_000, 32, 32) + bytes(70_000 << 10)))
+    read: list[int] = []
+    gzip_read = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size: read.append(size) or gzip_read(self, size))
+    with pytest.raises(BadInputError, match=r"train-images.* more than 200 times"):
+        opened(tmp_path / "in", tmp_path, fit="pad")
+    assert max(read) == 16
+
+
+@pytest.mark.parametrize("kind", ["idx", "npz"])
+def test_an_array_larger_than_the_memory_of_this_machine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    idx(tmp_path / "in", "train", 20)
+    source = tmp_path / "in" if kind == "idx" else npz(tmp_path / "a.npz", images=flat(20, 6, 6))
+    monkeypatch.setattr("ul_train.data.arrays._memory", lambda: 19 * 36)
+    with pytest.raises(BadInputError, match=r"GiB of memory, this machine has .* a folder or as \.tar shards"):
+        opened(source, tmp_path, fit="pad")
+    monkeypatch.setattr("ul_train.data.arrays._memory", lambda: 20 * 36 + 128)
+    assert len(opened(source, tmp_path, fit="pad").train) > 0
+
+
 def npz(path: Path, **arrays: Any) -> Path:
     np.savez_compressed(path, **arrays)
     return path

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.images import SUFFIXES
-from ul_train.data.arrays import DIGITS, _digits, find_idx, idx_sources, npz_source
+from ul_train.data.arrays import DIGITS, digits_source, find_idx, idx_sources, npz_source
 from ul_train.data.folder import folder_source
 from ul_train.data.huggingface import huggingface_sources
 from ul_train.data.records import Source, printable
@@ -57,7 +57,7 @@ def recognise(text: str, classes: Literal["auto", "none"]) -> tuple[Source, Sour
     BadInputError: missing, of no known kind, or damaged where that shows at once.
     """
     if text == DIGITS:
-        return _digits(classes), None
+        return digits_source(classes), None
     if text.startswith("hf:"):
         return huggingface_sources(text, classes)
     if "{" in text and text.lower().endswith(SHARD_SUFFIXES):
