@@ -62,7 +62,7 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
     say_choice(machine.backend, machine.precision, pipeline)
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    with stop_on_signal() as stop:
+    with stop_on_signal():
         splits = _open_images(pipeline, options)
         reference_split(splits, options.images)  # there are enough of them, or UsageError
         compare, absent = image_measures(pipeline.manifest.image.size)
