@@ -175,7 +175,6 @@ def compare(
     """Train the autoencoder and its latent diffusion model at equal compute, and put both beside each other."""
     from ul_runtime import durable
     from ul_runtime.machine import cache_dir, origin
-    from ul_runtime.progress import never
     from ul_train.account import account
     from ul_train.data.prepare import open_splits
     from ul_train.run import Run

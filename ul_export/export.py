@@ -47,7 +47,6 @@ from ul_runtime.images import from_uint8
 from ul_runtime.machine import versions
 from ul_runtime.manifest import GRAPH_NAMES, MANIFEST_NAME, BundleInfo, Manifest, Provenance
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.progress import never
 from ul_train.data.prepare import open_splits
 from ul_train.run import Run
 from ul_train.torch_backend import torch_pipeline

@@ -13,7 +13,7 @@ import numpy as np
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.machine import commit, versions
-from ul_runtime.progress import never, stop_on_signal
+from ul_runtime.progress import stop_on_signal
 from ul_train.config import Config
 from ul_train.data.prepare import open_splits
 from ul_train.heldout import gaussian_psnr_db, yardstick
