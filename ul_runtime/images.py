@@ -1,4 +1,4 @@
-"""The images that ul-encode is given: as training would see them, so that what is encoded is what was learned."""
+"""Images as training and ul-encode see them: read from any file, converted to one size and mode."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.manifest import ImageFormat
@@ -40,20 +40,8 @@ _DAMAGED = (
     struct.error,
     zlib.error,
 )
-_ORIENTATION_TAG = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _GREY_MODES = {"1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 _ALPHA_MODES = {"RGBA", "LA", "PA", "La", "RGBa"}
-
-
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe (FIFO)"),
@@ -65,7 +53,7 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Rejected:
-    """An image (or a file that should hold some) that was set aside: where, why, and what was seen."""
+    """An image (or a file that should hold some) that cannot be used: where, why, and what was seen."""
 
     path: str
     reason: str
@@ -181,13 +169,11 @@ def _decode(file: BinaryIO, to: Conversion) -> tuple[np.ndarray, tuple[str, ...]
             if image.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in image.tile):
                 changes.append("16-bit")
             image.load()
-            turn = _TURNS.get(_orientation(image))
-            upright: Image.Image = image
-            if turn is not None:
-                upright = image.transpose(turn)
-                upright.info = image.info
+            if _is_turned(image):
+                with suppress(*_DAMAGED):  # the pixels are turned before the metadata is written again
+                    ImageOps.exif_transpose(image, in_place=True)
                 changes.append("exif orientation")
-            pixels = _finish(upright, to, changes)
+            pixels = _finish(image, to, changes)
         if _is_animated(image):
             changes.append("animated (first frame)")
     return pixels, tuple(changes)
@@ -198,11 +184,10 @@ def _check_size(width: int, height: int, to: Conversion) -> None:
         raise ImageRejectedError(SMALLER, f"{width}x{height}, model {to.size}x{to.size}")
 
 
-def _orientation(image: Image.Image) -> int:
+def _is_turned(image: Image.Image) -> bool:
     with suppress(*_DAMAGED):
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-        return value if isinstance(value, int) else 1
-    return 1
+        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    return False  # damaged metadata do not cost the image
 
 
 def _is_animated(image: Image.Image) -> bool:
@@ -312,7 +297,7 @@ def load_image(path: Path, image: ImageFormat) -> tuple[np.ndarray, tuple[str, .
         pixels, changes = convert(path, to)
     except ImageRejectedError as error:
         raise BadInputError(f"{error.at(str(path))}; remove it or convert it") from None
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0), changes
+    return from_uint8(pixels), changes
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ from ul_train.data.imageset import Splits
 from ul_train.model import joint_networks, make_base, make_decoder, make_encoder, weights_sha256
 
 FORMAT, FORMAT_VERSION = "unified-latents-run", 1
-REJECTED = "set_aside.txt"  # training images that could not be used: one a line, the first 10,000
+REJECTED = "rejected.txt"  # training images that could not be used: one a line, the first 10,000
 OPSET = 20  # of a manifest that no export has filled in
 
 
