@@ -354,6 +354,24 @@ def test_a_tick_that_stops_leaves_nothing(tmp_path: Path) -> None:
         assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["folder", "shard"])  # of the latter, the number of images is not known
+def test_a_signal_stops_the_opening_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    source = folder(tmp_path / "in", range(20))
+    if kind == "shard":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for path in sorted(source.iterdir()):
+                tar.add(path, path.name)
+        source = tmp_path / "a.tar"
+    assert (find_sources(str(source), None, "auto").num_records is None) == (kind == "shard")
+    (tmp_path / "cache").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("ul_runtime.progress._asked", True)
+        with pytest.raises(StoppedError, match="stopped while preparing the images; run the same command again"):
+            open_splits(image_config(size=SIZE), str(source), None, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(open_splits(image_config(size=SIZE), str(source), None, tmp_path / "cache").train) > 0
+
+
 def image_config(**changes: Any) -> ImageConfig:
     return load_config(
         "tiny", ["image.channels=3", *(f"image.{name}={value}" for name, value in changes.items())]

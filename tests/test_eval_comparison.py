@@ -16,7 +16,7 @@ COUNT = 101
 def comparison(labels: np.ndarray) -> Comparison:
     """Over real images with these labels; nothing is measured."""
     pixels = np.zeros((len(labels), 1, 16, 16), np.uint8)
-    images = ImageSet(pixels, labels, ("a", "b", "c"), "0" * 64, (), 0, {}, {}, "memory", (), Path("memory"))
+    images = ImageSet(pixels, labels, ("a", "b", "c"), "0" * 64, (), 0, {}, {}, (), Path("memory"))
     anything: Any = None
     return Comparison(anything, Splits(images, images), (), EvalOptions(data="", images=COUNT, seeds=2), {})
 

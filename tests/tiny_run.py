@@ -51,7 +51,6 @@ def image_set(num: int = 40, size: int = 16, channels: int = 1) -> ImageSet:
         num_rejected=0,
         converted={},
         ignored={},
-        source="blobs",
         notes=(),
         index_path=Path("index.json"),
     )

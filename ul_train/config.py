@@ -35,7 +35,7 @@ class ImageConfig(Section):
     fit: Literal["crop", "pad"] = "crop"  # how another shape becomes a square
     flip: bool = True  # mirror half of the training images
     labels: bool = True  # class = sub-folder; false trains without classes
-    max_rejected_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # more images set aside than this is an error
+    max_rejected_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # a larger share of unusable images is an error
 
 
 class EncoderConfig(Section):

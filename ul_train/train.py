@@ -243,7 +243,7 @@ def train_command(config: Config, options: TrainOptions) -> dict[str, Any]:
         if run is None:
             run = Run.create(out, config, _anywhere(data), heldout and _anywhere(heldout), splits)
             if splits.train.num_rejected:
-                print_line(f"the images set aside are listed in {out / REJECTED}")
+                print_line(f"the rejected images are listed in {out / REJECTED}")
         else:
             run.check_data(splits)
             run = run.adopt(config)

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.images import ImageRejectedError, Rejected
-from ul_train.data.records import Record, Source, file_identity, printable
+from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity, printable
 
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "heldout")
-_MAX_IMAGE_BYTES = 256 << 20
 _ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError)
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
@@ -162,9 +161,9 @@ def _image(cell: Any) -> bytes | Path:
 
     try:
         with fsspec.open(path, "rb") as file:
-            data: bytes = file.read(_MAX_IMAGE_BYTES + 1)
+            data: bytes = file.read(MAX_IMAGE_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ImageRejectedError("not readable", str(error)) from error
-    if len(data) > _MAX_IMAGE_BYTES:
-        raise ImageRejectedError("member too large", f"at most {_MAX_IMAGE_BYTES:,} bytes")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ImageRejectedError("member too large", f"at most {MAX_IMAGE_BYTES:,} bytes")
     return data

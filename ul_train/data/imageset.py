@@ -88,7 +88,6 @@ class ImageSet:
     num_rejected: int
     converted: dict[str, int]
     ignored: dict[str, int]
-    source: str
     notes: tuple[str, ...]
     index_path: Path
 
@@ -149,7 +148,7 @@ def load(folder: Path, index: Index, notes: tuple[str, ...]) -> Splits:
     images = np.load(folder / IMAGES_NAME, mmap_mode="r", allow_pickle=False)
     labels = np.load(folder / LABELS_NAME, allow_pickle=False)
 
-    def part(name: str, known: PartIndex, source: str) -> ImageSet:
+    def part(name: str, known: PartIndex) -> ImageSet:
         ids = np.load(folder / ids_name(name), allow_pickle=False)
         return ImageSet(
             images=Rows(images, ids),
@@ -160,12 +159,11 @@ def load(folder: Path, index: Index, notes: tuple[str, ...]) -> Splits:
             num_rejected=known.num_rejected,
             converted=known.converted,
             ignored=known.ignored,
-            source=source,
             notes=(*index.notes, *notes),
             index_path=folder / INDEX_NAME,
         )
 
-    return Splits(part("train", index.train, index.source), part("heldout", index.heldout, index.heldout_source))
+    return Splits(part("train", index.train), part("heldout", index.heldout))
 
 
 @lru_cache(maxsize=2)

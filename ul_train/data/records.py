@@ -9,6 +9,8 @@ import numpy as np
 
 from ul_runtime.images import Rejected
 
+MAX_IMAGE_BYTES = 256 << 20  # of one encoded image in a shard or data set
+
 
 @dataclass(frozen=True)
 class Record:

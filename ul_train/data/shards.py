@@ -11,10 +11,9 @@ from typing import IO, Literal, Self, cast
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.images import SUFFIXES, ImageRejectedError, Rejected, open_regular
-from ul_train.data.records import Record, Source, file_identity, printable
+from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity, printable
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_MAX_IMAGE_BYTES = 256 << 20
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_SHARDS = 100_000
@@ -138,7 +137,7 @@ class _Sample:
             self.has_members = True
             if self.image is not None:
                 raise ImageRejectedError("second image of one sample")
-            self.image = _read(tar, member, _MAX_IMAGE_BYTES)
+            self.image = _read(tar, member, MAX_IMAGE_BYTES)
         elif suffix in (".cls", ".json"):
             self.has_members = True
             text = _read(tar, member, _MAX_LABEL_BYTES)
