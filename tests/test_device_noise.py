@@ -1,4 +1,4 @@
-"""Noise that a device makes is, byte for byte, that of ul_runtime.noise: by torch, and by the kernel for cards."""
+"""Noise that a device makes is, byte for byte, that of ul_runtime.noise: by torch, and by the kernel for GPUs."""
 
 import hashlib
 import os
@@ -72,7 +72,7 @@ def test_the_kernel_is_compiled_from_its_source():
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas, of CUDA's compiler, is not installed here")
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-def test_the_kernel_assembles_for_every_card(architecture, tmp_path):
+def test_the_kernel_assembles_for_every_gpu(architecture, tmp_path):
     words = ["ptxas", f"-arch={architecture}", "-o", str(tmp_path / "noise.cubin"), str(PTX_FILE)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ for seed, indices, stream, size in ((0, [0], 0, 1), (2**64 - 1, [5, 2**63 - 1, 2
     out, at = np.full((len(indices), size), np.nan, np.float32), np.array(indices, np.int64)
     kernel.enqueue(out.ctypes.data, seed, at.ctypes.data, len(indices), stream, size, 77)
     assert out.tobytes() == noise.normals(seed, indices, stream, (size,)).tobytes()
-for stream, size, what in ((78, 64, "CUDA_ERROR_INVALID_VALUE"), (77, 2**31, "a card makes at most")):
+for stream, size, what in ((78, 64, "CUDA_ERROR_INVALID_VALUE"), (77, 2**31, "a GPU makes at most")):
     try:
         kernel.enqueue(out.ctypes.data, 0, at.ctypes.data, 1, 0, size, stream)
     except ULError as error:
@@ -102,7 +102,7 @@ for stream, size, what in ((78, 64, "CUDA_ERROR_INVALID_VALUE"), (77, 2**31, "a 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed here")
 def test_the_bindings_pass_the_kernel_what_it_takes(tmp_path):
-    """The real bindings over a stand-in for the driver, which runs the kernel's source on the processor."""
+    """The real bindings over a stand-in for the driver, which runs the kernel's source on the CPU."""
     pytest.importorskip("cuda.bindings.driver")
     built = ["g++", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-I", str(SOURCE_FILE.parent)]
     source = Path(__file__).with_name("cuda_driver.cpp")

@@ -4,16 +4,18 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
+import torch
 from host_memory import HostMemory
 
 from ul_runtime import doctor
-from ul_runtime.backends import choose, ort_cpu
+from ul_runtime.backends import choose
+from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.backends.tensorrt_engines import EngineCache, Facts
 from ul_runtime.cli.doctor import main
 from ul_runtime.errors import ULError, UsageError
+from ul_runtime.loading import open_bundle
 from ul_train import torch_backend
 
 FACTS = Facts("tiny", "encoder", "a" * 64, "b" * 64, "tensorrt-rtx", "0.0.1", "sm89", "", "1,8,64")
@@ -27,9 +29,9 @@ def findings(command, *options):
 def test_every_library_is_tried_or_said_to_be_missing(command, tmp_path):
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 0, result
-    known = {"processors", "ort-cpu", "openvino", "NVIDIA cards", "tensorrt", "tensorrt-rtx", "engines", "torch"}
-    known |= {"ort-cuda"} if doctor._ort_cuda([]) and not doctor._card()[1] else set()
-    assert known == {what for what in found if "card " not in what}
+    known = {"CPU", "ort-cpu", "openvino", "NVIDIA GPUs", "tensorrt", "tensorrt-rtx", "engines", "torch"}
+    known |= {"ort-cuda"} if doctor._ort_cuda([]) and not doctor._gpu()[1] else set()
+    assert known == {what for what in found if "GPU " not in what}
     assert found["ort-cpu"]["works"] is True
     for finding in found.values():
         assert finding["works"] or finding["says"]
@@ -48,12 +50,14 @@ def test_rtx_builds_an_engine_here(command, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
     _, found = findings(command, "--engines", tmp_path)
     assert found["tensorrt-rtx"]["works"] is True
-    assert "builds ahead, without a card, for sm75, sm80" in found["tensorrt-rtx"]["says"]
+    assert "builds ahead, without a GPU, for sm75, sm80" in found["tensorrt-rtx"]["says"]
 
 
 def test_a_backend_that_computes_wrongly_is_found(command, monkeypatch, tmp_path):
-    right = ort_cpu.product(1)
-    monkeypatch.setattr(ort_cpu, "product", lambda threads: lambda a, b: right(a, b) + 1e-2)
+    run = OrtCpuBackend.run
+    monkeypatch.setattr(
+        OrtCpuBackend, "run", lambda *given: {name: 1.01 * array for name, array in run(*given).items()}
+    )
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 1
     assert found["ort-cpu"]["works"] is False
@@ -99,72 +103,72 @@ def test_valid_engines_are_said_with_their_architectures(command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "cards", "works", "says"),
+    ("there", "gpus", "works", "says"),
     [
         ({"onnxruntime": "1"}, 0, None, "onnxruntime-gpu is not installed"),
-        ({"onnxruntime-gpu": "1"}, 0, None, "onnxruntime-gpu 1, and no card to try it on"),
+        ({"onnxruntime-gpu": "1"}, 0, None, "onnxruntime-gpu 1, and no GPU to try it on"),
         ({"onnxruntime-gpu": "1", "onnxruntime": "1"}, 0, False, "are both installed"),
         ({"onnxruntime-gpu": "1", "onnxruntime": "1"}, 1, False, "are both installed"),
     ],
 )
-def test_packages_of_onnx_runtime_that_overwrite_each_other_are_found(monkeypatch, there, cards, works, says):
+def test_packages_of_onnx_runtime_that_overwrite_each_other_are_found(monkeypatch, there, gpus, works, says):
     monkeypatch.setattr(doctor, "versions", lambda _: {"python": "3"} | there)
-    finding = doctor._ort_cuda([doctor.Card(0, "Test card", "sm89", 2**30)] * cards)
+    finding = doctor._ort_cuda([doctor.Gpu(0, "Test GPU", "sm89", 2**30)] * gpus)
     assert finding is not None
     assert finding.works is works
     assert says in finding.says
 
 
-def test_packages_that_are_as_they_should_be_are_not_mentioned_where_a_card_is(monkeypatch):
+def test_packages_that_are_as_they_should_be_are_not_mentioned_where_a_gpu_is(monkeypatch):
     monkeypatch.setattr(doctor, "versions", lambda _: {"python": "3", "onnxruntime-gpu": "1"})
-    assert doctor._ort_cuda([doctor.Card(0, "Test card", "sm89", 2**30)]) is None
+    assert doctor._ort_cuda([doctor.Gpu(0, "Test GPU", "sm89", 2**30)]) is None
 
 
-def test_a_card_without_an_architecture_of_the_library_is_said(monkeypatch, tmp_path):
+def test_a_gpu_without_an_architecture_of_the_library_is_said(monkeypatch, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
-    card = doctor.Card(0, "H200", "sm90", 2**37)
-    finding = doctor._tensorrt("tensorrt-rtx", [card])
+    gpu = doctor.Gpu(0, "H200", "sm90", 2**37)
+    finding = doctor._tensorrt("tensorrt-rtx", [gpu], open_bundle(None))
     assert finding.works is True
-    assert "not for sm90 of card 0" in finding.says
+    assert "not for sm90 of GPU 0" in finding.says
 
 
 def opening(monkeypatch, how):
-    """A machine with a card, on which `how(bundle)` is each of its backends."""
-    card = doctor.Card(0, "Test card", "sm89", 2**30)
-    monkeypatch.setattr(doctor, "_card", lambda: (doctor.Finding("NVIDIA cards", True, "one"), [card]))
-    monkeypatch.setattr(choose, "open_on_a_card", lambda name, bundle, *_: how(name, bundle))
+    """A machine with a GPU, on which `how(bundle)` is each of its backends."""
+    gpu = doctor.Gpu(0, "Test GPU", "sm89", 2**30)
+    monkeypatch.setattr(doctor, "_gpu", lambda: (doctor.Finding("NVIDIA GPUs", True, "one"), [gpu]))
+    monkeypatch.setattr(choose, "open_on_gpu", lambda bundle, options, _: how(options.backend, bundle))
 
 
-def test_each_backend_is_run_on_each_card_and_its_memory_given_back(command, monkeypatch, tmp_path):
+def test_each_backend_is_run_on_each_gpu_and_its_memory_given_back(command, monkeypatch, tmp_path):
     memories = []
 
     def working(name, bundle):
         if name == "tensorrt":
-            raise UsageError("no TensorRT for a card of sm89")
+            raise UsageError("no TensorRT for a GPU of sm89")
         memories.append(HostMemory())
-        return OrtDeviceBackend(bundle, memories[0], ["CPUExecutionProvider"], print)
+        return OrtDeviceBackend(bundle, memories[0], ["CPUExecutionProvider"])
 
     opening(monkeypatch, working)
     monkeypatch.setattr(doctor, "_torch", lambda _: doctor.Finding("torch", None, "not installed"))
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 0, result
-    assert found["ort-cuda, card 0"]["works"] is True
-    assert "steps of garments-32 differ from the processor's by " in found["ort-cuda, card 0"]["says"]
-    assert found["tensorrt, card 0"] == {
-        "what": "tensorrt, card 0",
+    assert found["ort-cuda, GPU 0"]["works"] is True
+    assert "steps of garments-32 differ from the CPU's by " in found["ort-cuda, GPU 0"]["says"]
+    assert found["tensorrt, GPU 0"] == {
+        "what": "tensorrt, GPU 0",
         "works": None,
-        "says": "no TensorRT for a card of sm89",
+        "says": "no TensorRT for a GPU of sm89",
         "advice": "",
     }
     assert memories[0].allocations > 0
     assert memories[0].held == {}
 
 
-def test_a_backend_that_does_not_work_on_a_card_is_found(command, monkeypatch, tmp_path):
+def test_a_backend_that_does_not_work_on_a_gpu_is_found(command, monkeypatch, tmp_path):
     def broken(name, bundle):
         if name == "tensorrt":
             raise ULError("TensorRT does not run here: the driver is too old")
-        backend = OrtDeviceBackend(bundle, HostMemory(), ["CPUExecutionProvider"], print)
+        backend = OrtDeviceBackend(bundle, HostMemory(), ["CPUExecutionProvider"])
         run = backend.run
         backend.run = lambda *inputs: {key: 2 * value for key, value in run(*inputs).items()}
         return backend
@@ -172,18 +176,25 @@ def test_a_backend_that_does_not_work_on_a_card_is_found(command, monkeypatch, t
     opening(monkeypatch, broken)
     result, found = findings(command, "--engines", tmp_path)
     assert result.code == 1
-    assert "differs from the processor's by 100 %" in found["ort-cuda, card 0"]["says"]
-    assert found["tensorrt, card 0"]["says"] == "TensorRT does not run here: the driver is too old"
-    assert "does not work here: tensorrt, card 0, ort-cuda, card 0" in result.err
+    assert "differs from the CPU's by 100 %" in found["ort-cuda, GPU 0"]["says"]
+    assert found["tensorrt, GPU 0"]["says"] == "TensorRT does not run here: the driver is too old"
+    assert "does not work here: tensorrt, GPU 0, ort-cuda, GPU 0" in result.err
 
 
-def test_torch_that_computes_wrongly_or_does_not_see_the_card_is_found(monkeypatch):
-    card = doctor.Card(0, "Test card", "sm89", 2**30)
-    monkeypatch.setattr(torch_backend, "product", lambda: ("cpu", np.matmul))
+def test_torch_that_computes_wrongly_or_does_not_see_the_gpu_is_found(monkeypatch):
+    gpu = doctor.Gpu(0, "Test GPU", "sm89", 2**30)
+    monkeypatch.setattr(torch_backend, "choose_device", lambda _: torch.device("cpu"))
     assert doctor._torch([]).works is True
-    assert "though there is a card" in doctor._torch([card]).says
-    monkeypatch.setattr(torch_backend, "product", lambda: ("cuda", lambda a, b: a @ b + 1))
-    assert "a product of two matrices is wrong" in doctor._torch([card]).says
+    assert "though there is a GPU" in doctor._torch([gpu]).says
+    monkeypatch.setattr(torch, "matmul", lambda a, b: a @ b + 1)
+    assert "a product of two matrices on cpu is wrong" in doctor._torch([gpu]).says
+
+    def without_kernels(a, b):
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    monkeypatch.setattr(torch, "matmul", without_kernels)
+    assert "fails on cpu: CUDA error: no kernel image" in doctor._torch([gpu]).says
+    assert doctor._torch([gpu]).works is False
 
 
 def test_advice_warns_of_what_would_overwrite_onnxruntime_gpu(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from ul_runtime.backends.tensorrt_engines import EngineCache, Facts
 from ul_runtime.errors import StoppedError, UntrustedError
-from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.progress import silent
 
 FACTS = Facts(
     bundle="garments-32",
@@ -17,7 +17,7 @@ FACTS = Facts(
     library="tensorrt-rtx",
     version="1.7.1",
     targets="sm86,sm89",
-    card="",
+    gpu="",
     profile="1,8,64",
     flags="no TF32",
 )
@@ -48,7 +48,7 @@ def test_an_engine_for_more_architectures_serves_one_of_them(cache):
     assert cache.find(replace(FACTS, targets="sm89")) == ENGINE
     assert cache.find(replace(FACTS, targets="sm80")) is None
     assert cache.find(replace(FACTS, targets="sm89", version="2")) is None
-    assert cache.find(replace(FACTS, targets="", card="a card, sm89")) is None
+    assert cache.find(replace(FACTS, targets="", gpu="a GPU, sm89")) is None
 
 
 def test_an_engine_of_larger_batches_serves_smaller_ones_and_the_smallest_is_taken(cache):
@@ -82,7 +82,7 @@ def test_an_engine_whose_weights_can_be_replaced_serves_as_any_and_is_found_for_
     [
         ({"version": "1.8.0"}, "the library is of another version (1.7.1, now 1.8.0)"),
         ({"weights_sha256": "c" * 64}, "the weights have changed"),
-        ({"targets": "", "card": "H200, sm90"}, "it was built for another card (none, now H200, sm90); "
+        ({"targets": "", "gpu": "H200, sm90"}, "it was built for another GPU (none, now H200, sm90); "
          "it was built for other architectures (sm86,sm89, now none)"),
         ({"profile": "1,8,128"}, "it takes other batches (1,8,64, now 1,8,128)"),
         ({"graph": "decoder_step"}, "there is none yet"),
@@ -165,22 +165,24 @@ def test_any_name_of_a_bundle_makes_a_file_name(cache):
     assert cache.load(facts) == ENGINE
 
 
-def test_while_one_builds_another_waits_and_can_be_stopped(cache):
-    said, asked = [], []
+def test_while_one_builds_another_waits_and_can_be_stopped(cache, caplog):
+    asked = []
 
-    def stop() -> bool:
-        asked.append(1)
-        return len(asked) > 2
+    def tick(amount: float) -> None:
+        asked.append(amount)
+        if len(asked) > 2:
+            raise StoppedError("stopped")
 
     with (
-        cache.building(FACTS, said.append, UNWATCHED),
+        cache.building(FACTS, silent),
         pytest.raises(StoppedError),
-        cache.building(FACTS, said.append, Control(stop)),
+        cache.building(FACTS, tick),
     ):
         raise AssertionError("two at once")
-    assert said == [f"prior_step: another process builds an engine in {cache.folder}; waiting for it"]
-    with cache.building(FACTS, said.append, UNWATCHED):
-        assert len(said) == 1
+    assert caplog.messages == [f"prior_step: another process builds an engine in {cache.folder}; waiting for it"]
+    with cache.building(FACTS, silent):
+        assert len(caplog.messages) == 1
+    assert asked == [0, 0, 0]
     assert os.listdir(cache.folder) == []
 
 

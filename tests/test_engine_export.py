@@ -14,10 +14,10 @@ from ul_export.cli import _build_of, main
 from ul_export.engines import build_engines, open_engines
 from ul_runtime import machine
 from ul_runtime.backends import tensorrt_build
-from ul_runtime.backends.tensorrt_engines import EngineCache, engines_for_card
+from ul_runtime.backends.tensorrt_engines import EngineCache, engines_for_gpu
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
-from ul_runtime.machine import Card
+from ul_runtime.machine import Gpu
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
 
@@ -39,15 +39,18 @@ def test_engines_are_built_once_and_the_reason_of_each_build_is_said(analytic_bu
 
 def test_a_stop_says_what_is_kept(analytic_bundle, tmp_path, monkeypatch):
     engines = open_engines(["sm89"], 8, tmp_path / "engines")
-    made: list[str] = []
+
+    def tick(amount: float) -> None:
+        if len(list(engines.cache.entries())) == 1:
+            raise StoppedError("stopped")
 
     @contextmanager
-    def after_the_first():
-        yield lambda: len(list(engines.cache.entries())) == 1
+    def after_the_first(*_):
+        yield tick
 
-    monkeypatch.setattr("ul_export.engines.stop_on_signal", after_the_first)
+    monkeypatch.setattr("ul_export.engines.progress", after_the_first)
     with pytest.raises(StoppedError, match=r"1 of 3 engines are in .*engines; run the same command again to go on"):
-        build_engines(engines, analytic_bundle, made.append)
+        build_engines(engines, analytic_bundle)
     assert len(list(engines.cache.entries())) == 1
 
 
@@ -109,38 +112,38 @@ def test_a_stop_after_an_export_says_that_the_bundle_is_whole_and_how_to_go_on()
     )
 
 
-def test_without_a_card_and_an_architecture_the_way_out_is_said(analytic_bundle, command, monkeypatch):
-    def none() -> list[Card]:
-        raise UsageError("no NVIDIA card can be used: there is no NVIDIA driver")
+def test_without_a_gpu_and_an_architecture_the_way_out_is_said(analytic_bundle, command, monkeypatch):
+    def none() -> list[Gpu]:
+        raise UsageError("no NVIDIA GPU can be used: there is no NVIDIA driver")
 
-    monkeypatch.setattr("ul_export.engines.cards", none)
+    monkeypatch.setattr("ul_export.engines.gpus", none)
     command.fails(main, 2, "--target sm89 builds ahead", analytic_bundle, "--tensorrt")
-    monkeypatch.setattr("ul_export.engines.cards", list)
-    command.fails(main, 2, "this machine has no NVIDIA card; --target sm89", analytic_bundle, "--tensorrt")
+    monkeypatch.setattr("ul_export.engines.gpus", list)
+    command.fails(main, 2, "this machine has no NVIDIA GPU; --target sm89", analytic_bundle, "--tensorrt")
 
 
-def test_what_is_built_for_this_machines_card_is_what_its_backend_looks_for(analytic_bundle, tmp_path, monkeypatch):
-    card = [Card(0, "Test card", "sm89", 2**30)]
-    monkeypatch.setattr("ul_export.engines.cards", lambda: card)
-    monkeypatch.setattr("ul_runtime.backends.tensorrt_engines.cards", lambda: card)
-    built, wanted = open_engines([], 32, tmp_path), engines_for_card(0, tmp_path)
+def test_what_is_built_for_this_machines_gpu_is_what_its_backend_looks_for(analytic_bundle, tmp_path, monkeypatch):
+    gpu = [Gpu(0, "Test GPU", "sm89", 2**30)]
+    monkeypatch.setattr("ul_export.engines.gpus", lambda: gpu)
+    monkeypatch.setattr("ul_runtime.backends.tensorrt_engines.gpus", lambda: gpu)
+    built, wanted = open_engines([], 32, tmp_path), engines_for_gpu(0, tmp_path)
     bundle = Bundle.open(analytic_bundle)
     built.cache.store(built.facts(bundle, "prior_step"), b"engine")
     assert wanted.cache.find(wanted.facts(bundle, "prior_step"), 4) == b"engine"
 
 
-def test_weights_that_cannot_be_replaced_are_said_and_the_engine_is_built(analytic_bundle, tmp_path):
-    """Really: without a card the library cannot even load an engine."""
-    bundle, said = Bundle.open(analytic_bundle), list[str]()
-    engines = replace(open_engines(["sm89"], 8, tmp_path / "engines"), card="a card")
+def test_weights_that_cannot_be_replaced_are_said_and_the_engine_is_built(analytic_bundle, tmp_path, caplog):
+    """Really: without a GPU the library cannot even load an engine."""
+    bundle = Bundle.open(analytic_bundle)
+    engines = replace(open_engines(["sm89"], 8, tmp_path / "engines"), gpu="a GPU")
     facts = engines.facts(bundle, "encoder")
     other = replace(facts, weights_sha256="c" * 64, flags=f"{facts.flags}, refittable")
     engines.cache.store(other, b"no engine at all")
-    prepared = engines.engine(bundle, "encoder", said.append)
+    prepared = engines.engine(bundle, "encoder")
     assert "the weights have changed" in str(prepared.built_because)
     assert engines.cache.load(facts) == prepared.engine != b"no engine at all"
-    assert said[0].startswith("encoder: new weights into the engine that is there, by TensorRT-RTX")
-    assert "has to be built, its weights cannot be replaced" in said[1]
+    assert caplog.messages[0].startswith("encoder: new weights into the engine that is there, by TensorRT-RTX")
+    assert "has to be built, its weights cannot be replaced" in caplog.messages[1]
 
 
 def test_the_library_has_what_replacing_weights_calls():
@@ -151,13 +154,13 @@ def test_the_library_has_what_replacing_weights_calls():
     assert hasattr(api.BuilderFlag, "REFIT")
 
 
-def test_the_bindings_have_what_the_cards_are_asked_for():
+def test_the_bindings_have_what_the_gpus_are_asked_for():
     runtime = pytest.importorskip("cuda.bindings.runtime")
     about = runtime.cudaDeviceProp()
     assert {"name", "major", "minor", "totalGlobalMem"} <= set(dir(about))
     assert len(runtime.cudaGetDeviceCount()) == len(runtime.cudaDriverGetVersion()) == 2
     if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
-        assert all(card.architecture.startswith("sm") and card.memory > 0 for card in machine.cards())
+        assert all(gpu.architecture.startswith("sm") and gpu.memory > 0 for gpu in machine.gpus())
     else:
-        with pytest.raises(UsageError, match="no NVIDIA card can be used"):
-            machine.cards()
+        with pytest.raises(UsageError, match="no NVIDIA GPU can be used"):
+            machine.gpus()

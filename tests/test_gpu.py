@@ -1,4 +1,4 @@
-"""On an NVIDIA card: every backend against ONNX Runtime on the CPU, and replays against steps that are enqueued."""
+"""On an NVIDIA GPU: every backend against ONNX Runtime on the CPU, and replays against steps that are enqueued."""
 
 import gc
 from pathlib import Path
@@ -12,12 +12,12 @@ from exported_run import PLAIN, Exported, exported_run
 import ul_runtime
 from ul_export.verify import FP32, image_psnr_db
 from ul_runtime import noise
-from ul_runtime.backends import ON_A_CARD
+from ul_runtime.backends import ON_GPU
 from ul_runtime.backends.choose import check_step, open_backend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli import generate
 from ul_runtime.errors import UsageError
-from ul_runtime.machine import cards
+from ul_runtime.machine import gpus
 from ul_runtime.pipeline import Pipeline
 from ul_train.torch_backend import TorchMemory
 
@@ -35,13 +35,13 @@ def bundle(exported: Exported) -> Path:
     return exported.bundle
 
 
-@pytest.fixture(params=[*ON_A_CARD, "torch"])
+@pytest.fixture(params=[*ON_GPU, "torch"])
 def pipeline(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory, monkeypatch) -> Pipeline:
     monkeypatch.setenv("UL_CACHE", str(tmp_path_factory.getbasetemp()))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        if not cards():
-            pytest.skip("this machine has no NVIDIA card")
+        if not gpus():
+            pytest.skip("this machine has no NVIDIA GPU")
         where = exported.run if request.param == "torch" else exported.bundle
         return ul_runtime.load(where, backend=request.param, device=0)
     except UsageError as error:
@@ -128,7 +128,7 @@ def test_nothing_is_allocated_or_waited_for_inside_the_loop(pipeline, monkeypatc
 
 
 @pytest.mark.parametrize(("indices", "size"), [([0], 1), ([5, 2**63 - 1, 2**32, 5], 4099)])
-def test_a_card_makes_the_hosts_noise_byte_for_byte(pipeline, indices, size):
+def test_a_gpu_makes_the_hosts_noise_byte_for_byte(pipeline, indices, size):
     memory: Any = pipeline.backend.loop.memory  # type: ignore[attr-defined]
     numbers, out = np.array(indices, np.int64), np.empty((len(indices), size), np.float32)
     memory.use()
@@ -142,7 +142,7 @@ def test_a_card_makes_the_hosts_noise_byte_for_byte(pipeline, indices, size):
     assert out.tobytes() == noise.normals(2**64 - 5, indices, noise.decoder_step(3), (size,)).tobytes()
 
 
-def test_a_guide_is_asked_on_the_card(exported, pipeline):
+def test_a_guide_is_asked_on_the_gpu(exported, pipeline):
     where = exported.run if pipeline.backend.name == "torch" else exported.bundle
     guided = ul_runtime.load(where, guide=where, backend=pipeline.backend.name, device=0)
     assert guided.guide is not None
@@ -182,17 +182,17 @@ def test_a_pipeline_that_is_dropped_gives_its_memory_back(exported, pipeline):
     assert found[2] >= found[1] - 2**20
 
 
-def test_auto_takes_a_card_and_its_step_is_the_processors(pipeline, bundle):
+def test_auto_takes_a_gpu_and_its_step_is_the_cpus(pipeline, bundle):
     if pipeline.backend.name == "torch":
         pytest.skip("torch samples runs, and auto bundles")
     opened = Bundle.open(bundle)
     assert check_step(pipeline.backend, opened) < 1e-3
-    assert open_backend("auto", opened).name in ON_A_CARD
+    assert open_backend("auto", opened).name in ON_GPU
 
 
 def test_two_runs_of_one_captured_step_with_other_inputs_differ():
     if not torch.cuda.is_available():
-        pytest.skip("torch finds no NVIDIA card")
+        pytest.skip("torch finds no NVIDIA GPU")
     memory = TorchMemory(torch.device("cuda"))
     at = memory.allocate(64)
     to = memory.allocate(64)

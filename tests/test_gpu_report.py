@@ -1,4 +1,4 @@
-"""tools/gpu_report.py on a machine without a card: the same code, on the processor, of a model of seconds."""
+"""tools/gpu_report.py on a machine without a GPU: the same code, on the CPU, of a model of seconds."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_the_report_has_every_row_or_why_it_is_not_there(command, tmp_path):
     done = command(tool.main, *words, "--device", "cpu", "--out", tmp_path / "gpu")
     assert done.code == 0, done
     report = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
-    assert report["card"] == "none: this run only tries the tool"
+    assert report["gpu"] == "none: this run only tries the tool"
     assert set(report["ceilings"]) == {"fp16_tflops_per_s", "bf16_tflops_per_s", "fp32_tflops_per_s", "copy_gb_per_s"}
     assert all(value > 0 for value in report["ceilings"].values())
     measured = [row for row in report["rows"] if "images_per_s" in row]
@@ -34,7 +34,7 @@ def test_the_report_has_every_row_or_why_it_is_not_there(command, tmp_path):
     assert failed["garments-32", "torch-eager"] == "UsageError: a bundle has no torch networks"
     if not torch.cuda.is_available():
         for engine in ("ort-cuda", "tensorrt"):
-            assert "no NVIDIA card" in failed["tiny", engine] or "cuda-bindings" in failed["tiny", engine]
+            assert "no NVIDIA GPU" in failed["tiny", engine] or "cuda-bindings" in failed["tiny", engine]
     assert "| tiny | torch-graphs | 2 |" in (tmp_path / "gpu" / "gpu.md").read_text()
 
 
@@ -63,4 +63,4 @@ def test_what_is_not_known_is_refused(command, tmp_path):
     tool = load_tool("gpu_report")
     command.fails(tool.main, 2, "expected some of torch-eager", "--contenders", "best", "--out", tmp_path)
     if not torch.cuda.is_available():
-        command.fails(tool.main, 2, "torch finds no NVIDIA card", "--out", tmp_path)
+        command.fails(tool.main, 2, "torch finds no NVIDIA GPU", "--out", tmp_path)

@@ -21,7 +21,7 @@ def test_every_size_and_sampler_has_its_seconds(command, tmp_path):
 
 
 def test_the_loops_ask_the_device_for_all_of_their_noise(monkeypatch):
-    """Negative control of the tool: what it measures is the loop that cards run."""
+    """Negative control of the tool: what it measures is the loop that GPUs run."""
     tool = load_tool("host_cost")
     asked = []
     monkeypatch.setattr(tool.NoTime, "normals", lambda self, to, seed, indices, rows, stream, size: asked.append(rows))

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from ul_export.verify import FP32, FP32_GRAPH, Recorder, compare_outputs, image_psnr_db
 from ul_runtime.backends import Backend
 from ul_runtime.backends import openvino as module
-from ul_runtime.backends.choose import choose_backend, open_backend
+from ul_runtime.backends.choose import choose_on_cpu, open_backend
 from ul_runtime.backends.openvino import OpenVinoBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main
@@ -158,7 +158,7 @@ def test_a_batch_size_is_compiled_once_for_its_power_of_two(analytic_bundle: Pat
 
 def test_auto_takes_openvino_only_for_a_precision_that_the_bundle_does_not_have(analytic_bundle: Path) -> None:
     bundle = Bundle.open(analytic_bundle)
-    assert [choose_backend(bundle.manifest, precision)[0] for precision in (None, "fp32", "bf16")] == [
+    assert [choose_on_cpu(bundle.manifest, precision)[0] for precision in (None, "fp32", "bf16")] == [
         "ort-cpu",
         "ort-cpu",
         "openvino",
@@ -179,20 +179,20 @@ def test_auto_computes_a_bundle_in_bf16_natively_only_where_that_was_proved(
 ) -> None:
     bundle = Bundle.open(analytic_bundle)
     proved, unproved = in_bf16(bundle, {"openvino": {"versions": {}}}), in_bf16(bundle, {"pinned": {}})
-    proof = ("openvino", "bf16", "computes in bf16 as ul-export proved the bundle")
-    assert choose_backend(proved.manifest, None) == proof
+    proof = ("openvino", "bf16", "computes in bf16 as ul-export verified the bundle")
+    assert choose_on_cpu(proved.manifest, None) == proof
     backend = open_backend("auto", proved, threads=1)
     assert (backend.name, backend.precision) == ("openvino", "bf16")
     assert backend.run("encoder", {"x": X})["z_clean"].shape == (len(X), 4, 4, 4)
     backend = open_backend("auto", unproved, threads=1)
     assert (backend.name, backend.precision) == ("ort-cpu", "fp32")
-    assert choose_backend(unproved.manifest, None).why.endswith("weights: ul-export did not prove it on OpenVINO")
-    assert choose_backend(proved.manifest, "fp32")[:2] == ("ort-cpu", "fp32")
+    assert choose_on_cpu(unproved.manifest, None).why.endswith("weights: ul-export did not verify it on OpenVINO")
+    assert choose_on_cpu(proved.manifest, "fp32")[:2] == ("ort-cpu", "fp32")
     monkeypatch.setattr(module, "has_bf16", lambda: False)
-    assert choose_backend(proved.manifest, None)[:2] == ("ort-cpu", None)
-    assert "this processor has no bfloat16" in choose_backend(proved.manifest, None).why
+    assert choose_on_cpu(proved.manifest, None)[:2] == ("ort-cpu", None)
+    assert "this CPU has no bfloat16" in choose_on_cpu(proved.manifest, None).why
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert "openvino is not installed; pip install" in choose_backend(proved.manifest, None).why
+    assert "openvino is not installed; pip install" in choose_on_cpu(proved.manifest, None).why
 
 
 def test_provenance_says_backend_threads_and_precision(command: Runner, analytic_bundle: Path, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_provenance_says_backend_threads_and_precision(command: Runner, analytic
 
 def test_auto_says_in_one_line_what_it_took_and_why(command: Runner, analytic_bundle: Path, tmp_path: Path) -> None:
     result = command(main, analytic_bundle, "--out", tmp_path / "out", "-n", 1)
-    assert result.err == "backend auto: ort-cpu, computes in fp32 as ul-export proved the bundle\n"
+    assert result.err == "backend auto: ort-cpu, computes in fp32 as ul-export verified the bundle\n"
     assert command(main, analytic_bundle, "--out", tmp_path / "out", "-n", 1, "--backend", "ort-cpu").err == ""
 
 
@@ -227,7 +227,7 @@ def test_without_openvino_auto_works_and_bfloat16_says_what_to_install(
     ("options", "message"),
     [
         (("--backend", "ort-cpu", "--precision", "bf16"), "ort-cpu computes in the bundle's precision, fp32; for bf16"),
-        (("--precision", "int4"), "no backend for processors computes in 'int4'; expected one of fp32, bf16"),
+        (("--precision", "int4"), "no CPU backend computes in 'int4'; expected one of fp32, bf16"),
         (("--backend", "openvino", "--threads", 0), "number of threads is 0"),
     ],
 )

@@ -75,7 +75,7 @@ def test_an_input_that_does_not_fit_is_one_line_with_its_shape(analytic_bundle):
 def test_spinning_and_threads_do_not_change_a_byte(analytic_bundle):
     bundle = Bundle.open(analytic_bundle)
     backends = [
-        open_backend("ort-cpu", bundle, threads=threads, allow_spinning=spinning)
+        open_backend("ort-cpu", bundle, threads=threads, spinning=spinning)
         for threads, spinning in ((1, True), (2, False), (None, True))
     ]
     outputs = [backend.run("encoder", {"x": X})["z_clean"].tobytes() for backend in backends]

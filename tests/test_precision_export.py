@@ -25,7 +25,7 @@ from ul_export.precision.reduce import with_their_weights
 from ul_export.precision.search import Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
 from ul_export.verify import FP32, REDUCED, Tolerance, image_psnr_db
 from ul_runtime.backends import openvino
-from ul_runtime.backends.choose import choose_backend
+from ul_runtime.backends.choose import choose_on_cpu
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.images import from_uint8
@@ -259,7 +259,7 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
 def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, command, tmp_path):
     out = tmp_path / "bundle"
     assert command(main, plain.run, "--fp16", "--out", out, "--calibrate", plain.run.parent / "images.npz").code == 0
-    assert choose_backend(Bundle.open(out).manifest, None) == (
+    assert choose_on_cpu(Bundle.open(out).manifest, None) == (
         *("ort-cpu", None, "computes in fp32 with the fp16 bundle's weights"),
     )
     made = command(generate, out, "--out", tmp_path / "samples", "--num-images", 2)
@@ -267,7 +267,7 @@ def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, comma
     assert "backend auto: ort-cpu, computes in fp32 with the fp16 bundle's weights" in made.err
     made = command(generate, out, "--out", tmp_path / "named", "--num-images", 2, "--backend", "ort-cpu")
     assert "backend ort-cpu: computes in fp32 with the fp16 bundle's weights" in made.err
-    command.fails(generate, 2, "no backend for processors computes in 'fp16'", out, "--precision", "fp16", "--out", "x")
+    command.fails(generate, 2, "no CPU backend computes in 'fp16'", out, "--precision", "fp16", "--out", "x")
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(path, **_):
         bundle = Bundle.open(path)
-        backend = Rounding(bundle, HostMemory(), ["CPUExecutionProvider"], print)
+        backend = Rounding(bundle, HostMemory(), ["CPUExecutionProvider"])
         return Pipeline(bundle.manifest, backend, path=bundle.path, hash=bundle.hash)
 
     monkeypatch.setattr("ul_runtime.loading.load", load)

@@ -94,13 +94,13 @@ def test_a_run_without_torch_and_a_bundle_with_it_are_refused(exported):
         ul_runtime.load(backend="torch")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
-def test_a_card_that_is_not_there_is_an_error(exported):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_an_error(exported):
     with pytest.raises(UsageError, match="device cuda:3 cannot be used"):
         ul_runtime.load(exported.run, backend="torch", device=3)
 
 
-def test_memory_copies_rows_and_parts_and_a_processor_captures_nothing():
+def test_memory_copies_rows_and_parts_and_a_cpu_captures_nothing():
     memory = TorchMemory(torch.device("cpu"))
     source = np.arange(24, dtype=np.uint8)
     there, other = memory.allocate(24), memory.allocate(24)

@@ -3,7 +3,7 @@
 
     python tools/compile_noise.py
 
-PTX is text that every driver compiles for its card. It is written for the oldest card (sm75) and the oldest language
+PTX is text that every driver compiles for its GPU. It is written for the oldest GPU (sm75) and the oldest language
 version (7.0) that have what it uses, so that drivers of CUDA 12 take what a compiler of CUDA 13 made.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What an NVIDIA card makes of the sampling path: its own ceilings, then every way to run it, one after the other.
+"""What an NVIDIA GPU makes of the sampling path: its own ceilings, then every way to run it, one after the other.
 
     python tools/gpu_report.py --out tools/results/gpu
 
@@ -62,7 +62,6 @@ class Made:
     precision: str
     images: Callable[[int], "np.ndarray"]
     loop: "DeviceLoop | None" = None
-    said: list[str] = field(default_factory=list)
 
 
 @app.command()
@@ -89,12 +88,12 @@ def gpu_report(
 
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("torch finds no NVIDIA card here; --device cpu tries the tool without one")
+        raise UsageError("torch finds no NVIDIA GPU here; --device cpu tries the tool without one")
     durable.make_directory(out)
     deadline = time.monotonic() + 60 * minutes
     report: dict[str, Any] = {
         "command": anonymous("python tools/gpu_report.py", sys.argv[1:]),
-        "card": torch.cuda.get_device_name(where) if device == "cuda" else "none: this run only tries the tool",
+        "gpu": torch.cuda.get_device_name(where) if device == "cuda" else "none: this run only tries the tool",
         "ceilings": ceilings(where),
         "versions": versions(PACKAGES) | {"cuda": torch.version.cuda or "none"},
         "commit": commit(),
@@ -261,7 +260,6 @@ def _measured(model: Model, made: Made, batch: int, repeats: int, device: Any) -
         "ms": ms,
         "host_gap": 1.0 - in_steps / seconds,
         "captured": made.loop.captured,
-        **({"said": made.said} if made.said else {}),
     }
 
 
@@ -284,27 +282,27 @@ def calls(info: "BundleInfo", step: str) -> int:
 
 def make(model: Model, contender: str, device: Any) -> Made:
     """The contender over the model. ULError: it cannot be on this machine."""
-    said: list[str] = []
     if contender in TORCH:
         if model.networks is None:
             raise UsageError("a bundle has no torch networks")
-        return _by_torch(model, contender, device, said)
+        return _by_torch(model, contender, device)
     path = model.bundles.get(opset_of(contender)) or model.bundles.get(0)
     if path is None or (0 in model.bundles and contender.endswith("-attention")):
         raise UsageError("there is no bundle of that opset")
-    from ul_runtime.backends.choose import CardOptions, open_on_a_card
+    from ul_runtime.backends.choose import open_on_gpu
     from ul_runtime.bundle import Bundle
+    from ul_runtime.machine import MachineOptions
     from ul_runtime.pipeline import Pipeline
 
     bundle = Bundle.open(path, allow_hard_links=True)
     name = contender.removesuffix("-no-graphs").removesuffix("-attention")
-    backend: Any = open_on_a_card(name, bundle, None, CardOptions(), said.append)
+    backend: Any = open_on_gpu(bundle, MachineOptions(name))
     if contender.endswith("-no-graphs"):
         backend.loop.captures = False
-    return Made(backend.precision, _images(Pipeline(bundle.manifest, backend)), backend.loop, said)
+    return Made(backend.precision, _images(Pipeline(bundle.manifest, backend)), backend.loop)
 
 
-def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Made:
+def _by_torch(model: Model, contender: str, device: Any) -> Made:
     import torch
 
     from ul_export.bench.peers import UserLoop
@@ -314,9 +312,9 @@ def _by_torch(model: Model, contender: str, device: Any, said: list[str]) -> Mad
 
     assert model.networks is not None
     if contender in ("torch-graphs", "torch-no-graphs"):
-        backend = TorchDeviceBackend(model.networks, model.info, TorchMemory(device), said.append, precision="bf16")
+        backend = TorchDeviceBackend(model.networks, model.info, TorchMemory(device), precision="bf16")
         backend.loop.captures &= contender == "torch-graphs"
-        return Made("bf16", _images(Pipeline(model.info, backend)), backend.loop, said)
+        return Made("bf16", _images(Pipeline(model.info, backend)), backend.loop)
     networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
     settings = resolve_settings(model.info.defaults, Overrides(), can_guide=bool(model.info.classes))
     if contender == "torch-compile":
@@ -346,7 +344,7 @@ def table(report: dict[str, Any]) -> str:
     found = ", ".join(f"{name} {peak:.4g}" for name, peak in peaks.items())
     copies = report["ceilings"]["copy_gb_per_s"]
     lines = [
-        f"{report['card']}: best matrix products {found} TFLOP/s, copies {copies:.4g} GB/s",
+        f"{report['gpu']}: best matrix products {found} TFLOP/s, copies {copies:.4g} GB/s",
         "",
         "| model | contender | batch | images/s | TFLOP/s | of the ceiling | ms a step | host adds |",
         "|---|---|---|---|---|---|---|---|",

@@ -3,8 +3,8 @@
 
     python tools/host_cost.py --out tools/results/host-cost
 
-No card is needed: engines compute nothing, copies between host and device are copies within the host's memory. What is
-left is what a card would wait for, were it infinitely fast: seconds a batch that a card's own must be compared with.
+No GPU is needed: engines compute nothing, copies between host and device are copies within the host's memory. What is
+left is what a GPU would wait for, were it infinitely fast: seconds a batch that a GPU's own must be compared with.
 """
 
 import json

@@ -48,7 +48,7 @@ def invariance(
     sizes, counts = parse_counts("--batch-sizes", batch_sizes), parse_counts("--threads", threads)
 
     def load(threads: int) -> Pipeline:
-        return ul_runtime.load(bundle, backend=backend, threads=threads, allow_spinning=False)
+        return ul_runtime.load(bundle, backend=backend, threads=threads, spinning=False)
 
     settings = Overrides(steps=steps, sampler="ancestral", decoder_steps=decoder_steps, decoder_sampler="ancestral")
     result = measure([load(count) for count in counts], counts, sizes, seed, settings)

@@ -146,10 +146,9 @@ def _engine_builder(
     if not (run.exists() or _is_bundle(run)):
         raise BadInputError(f"{run}: no such run, bundle or model of the package")
     from ul_export.engines import build_engines, open_engines
-    from ul_runtime.progress import print_line
 
     opened = open_engines(target or [], max_batch, engines, refittable)
-    return lambda bundle: build_engines(opened, bundle, print_line)
+    return lambda bundle: build_engines(opened, bundle)
 
 
 def _is_bundle(path: Path) -> bool:

@@ -1,25 +1,24 @@
 """TensorRT engines of a bundle, built ahead of their first use."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ul_runtime.backends.tensorrt_build import Profile, library_for
-from ul_runtime.backends.tensorrt_engines import EngineCache, Engines, engines_for_card
+from ul_runtime.backends.tensorrt_engines import EngineCache, Engines, engines_for_gpu
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.loading import open_bundle
-from ul_runtime.machine import cards, engine_dir
+from ul_runtime.machine import engine_dir, gpus
 from ul_runtime.manifest import GRAPH_NAMES
-from ul_runtime.progress import Control, progress, stop_on_signal
+from ul_runtime.progress import progress, stop_on_signal
 
 
 def open_engines(targets: list[str], most: int, folder: Path | None, refittable: bool = False) -> Engines:
-    """Where and for what engines are built: for `targets`, or for this machine's first card, batches up to `most`.
+    """Where and for what engines are built: for `targets`, or for this machine's first GPU, batches up to `most`.
 
     `refittable`: their weights can be replaced by newer ones. UsageError: no library for that, an architecture that it
-    does not know, no card. OutputError, UntrustedError: the folder.
+    does not know, no GPU. OutputError, UntrustedError: the folder.
     """
     if refittable and targets:
         raise UsageError("--refittable: such engines are built where they run; leave out --target")
@@ -28,34 +27,34 @@ def open_engines(targets: list[str], most: int, folder: Path | None, refittable:
         library, cache = library_for(tuple(targets)), EngineCache(engine_dir(folder))
         engines = Engines(library, cache, profile, tuple(dict.fromkeys(targets)))
     else:
-        engines = replace(_for_this_card(folder), profile=profile, refittable=refittable)
+        engines = replace(_for_this_gpu(folder), profile=profile, refittable=refittable)
     engines.cache.make_folder()  # or the work before is in vain
     return engines
 
 
-def _for_this_card(folder: Path | None) -> Engines:
+def _for_this_gpu(folder: Path | None) -> Engines:
     able = library_for(()).targets()
-    ahead = "; --target sm89 builds ahead for that architecture, without a card" if able else ""
+    ahead = "; --target sm89 builds ahead for that architecture, without a GPU" if able else ""
     try:
-        found = cards()
+        found = gpus()
     except UsageError as error:
         raise UsageError(f"{error}{ahead}") from error
     if not found:
-        raise UsageError(f"this machine has no NVIDIA card{ahead}")
-    return engines_for_card(found[0].number, folder)
+        raise UsageError(f"this machine has no NVIDIA GPU{ahead}")
+    return engines_for_gpu(found[0].number, folder)
 
 
-def build_engines(engines: Engines, bundle: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def build_engines(engines: Engines, bundle: Path) -> dict[str, Any]:
     """Build what is missing of the engines of `bundle`, a path or a shipped name; returns what to print.
 
     BadInputError: a graph that the library cannot build; the engines before it are kept. StoppedError.
     """
     opened: Bundle = open_bundle(bundle)
     built, size = [], 0
-    with stop_on_signal() as stop, progress("building engines", len(GRAPH_NAMES), "graphs") as advance:
+    with stop_on_signal(), progress("building engines", len(GRAPH_NAMES), "graphs") as tick:
         for graph in GRAPH_NAMES:
             try:
-                prepared = engines.engine(opened, graph, say, control=Control(stop, advance))
+                prepared = engines.engine(opened, graph, tick=tick)
             except StoppedError:
                 done = f"{GRAPH_NAMES.index(graph)} of {len(GRAPH_NAMES)} engines are in {engines.cache.folder}"
                 raise StoppedError(f"stopped; {done}; run the same command again to go on") from None
@@ -63,7 +62,7 @@ def build_engines(engines: Engines, bundle: Path, say: Callable[[str], None]) ->
             size += len(prepared.engine)
     return {
         "engines": str(engines.cache.folder),
-        "engines_for": ", ".join(engines.targets) or engines.card,
+        "engines_for": ", ".join(engines.targets) or engines.gpu,
         "engines_by": engines.library.title,
         "engines_built": len(built),
         "engine_megabytes": size / 1e6,

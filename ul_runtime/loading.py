@@ -1,22 +1,99 @@
-"""Models that come inside the package: opened by name, or when no bundle is given."""
+"""A path, or the name of a model inside the package, to a pipeline that is ready to sample."""
 
 import logging
 import os
 from collections.abc import Collection
-from importlib import import_module
+from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ul_runtime.backends import TORCH, Backend
+from ul_runtime.backends.choose import choose_backend
 from ul_runtime.bundle import Bundle
-from ul_runtime.errors import BadInputError
+from ul_runtime.errors import BadInputError, UsageError, require_packages
+from ul_runtime.machine import MachineOptions
 from ul_runtime.manifest import GRAPH_NAMES, GraphName
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline
 
-
+_LOG = logging.getLogger(__name__)
 MODELS = Path(__file__).with_name("models")  # a bundle in each folder
 DEFAULT = "garments-32"
+_ENTRY_POINTS = "unified_latents.backends"
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    guide: str | Path | None = None,
+    backend: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+    spinning: bool = True,
+    device: int | None = None,
+    engines: str | Path | None = None,
+    require_graphs: bool = False,
+) -> "Pipeline":
+    """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
+
+    With backend "torch" it is a run of ul-train instead, sampled as it is.
+    A name such as "garments-32" opens the model of that name inside the package, None the default one.
+    `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
+    (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = one per core.
+    On NVIDIA GPUs: `device` is the GPU's index (None = 0), `engines` the folder of TensorRT's engines (None = the
+    user's cache), and with `require_graphs` a step that cannot be captured as a CUDA graph is an error.
+    UsageError: a backend that is unknown, not installed or not able to compute in that precision.
+    BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
+    """
+    devices, folder = None if device is None else str(device), None if engines is None else Path(engines)
+    options = MachineOptions(backend, precision, threads, spinning, devices, folder, require_graphs)
+    return open_pipeline(path, options, guide)
+
+
+def open_pipeline(path: str | Path | None, options: MachineOptions, guide: str | Path | None = None) -> "Pipeline":
+    """As `load`. Logs which backend `auto` took and why, or that one computes unlike the bundle."""
+    if options.backend == TORCH:
+        return _open_run(path, options, guide)
+    weaker = None
+    if guide is not None:
+        prior = open_bundle(guide, graphs=["prior_step"])
+        weaker = _pipeline(prior, options, choose_backend(prior, options).backend)
+    bundle = open_bundle(path)
+    backend, why = choose_backend(bundle, options, None if weaker is None else weaker.backend)
+    if why:
+        _LOG.info("backend %s: %s", options.backend, why)
+    return _pipeline(bundle, options, backend, weaker)
+
+
+def _pipeline(bundle: Bundle, options: MachineOptions, backend: Backend, guide: "Pipeline | None" = None) -> "Pipeline":
+    """Over a backend; images that are not finite are made again in float32 where it computes in less."""
+    from ul_runtime.pipeline import Pipeline
+
+    def in_float32() -> Backend:
+        beside = None if guide is None else (guide.in_float32 or guide).backend
+        same = options.of_backend(backend.name)
+        return choose_backend(bundle, replace(same, precision="fp32"), beside).backend
+
+    exact = None if backend.precision == "fp32" else in_float32
+    return Pipeline(bundle.manifest, backend, guide, exact, path=bundle.path, hash=bundle.hash)
+
+
+def _open_run(path: str | Path | None, options: MachineOptions, guide: str | Path | None) -> "Pipeline":
+    if path is None or options.engines is not None:
+        what = "give its folder" if path is None else "it has no engines; leave out --engines"
+        raise UsageError(f"backend torch samples a run of ul-train: {what}")
+    return backend_of_runs().open_run(Path(path), options, None if guide is None else Path(guide))
+
+
+def backend_of_runs() -> Any:
+    """The module that samples runs, found by its entry point. UsageError: it is not installed, or torch is not."""
+    require_packages("torch", extras="train")
+    found = list(entry_points(group=_ENTRY_POINTS, name=TORCH))
+    if not found:
+        raise UsageError(f"no package offers backend {TORCH}; pip install 'unified-latents[train]'")
+    return found[0].load()
 
 
 def shipped_names() -> list[str]:
@@ -44,61 +121,3 @@ def open_bundle(bundle: str | Path | None, *, graphs: Collection[GraphName] = GR
             "expected a bundle, the folder that ul-export wrote"
         )
     return Bundle.open(MODELS / name, graphs=graphs, allow_hard_links=True)
-
-
-def load(
-    path: str | Path | None = None,
-    *,
-    guide: str | Path | None = None,
-    backend: str = "auto",
-    precision: str | None = None,
-    threads: int | None = None,
-    allow_spinning: bool = True,
-    device: int | None = None,
-    engines: str | Path | None = None,
-    require_graphs: bool = False,
-) -> "Pipeline":
-    """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
-
-    With backend "torch" it is a run of ul-train instead, sampled as it is.
-    A name such as "garments-32" opens the model of that name inside the package, None the default one.
-    `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
-    (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = one per core.
-    On NVIDIA cards: `device` is the card's number (None = 0), `engines` the folder of TensorRT's engines (None = the
-    user's cache), and with `require_graphs` a step that cannot be captured as a CUDA graph is an error.
-    UsageError: a backend that is unknown, not installed or not able to compute in that precision.
-    BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
-    """
-    from ul_runtime.backends import TORCH, Backend
-    from ul_runtime.backends.choose import CardOptions, open_backend
-    from ul_runtime.bundle import Bundle
-    from ul_runtime.errors import UsageError, require_packages
-    from ul_runtime.pipeline import Pipeline
-
-    if backend == TORCH:
-        if path is None or engines is not None:
-            what = "give its folder" if path is None else "it has no engines; leave out --engines"
-            raise UsageError(f"backend torch samples a run of ul-train: {what}")
-        require_packages("torch", extras="train")
-        torch_device = import_module("ul_train.torch_backend")  # which builds on this package, not this one on it
-        lesser_run, say = None if guide is None else Path(guide), logging.getLogger(__name__).warning
-        how = {"precision": precision, "threads": threads, "device": device, "require_graphs": require_graphs}
-        return torch_device.open_run(Path(path), guide=lesser_run, say=say, **how)
-    named = device is not None or engines is not None or require_graphs
-    card = CardOptions(device or 0, Path(engines) if engines else None, require_graphs) if named else None
-
-    def pipeline(bundle: Bundle, guide: Pipeline | None = None) -> Pipeline:
-        machine: dict[str, Any] = {"threads": threads, "allow_spinning": allow_spinning, "card": card}
-
-        def open_in(precision: str | None, backend: str, guide: Pipeline | None) -> Backend:
-            beside = None if guide is None else guide.backend
-            return open_backend(backend, bundle, precision=precision, beside=beside, **machine)
-
-        opened = open_in(precision, backend, guide)
-        if opened.precision == "fp32":
-            return Pipeline(bundle.manifest, opened, guide, path=bundle.path, hash=bundle.hash)
-        in_float32 = lambda: open_in("fp32", opened.name, guide and (guide.in_float32 or guide))  # noqa: E731
-        return Pipeline(bundle.manifest, opened, guide, in_float32, path=bundle.path, hash=bundle.hash)
-
-    lesser = None if guide is None else pipeline(open_bundle(guide, graphs=["prior_step"]))
-    return pipeline(open_bundle(path), lesser)

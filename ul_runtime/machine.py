@@ -1,4 +1,4 @@
-"""The NVIDIA cards of this machine, by NVIDIA's own bindings (the package cuda-bindings)."""
+"""This machine: what is to run on it (options), its NVIDIA GPUs, versions, the user's cache."""
 
 import importlib.metadata
 import os
@@ -7,18 +7,66 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import platformdirs
+
 from ul_runtime.errors import UsageError
+from ul_runtime.option import option
 
 VERSION = "0.1.0"  # of these packages
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card that programs can use: its number, name and architecture (sm90), and its memory in bytes."""
+class MachineOptions:
+    """What runs the graphs, and on which cores and GPUs of this machine. UsageError: devices that cannot be."""
+
+    backend: str = option("auto", "What runs the graphs.", metavar="auto|ort-cpu|openvino|tensorrt|ort-cuda|torch")
+    precision: str | None = option(None, "What the networks compute in.", metavar="fp32|bf16", shown="the bundle's")
+    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core")
+    spinning: bool = option(
+        True, "Let idle threads spin (ort-cpu): faster, keeps cores busy.", "--spinning/--no-spinning"
+    )
+    devices: str | None = option(None, "GPU indices, one process each.", metavar="N,...", shown="0")
+    engines: Path | None = option(None, "Where TensorRT engines are kept.", metavar="DIR", shown="the user's cache")
+    require_graphs: bool = option(False, "Fail where a step cannot be captured as a CUDA graph.", "--require-graphs")
+
+    def __post_init__(self) -> None:
+        words = [] if self.devices is None else self.devices.split(",")
+        if not all(word.strip().isdecimal() for word in words) or len(set(map(int, words))) != len(words):
+            raise UsageError(f"--devices {self.devices!r}: expected different GPU indices such as 0,1; see ul-doctor")
+
+    @property
+    def gpus(self) -> list[int]:
+        """The indices of `devices`; none where it is not given."""
+        return [] if self.devices is None else [int(word) for word in self.devices.split(",")]
+
+    @property
+    def gpu(self) -> int:
+        """The index of the first."""
+        return self.gpus[0] if self.devices is not None else 0
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether something is asked for that only a GPU has."""
+        return self.devices is not None or self.engines is not None or self.require_graphs
+
+    def on_one_gpu(self) -> "MachineOptions":
+        """These. UsageError: they name more than one GPU."""
+        if len(self.gpus) > 1:
+            raise UsageError(f"--devices {self.devices}: one GPU is expected; ul-generate alone works on several")
+        return self
+
+    def of_backend(self, name: str) -> "MachineOptions":
+        """The same for the backend that `auto` took."""
+        return replace(self, backend=name, engines=self.engines if name == "tensorrt" else None)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that programs can use: its number, name and architecture (sm90), and its memory in bytes."""
 
     number: int
     name: str
@@ -42,8 +90,8 @@ def driver_version() -> str | None:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def cards() -> list[Card]:
-    """All cards. UsageError: no bindings; the runtime's reason where it cannot count them (no driver, too old)."""
+def gpus() -> list[Gpu]:
+    """All GPUs. UsageError: no bindings; the runtime's reason where it cannot count them (no driver, too old)."""
     _require_bindings()
     from cuda.bindings import runtime
 
@@ -53,13 +101,13 @@ def cards() -> list[Card]:
     if error != runtime.cudaError_t.cudaSuccess:
         driver = driver_version()
         have = f"the driver takes CUDA {driver} at most" if driver else "there is no NVIDIA driver"
-        raise UsageError(f"no NVIDIA card can be used: {error.name}: {have}")
+        raise UsageError(f"no NVIDIA GPU can be used: {error.name}: {have}")
     found = []
     for number in range(count):
         error, about = runtime.cudaGetDeviceProperties(number)
         if error != runtime.cudaError_t.cudaSuccess:
-            raise UsageError(f"NVIDIA card {number} cannot be used: {error.name}")
-        found.append(Card(number, about.name.decode(), f"sm{about.major}{about.minor}", about.totalGlobalMem))
+            raise UsageError(f"NVIDIA GPU {number} cannot be used: {error.name}")
+        found.append(Gpu(number, about.name.decode(), f"sm{about.major}{about.minor}", about.totalGlobalMem))
     return found
 
 
@@ -111,13 +159,9 @@ def _anonymous_word(word: str) -> str:
 
 def cache_dir(given: Path | None = None) -> Path:
     """`given`, else $UL_CACHE, else the user's cache."""
-    if given is not None:
-        return given
-    if os.environ.get("UL_CACHE"):
-        return Path(os.environ["UL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unified-latents"
+    return given or Path(os.environ.get("UL_CACHE") or platformdirs.user_cache_path("unified-latents"))
 
 
 def engine_dir(given: Path | None = None) -> Path:
     """The folder of engines: `given`, or one in the cache."""
-    return cache_dir() / "engines" if given is None else given
+    return given or cache_dir() / "engines"

@@ -1,7 +1,8 @@
-"""A run sampled by torch as it is, without an export: on an NVIDIA card each step is captured once and replayed."""
+"""A run sampled by torch as it is, without an export: on an NVIDIA GPU each step is captured once and replayed."""
 
 import copy
 import hashlib
+import logging
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ul_runtime.backends import HostBackend
+from ul_runtime.backends import PRECISIONS, HostBackend, one_line
 from ul_runtime.backends.gpu import NoiseKernel, no_collection
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine, graphs_of
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
-from ul_runtime.machine import has_bindings
+from ul_runtime.machine import MachineOptions, has_bindings
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.noise import quantile_table
 from ul_runtime.pipeline import Pipeline
@@ -180,12 +181,11 @@ def _table(device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack(quantile_table())).to(device)
 
 
-PRECISIONS = ("fp32", "bf16")
-VERSION = str(torch.__version__)
+_LOG = logging.getLogger(__name__)
 
 
 class TorchMemory:
-    """Memory of a torch device, and a stream of its own on a card."""
+    """Memory of a torch device, and a stream of its own on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         """UsageError: there is no such device."""
@@ -253,7 +253,7 @@ class TorchMemory:
                 self._rows(to, rows, size, to_pitch).copy_(self._rows(source, rows, size, pitch))
 
     def _rows(self, address: int, rows: int, size: int, pitch: int) -> Tensor:
-        """As float32 where they can be: a card copies that four times as fast as bytes."""
+        """As float32 where they can be: a GPU copies that four times as fast as bytes."""
         part = self.at(address, (rows - 1) * pitch + size)
         width = 1 if size % 4 or pitch % 4 or part.storage_offset() % 4 else 4
         wide = part if width == 1 else part.view(torch.float32)
@@ -265,7 +265,7 @@ class TorchMemory:
             self.at(address, size).zero_()
 
     def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
-        """See Memory. By the kernel for cards where NVIDIA's bindings are there, else by torch. OutOfMemoryError."""
+        """See Memory. By the kernel for GPUs where NVIDIA's bindings are there, else by torch. OutOfMemoryError."""
         if self.stream is not None and has_bindings():
             if self._noise is None:
                 table = torch.from_numpy(np.stack(quantile_table())).to(self.device)
@@ -280,7 +280,7 @@ class TorchMemory:
             raise self._full() from error
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See Memory. ULError: something that `work` does cannot be captured, or this is no card."""
+        """See Memory. ULError: something that `work` does cannot be captured, or this is no GPU."""
         if self.stream is None:
             raise ULError(f"device {self.device} has no CUDA graphs")
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
@@ -322,7 +322,6 @@ class TorchDeviceBackend(DeviceBackend):
         networks: dict[str, nn.Module],
         described: BundleInfo,
         memory: TorchMemory,
-        say: Callable[[str], None],
         *,
         precision: str = "fp32",
         require_graphs: bool = False,
@@ -333,8 +332,8 @@ class TorchDeviceBackend(DeviceBackend):
         self._by_name = TorchBackend(on_device["encoder"], on_device["prior"], on_device["decoder"], device, precision)
         self.precision = precision
         self.threads = torch.get_num_threads() if device.type == "cpu" else None
-        on_card = device.type == "cuda"
-        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, captures=on_card, require_graphs=require_graphs)
+        on_gpu = device.type == "cuda"
+        self.loop = DeviceLoop(memory, self._graphs, self._bind, captures=on_gpu, require_graphs=require_graphs)
 
     def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
         entry = self._graphs[graph]
@@ -402,57 +401,52 @@ class RunModel:
         return cls(run, described, digest.hexdigest()), networks
 
 
-def product() -> tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """(The device that torch takes by itself, the product of two matrices on it), to see whether it works."""
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    return where, lambda a, b: (torch.from_numpy(a).to(where) @ torch.from_numpy(b).to(where)).cpu().numpy()
+def check() -> str:
+    """Multiply two matrices on the device that torch takes by itself, "cuda" or "cpu". ULError: it fails, is wrong."""
+    where = choose_device("auto")
+    a, b = np.random.default_rng(0).standard_normal((2, 8, 8), np.float32)
+    try:
+        product = torch.matmul(torch.from_numpy(a).to(where), torch.from_numpy(b).to(where)).cpu().numpy()
+    except RuntimeError as error:  # for example without kernels for the GPU
+        raise ULError(f"fails on {where.type}: {one_line(error)}") from error
+    if not np.allclose(product, a @ b, atol=1e-2):  # TF32 is right
+        raise ULError(f"a product of two matrices on {where.type} is wrong")
+    return where.type
 
 
-def open_run(
-    run: Path,
-    *,
-    guide: Path | None,
-    precision: str | None,
-    threads: int | None,
-    device: int | None,
-    require_graphs: bool,
-    say: Callable[[str], None],
-) -> Pipeline:
-    """The pipeline over a run and, for autoguidance, another: on card `device`, or None = the first if there is one.
+def open_run(run: Path, options: MachineOptions, guide: Path | None) -> Pipeline:
+    """The pipeline over a run and, for autoguidance, another: on the GPU that is named, or the first if there is one.
 
-    BadInputError: no run, or a stage is missing. UsageError: no such card or precision.
+    BadInputError: no run, or a stage is missing. UsageError: no such GPU or precision.
     """
+    pipeline = _open_run(run, options, None if guide is None else _open_run(guide, options, None))
+    if (computed := pipeline.backend.precision) != "fp32":
+        _LOG.info("backend torch: computes in %s", computed)
+    return pipeline
+
+
+def _open_run(run: Path, options: MachineOptions, guide: Pipeline | None) -> Pipeline:
+    precision, threads = options.precision, options.threads
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"backend torch computes in {' or '.join(PRECISIONS)}, not {precision!r}")
     if threads:
         torch.set_num_threads(threads)
-    on_card = device is not None or (threads is None and torch.cuda.is_available())
-    where = torch.device("cuda", device or 0) if on_card else torch.device("cpu")
+    on_gpu = options.devices is not None or (threads is None and torch.cuda.is_available())
+    where = torch.device("cuda", options.gpu) if on_gpu else torch.device("cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32
-    if require_graphs and not on_card:
-        raise UsageError("--require-graphs: torch finds no NVIDIA card, and a processor has no CUDA graphs")
-    lesser, memory = None, TorchMemory(where)
-    if guide is not None:
-        lesser = open_run(
-            guide,
-            guide=None,
-            precision=precision,
-            threads=threads,
-            device=device,
-            require_graphs=require_graphs,
-            say=say,
-        )
-        assert isinstance(lesser.backend, TorchDeviceBackend)
-        memory = lesser.backend.memory  # their work is in one order
+    if options.require_graphs and not on_gpu:
+        raise UsageError("--require-graphs: torch finds no NVIDIA GPU, and a CPU has no CUDA graphs")
+    # the work of a guide is in one order with that of the run
+    beside = None if guide is None else guide.backend
+    memory = beside.memory if isinstance(beside, TorchDeviceBackend) else TorchMemory(where)
     model, networks = RunModel.load(run)
 
     def backend(precision: str) -> TorchDeviceBackend:
-        return TorchDeviceBackend(
-            networks, model.manifest, memory, say, precision=precision, require_graphs=require_graphs
-        )
+        required = options.require_graphs
+        return TorchDeviceBackend(networks, model.manifest, memory, precision=precision, require_graphs=required)
 
     exact = None if precision in (None, "fp32") else lambda: backend("fp32")
-    return Pipeline(model.manifest, backend(precision or "fp32"), lesser, exact, path=run, hash=model.hash)
+    return Pipeline(model.manifest, backend(precision or "fp32"), guide, exact, path=run, hash=model.hash)
 
 
 def torch_pipeline(

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-import ul_runtime
 from ul_export.evaluation.comparison import Comparison, reference_split
 from ul_export.evaluation.features import default_spaces, open_space
 from ul_export.evaluation.measures import (
@@ -19,9 +18,9 @@ from ul_export.evaluation.options import EvalOptions
 from ul_export.evaluation.report import CONTACT_SHEETS, contact_sheets, html_report
 from ul_export.evaluation.statistics import COVERAGE_NEIGHBOURS
 from ul_runtime import durable
-from ul_runtime.backends.choose import say_choice
 from ul_runtime.cli.options import MachineOptions, SamplingOptions
 from ul_runtime.errors import UsageError
+from ul_runtime.loading import open_pipeline
 from ul_runtime.machine import cache_dir, origin
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import stop_on_signal
@@ -57,9 +56,8 @@ def check(options: EvalOptions) -> None:
 def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machine: MachineOptions) -> dict[str, Any]:
     """Every figure, JSON-ready; writes `options.out`. UsageError before anything is measured; StoppedError."""
     check(options)
-    pipeline = ul_runtime.load(path, **machine.load_arguments)
+    pipeline = open_pipeline(path, machine.on_one_gpu())
     settings = pipeline.settings(**sampling.overrides)
-    say_choice(machine.backend, machine.precision, pipeline)
     if machine.threads:
         torch.set_num_threads(machine.threads)
     with stop_on_signal():

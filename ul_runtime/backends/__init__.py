@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 _LOG = logging.getLogger(__name__)
-ON_A_CARD = ("tensorrt", "ort-cuda")  # the fastest first
+ON_GPU = ("tensorrt", "ort-cuda")  # the fastest first
 TORCH = "torch"  # of runs, not of bundles
-BACKENDS = ("auto", "ort-cpu", "openvino", *ON_A_CARD, TORCH)
+BACKENDS = ("auto", "ort-cpu", "openvino", *ON_GPU, TORCH)
 PRECISIONS = ("fp32", "bf16")
 ORT_GPU = "onnxruntime-gpu"
 INSTALL_ORT_GPU = f"pip install '{ORT_GPU}[cuda,cudnn]' nvidia-cublas"
 REINSTALL_ORT_GPU = f"pip install --force-reinstall --no-deps {ORT_GPU}"  # where onnxruntime has been over its files
-NO_BF16 = "this processor has no bfloat16 (AVX512-BF16 or AMX)"
+NO_BF16 = "this CPU has no bfloat16 (AVX512-BF16 or AMX)"
 _THREADS_ANYWHERE = 8  # allowed on any machine, for jobs that were begun on a larger one
 
 
@@ -121,14 +121,14 @@ def one_line(error: Exception, most: int = 300) -> str:
 
 
 def check_threads(threads: int | None) -> None:
-    """UsageError for a number of threads below 1, or so far above the processors' that all would stand still."""
+    """UsageError for a number of threads below 1, or so far above the cores' that all would stand still."""
     if threads is None:
         return
     if threads < 1:
         raise UsageError(f"the number of threads is {threads}; expected 1 or more")
-    processors = os.cpu_count() or 1
-    if threads > (most := max(_THREADS_ANYWHERE, 2 * processors)):
-        raise UsageError(f"the number of threads is {threads}; expected at most {most}, for {processors} processors")
+    cores = os.cpu_count() or 1
+    if threads > (most := max(_THREADS_ANYWHERE, 2 * cores)):
+        raise UsageError(f"the number of threads is {threads}; expected at most {most}, for {cores} cores")
 
 
 def bundle_precision(manifest: "BundleInfo") -> str:

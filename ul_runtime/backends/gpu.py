@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
-from ul_runtime.machine import cards
+from ul_runtime.machine import gpus
 from ul_runtime.noise import quantile_table
 
 SOURCE_FILE = Path(__file__).with_name("noise.cu")
@@ -39,7 +39,7 @@ class NoiseKernel:
         """See Memory.normals; `order` is the CUDA stream. ULError."""
         blocks = -(-size // (4 * _THREADS))
         if blocks > _MOST_BLOCKS:
-            raise ULError(f"noise of {size} values an image; a card makes at most {4 * _THREADS * _MOST_BLOCKS}")
+            raise ULError(f"noise of {size} values an image; a GPU makes at most {4 * _THREADS * _MOST_BLOCKS}")
         values = (to, self._table, indices, seed & _WORD, seed >> 32, stream, size)
         self._do(
             self._driver.cuLaunchKernel(self._kernel, rows, blocks, 1, _THREADS, 1, 1, 0, order, (values, _TYPES), 0)
@@ -48,7 +48,7 @@ class NoiseKernel:
     def _do(self, result: tuple[Any, ...]) -> Any:
         error, *values = result
         if error != self._driver.CUresult.CUDA_SUCCESS:
-            raise ULError(f"noise on an NVIDIA card: {error.name}; ul-doctor says what works here")
+            raise ULError(f"noise on an NVIDIA GPU: {error.name}; ul-doctor says what works here")
         return values[0] if values else None
 
 
@@ -126,16 +126,14 @@ class Scratch:
 
 
 class CudaMemory:
-    """One NVIDIA card, and a stream of its own. What it allocated is given back with it."""
+    """One NVIDIA GPU, and a stream of its own. What it allocated is given back with it."""
 
     kind = "cuda"
 
     def __init__(self, device: int = 0) -> None:
-        """UsageError: no bindings, or no such card."""
-        if device >= (found := len(cards())):
-            raise UsageError(
-                f"there is no NVIDIA card {device} here, but {found}, counted from 0; ul-doctor lists them"
-            )
+        """UsageError: no bindings, or no such GPU."""
+        if device >= (found := len(gpus())):
+            raise UsageError(f"there is no NVIDIA GPU {device} here, but {found}, counted from 0; ul-doctor lists them")
         from cuda.bindings import runtime
 
         self._cuda = runtime
@@ -221,9 +219,9 @@ class CudaMemory:
         """The value of a call of the runtime; its error as ours."""
         error, *values = result
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            raise OutOfMemoryError(f"NVIDIA card {self.number} has no memory left; give a smaller --batch-size")
+            raise OutOfMemoryError(f"NVIDIA GPU {self.number} has no memory left; give a smaller --batch-size")
         if error != self._cuda.cudaError_t.cudaSuccess:
-            raise ULError(f"NVIDIA card {self.number}: {error.name}; ul-doctor says what works here")
+            raise ULError(f"NVIDIA GPU {self.number}: {error.name}; ul-doctor says what works here")
         return values[0] if values else None
 
 
@@ -242,7 +240,7 @@ def _give_back(runtime: Any, device: int, stream: int, held: set[int]) -> None:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """For one thread at a time: no garbage is collected, as what frees a card's memory would end a capture."""
+    """For one thread at a time: no garbage is collected, as what frees a GPU's memory would end a capture."""
     with _CAPTURING:
         enabled = gc.isenabled()
         gc.disable()

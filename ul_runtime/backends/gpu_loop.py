@@ -4,6 +4,7 @@ The host reads nothing before the last step of the last loop is done. Table, noi
 that no step is captured anew for them; noise is made on the device, and what one loop ends with the next one takes.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,6 +21,7 @@ from ul_runtime.loop import NO_NOISE, Guide, Inputs, Loop, run_on_host
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, Interface, Tensor
 from ul_runtime.progress import Tick
 
+_LOG = logging.getLogger(__name__)
 PIXELS = "pixels"
 # round((clip(x, -1, 1) + 1) * 127.5) as uint8, channels last; and the sum of the magnitudes of x, finite where x is.
 # What tests/pixels_graph.py builds, which a test compares.
@@ -109,14 +111,13 @@ class Bound:
 class DeviceSteps:
     """The graphs of one bundle, and PIXELS, which `graphs` holds as well, bound as they are asked for.
 
-    `captures`: whether steps are captured here; engines that do it themselves want False. A capture that fails is said,
-    and its step enqueued as before, or with `require_graphs` ends the work. `captured` counts the others.
+    `captures`: whether steps are captured here; engines that do it themselves want False. A capture that fails is
+    logged, and its step enqueued as before, or with `require_graphs` ends the work. `captured` counts the others.
     """
 
     memory: Memory
     graphs: Mapping[str, Interface]
     bind: Bind
-    say: Callable[[str], None]
     captures: bool = True
     require_graphs: bool = False
     captured: int = 0
@@ -227,7 +228,7 @@ class DeviceSteps:
                 except ULError as error:
                     if self.require_graphs:
                         raise
-                    self.say(f"{what} is enqueued step by step, it could not be captured: {error}")
+                    _LOG.warning("%s is enqueued step by step, it could not be captured: %s", what, error)
             replay()
 
         return run
@@ -432,7 +433,7 @@ def _loop_of(guide: Guide) -> DeviceLoop:
     return cast(_OnDevice, guide.backend).loop
 
 
-_LIKELY_BATCH = 64  # fills a card; the batch is halved where its memory is short
+_LIKELY_BATCH = 64  # fills a GPU; the batch is halved where its memory is short
 
 
 class DeviceBackend:

@@ -1,7 +1,6 @@
 """ONNX Runtime on the CPU: the default backend; onnxruntime is imported here and in ort_cuda.py."""
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,7 @@ try:
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 except ImportError as error:
-    advice = "pip install onnxruntime, or onnxruntime-gpu where there is an NVIDIA card"
+    advice = "pip install onnxruntime, or onnxruntime-gpu where there is an NVIDIA GPU"
     if ORT_GPU in versions([ORT_GPU]):  # whose files went with those of the other
         advice = REINSTALL_ORT_GPU
     raise UsageError(f"onnxruntime cannot be imported ({error}); {advice}") from error
@@ -68,7 +67,7 @@ class OrtCpuBackend(HostBackend):
         threads: int | None = None,
         allow_spinning: bool = True,
     ) -> None:
-        """`precision` None = that of the bundle, float32 if it is half: processors know no such arithmetic.
+        """`precision` None = that of the bundle, float32 if it is half: CPUs know no such arithmetic.
 
         `threads` None = one per core; `allow_spinning` False is kinder to a shared machine, 1-25 % slower.
         """
@@ -140,16 +139,3 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options.log_severity_level = 4  # errors come as exceptions
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
     return options
-
-
-# y = a b as an ONNX model, each float32 n n; tests/test_ceiling.py makes these bytes anew.
-PRODUCT = (
-    b'\x08\n:a\n\x11\n\x01a\n\x01b\x12\x01y"\x06MatMul\x12\x07productZ\x15\n\x01a\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01n'
-    b"Z\x15\n\x01b\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nb\x15\n\x01y\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01n\n\x03\x12\x01nB\x02\x10\x12"
-)
-
-
-def product(threads: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The matrix product a b, each float32 `n n`, on so many threads: what the processor can do at best."""
-    session = ort.InferenceSession(PRODUCT, session_options(threads), providers=["CPUExecutionProvider"])
-    return lambda a, b: session.run(None, {"a": a, "b": b})[0]

@@ -1,9 +1,10 @@
-"""ONNX Runtime on an NVIDIA card: its tensors are bound to memory that the loop holds, and its steps are replayed.
+"""ONNX Runtime on an NVIDIA GPU: its tensors are bound to memory that the loop holds, and its steps are replayed.
 
 It captures CUDA graphs itself, one for each graph number, and does not verify that a number keeps its shapes and
 addresses: so a number is given to one binding and never to another.
 """
 
+import logging
 import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
@@ -19,18 +20,17 @@ from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageErr
 from ul_runtime.manifest import GRAPH_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ul_runtime.bundle import Bundle
 
 
+_LOG = logging.getLogger(__name__)
 _PROVIDER = "CUDAExecutionProvider"
 _CAPTURES = "enable_cuda_graph"
 _NO_MEMORY = ("out of memory", "Failed to allocate", "CUDA failure 2:", "ALLOC_FAILED")  # in its messages
 
 
 def cuda_providers(memory: CudaMemory) -> list[Any]:
-    """The provider on the memory's card and stream, capturing its runs, in full float32. UsageError: not there."""
+    """The provider on the memory's GPU and stream, capturing its runs, in full float32. UsageError: not there."""
     if _PROVIDER not in ort.get_available_providers():
         raise UsageError(
             f"onnxruntime {ort.__version__} has no {_PROVIDER}; pip uninstall onnxruntime, {INSTALL_ORT_GPU}"
@@ -53,7 +53,6 @@ class OrtDeviceBackend(DeviceBackend):
         bundle: "Bundle",
         memory: Memory,
         providers: list[Any],
-        say: "Callable[[str], None]",
         *,
         precision: str | None = None,
         require_graphs: bool = False,
@@ -65,12 +64,12 @@ class OrtDeviceBackend(DeviceBackend):
         self.precision = precision or bundle_precision(bundle.manifest)
         self._float32 = precision == "fp32"
         self._bundle, self._memory, self._providers = bundle, memory, providers
-        self._say, self._require_graphs = say, require_graphs
+        self._require_graphs = require_graphs
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._values: list[ort.OrtValue] = []
         self._bindings = 0
         self._graphs = graphs_of(bundle.manifest)
-        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, captures=False, on_release=self._close)
+        self.loop = DeviceLoop(memory, self._graphs, self._bind, captures=False, on_release=self._close)
 
     def _close(self) -> None:
         """Sessions hold the memory of what they ran and captured as long as they live."""
@@ -92,7 +91,7 @@ class OrtDeviceBackend(DeviceBackend):
         if graph not in self._sessions:
             options = session_options(None)
             wanted = self._providers[0] if isinstance(self._providers[0], str) else self._providers[0][0]
-            # A few int64 nodes compute sizes on the processor; enable_cuda_graph refuses all others there.
+            # A few int64 nodes compute sizes on the CPU; enable_cuda_graph refuses all others there.
             session = self._load(graph, options, self._providers)
             if (given := session.get_providers()[0]) != wanted:
                 raise ULError(f"{graph}: ONNX Runtime took {given} in place of {wanted}: {INSTALL_ORT_GPU}")
@@ -110,7 +109,7 @@ class OrtDeviceBackend(DeviceBackend):
                     if (uncaptured := _without_graphs(providers)) is None or self._require_graphs:
                         raise
                     session = self._load(graph, session_options(None), uncaptured)
-                    self._say(f"{graph} is run node by node, ONNX Runtime does not capture it: {error}")
+                    _LOG.warning("%s is run node by node, ONNX Runtime does not capture it: %s", graph, error)
                     return session
                 self._values += values
                 return session

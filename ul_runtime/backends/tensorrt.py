@@ -1,6 +1,6 @@
-"""TensorRT and TensorRT-RTX on an NVIDIA card: engines of the bundle's own graphs, from the user's cache or built."""
+"""TensorRT and TensorRT-RTX on an NVIDIA GPU: engines of the bundle's own graphs, from the user's cache or built."""
 
-from collections.abc import Callable
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ul_runtime.backends import bundle_precision
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
 
 
+_LOG = logging.getLogger(__name__)
 _COMPILED = "kernels"  # of the graphs that were run, in the cache of engines
 
 
@@ -29,7 +30,6 @@ class TensorRtBackend(DeviceBackend):
         bundle: "Bundle",
         engines: Engines,
         memory: CudaMemory,
-        say: Callable[[str], None],
         *,
         precision: str | None = None,
         require_graphs: bool = False,
@@ -37,7 +37,7 @@ class TensorRtBackend(DeviceBackend):
         """`precision` None = the bundle's, else fp32; `require_graphs`: a capture that fails is an error."""
         self.precision = precision or bundle_precision(bundle.manifest)
         self._float32 = precision == "fp32"
-        self._bundle, self._engines, self._memory, self._say = bundle, engines, memory, say
+        self._bundle, self._engines, self._memory = bundle, engines, memory
         try:
             self._runtime = engines.library.api.Runtime(engines.library.logger)
         except TypeError as error:  # its factory gave nothing
@@ -45,7 +45,7 @@ class TensorRtBackend(DeviceBackend):
         self._loaded: dict[str, Any] = {}
         self._compiled: Any = None  # the library's cache of kernels, where it compiles late
         self._graphs = graphs_of(bundle.manifest)
-        self.loop = DeviceLoop(memory, self._graphs, self._bind, say, require_graphs=require_graphs)
+        self.loop = DeviceLoop(memory, self._graphs, self._bind, require_graphs=require_graphs)
 
     def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
         engine = self._engine(graph, dims["b"])
@@ -66,8 +66,8 @@ class TensorRtBackend(DeviceBackend):
     def _prepared(self, graph: str, batch: int) -> Prepared:
         for name in GRAPH_NAMES:
             if name == graph:
-                return self._engines.engine(self._bundle, name, self._say, float32=self._float32, batch=batch)
-        return self._engines.pixels(self._bundle, self._say, batch=batch)
+                return self._engines.engine(self._bundle, name, float32=self._float32, batch=batch)
+        return self._engines.pixels(self._bundle, batch=batch)
 
     def _context(self, engine: Any) -> Any:
         """An execution context that is given its memory; None: there is not enough."""
@@ -82,7 +82,9 @@ class TensorRtBackend(DeviceBackend):
             self._compiled = config.create_runtime_cache()
             kept = self._engines.cache.load(self._engines.kept(_COMPILED))
             if kept is not None and not self._compiled.deserialize(kept):
-                self._say(f"kernels are compiled anew, those that were kept do not fit: {self._engines.library.last}")
+                _LOG.warning(
+                    "kernels are compiled anew, those that were kept do not fit: %s", self._engines.library.last
+                )
         config.set_runtime_cache(self._compiled)
         return engine.create_execution_context(config)
 

@@ -10,9 +10,9 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from ul_runtime.errors import BadInputError, ULError, UsageError
+from ul_runtime.errors import BadInputError, StoppedError, ULError, UsageError
 from ul_runtime.manifest import Tensor
-from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.progress import Tick, silent
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Kind:
     module: str
     extra: str  # of pip install 'unified-latents[...]'
     oldest: tuple[int, ...]
-    builds_ahead: bool  # for architectures that it is told, on a machine without a card
+    builds_ahead: bool  # for architectures that it is told, on a machine without a GPU
     keeps_timings: bool  # chooses kernels by measuring them, and can be given earlier measurements
     compiles_late: bool  # compiles kernels when an engine first runs, and can be given what it compiled before
     user_allocation: bool  # has to be told that an engine may allocate nothing as it runs, without which no capture
@@ -89,7 +89,7 @@ class Library:
         return self.log[-1] if self.log else "no reason given"
 
     def targets(self) -> list[str]:
-        """The architectures that it can be told to build for; none where it builds for the machine's card alone."""
+        """The architectures that it can be told to build for; none where it builds for the machine's GPU alone."""
         if not self.kind.builds_ahead:
             return []
         names = [name.lower() for name in self.api.ComputeCapability.__members__ if name.startswith("SM")]
@@ -99,7 +99,7 @@ class Library:
         """UsageError for an architecture that the library does not build for."""
         for target in targets:
             if target not in self.targets():
-                able = ", ".join(self.targets()) or "only for the card of the machine it runs on"
+                able = ", ".join(self.targets()) or "only for the GPU of the machine it runs on"
                 raise UsageError(f"{self.title} does not build for {target!r}; it builds for {able}")
 
 
@@ -128,7 +128,7 @@ def open_library(name: str) -> Library:
 
 
 def library_for(targets: tuple[str, ...]) -> Library:
-    """The library that builds for these architectures (none = for this machine's card). UsageError: there is none."""
+    """The library that builds for these architectures (none = for this machine's GPU). UsageError: there is none."""
     able = [name for name in installed() if KINDS[name].builds_ahead or not targets]
     if not able:
         wanted = [kind for kind in KINDS.values() if kind.builds_ahead or not targets]
@@ -140,7 +140,7 @@ def library_for(targets: tuple[str, ...]) -> Library:
 
 
 def library_on(architecture: str) -> Library:
-    """The library that runs on a card of this architecture. UsageError: there is none, with the reason of each."""
+    """The library that runs on a GPU of this architecture. UsageError: there is none, with the reason of each."""
     reasons = []
     for name in installed():
         library = open_library(name)
@@ -149,7 +149,7 @@ def library_on(architecture: str) -> Library:
         reasons.append(f"{library.title} has {', '.join(library.targets())} and not {architecture}")
     lacking = [kind for name, kind in KINDS.items() if name not in installed()]
     reasons += [f"{kind.title} is not installed: pip install 'unified-latents[{kind.extra}]'" for kind in lacking]
-    raise UsageError(f"no TensorRT for a card of {architecture}: {'; '.join(reasons)}")
+    raise UsageError(f"no TensorRT for a GPU of {architecture}: {'; '.join(reasons)}")
 
 
 _BRANCHES = (1, 2, 2)  # of guidance: least, likeliest, most
@@ -166,7 +166,7 @@ def flags(library: Library, *, refittable: bool) -> str:
 class Profile:
     """The batches that an engine takes: 1 to `most`; kernels are chosen for `likely`."""
 
-    most: int = 64  # what a card makes at once by default
+    most: int = 64  # what a GPU makes at once by default
     likely: int = 64
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ class Profile:
 class Plan:
     """What is built: the graph `name` of `where`, as ONNX with its weights inside, for these architectures.
 
-    `targets` empty = the card of this machine.
+    `targets` empty = the GPU of this machine.
     """
 
     where: str
@@ -204,17 +204,17 @@ class Timings:
     data: bytes = b""
 
 
-def build_engine(library: Library, plan: Plan, control: Control = UNWATCHED) -> bytes:
-    """The engine's bytes. `control` gets shares of the work as it is done.
+def build_engine(library: Library, plan: Plan, tick: Tick = silent) -> bytes:
+    """The engine's bytes. `tick` gets shares of the work as it is done, 1 in all.
 
     BadInputError: the library cannot parse or build the graph, with node, operator and reason. StoppedError.
     """
-    engine, why = _attempt(library, plan, control=control)
+    engine, why = _attempt(library, plan, tick=tick)
     if engine is not None:
         return engine
-    control.check()
+    tick(0)
     named = [node for node in _node_names(library, plan) if node and node in why]
-    node = max(named, key=len) if named else first_failing_node(library, plan, control)
+    node = max(named, key=len) if named else first_failing_node(library, plan, tick)
     at = f"node {node}" if node else "no single node is at fault"
     wanted = f" for {', '.join(plan.targets)}" if plan.targets else ""
     raise BadInputError(
@@ -223,7 +223,7 @@ def build_engine(library: Library, plan: Plan, control: Control = UNWATCHED) -> 
     )
 
 
-def first_failing_node(library: Library, plan: Plan, control: Control = UNWATCHED) -> str | None:
+def first_failing_node(library: Library, plan: Plan, tick: Tick = silent) -> str | None:
     """The first node, in the graph's order, with which the graph up to it does not build; by bisection.
 
     For failures of which the library does not say the place. None if every part builds.
@@ -232,7 +232,7 @@ def first_failing_node(library: Library, plan: Plan, control: Control = UNWATCHE
     builds, fails = 0, len(names)
     while fails - builds > 1:
         middle = (builds + fails) // 2
-        control.check()
+        tick(0)
         if _attempt(library, plan, layers=middle)[0] is None:
             fails = middle
         else:
@@ -241,7 +241,7 @@ def first_failing_node(library: Library, plan: Plan, control: Control = UNWATCHE
 
 
 def _attempt(
-    library: Library, plan: Plan, *, layers: int | None = None, control: Control = UNWATCHED
+    library: Library, plan: Plan, *, layers: int | None = None, tick: Tick = silent
 ) -> tuple[bytes | None, str]:
     """(The engine, or None; what the library said) of the whole graph, or of its first `layers` layers."""
     builder = library.api.Builder(library.logger)
@@ -263,7 +263,7 @@ def _attempt(
         profile.set_shape(tensor.name, *plan.profile.shapes(tensor))
     config.add_optimization_profile(profile)
     if layers is None:
-        config.progress_monitor = _monitor(library, control)
+        config.progress_monitor = _monitor(library, tick)
     if plan.timings is not None and layers is None:
         _give_timings(config, plan.timings)
     library.log.clear()
@@ -275,7 +275,7 @@ def _attempt(
 
 
 def _give_timings(config: Any, timings: Timings) -> None:
-    """What does not fit library or card is begun anew."""
+    """What does not fit library or GPU is begun anew."""
     cache = config.create_timing_cache(timings.data)
     if cache is None or not config.set_timing_cache(cache, False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
@@ -321,20 +321,30 @@ def _cut(network: Any, layers: int) -> None:
                 network.mark_output(tensor)
 
 
-def _monitor(library: Library, control: Control) -> Any:
-    """A progress monitor of the library that tells `control` and asks it whether to stop."""
-    watch = _Phases(control.progress)
+def _monitor(library: Library, tick: Tick) -> Any:
+    """A progress monitor of the library that ticks; where that raises StoppedError, the build ends with no engine."""
+    stopped = False
+
+    def advance(share: float) -> None:
+        nonlocal stopped
+        try:
+            tick(share)
+        except StoppedError:  # which must not pass through the library
+            stopped = True
+
+    phases = _Phases(advance)
 
     class Monitor(library.api.IProgressMonitor):  # type: ignore[name-defined]
         def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
-            watch.start(name, parent, num_steps)
+            phases.start(name, parent, num_steps)
 
         def phase_finish(self, name: str) -> None:
-            watch.finish(name)
+            phases.finish(name)
 
         def step_complete(self, name: str, step: int) -> bool:
-            watch.step(name, step)
-            return not control.stop()
+            phases.step(name, step)
+            advance(0)
+            return not stopped
 
     return Monitor()
 

@@ -6,6 +6,7 @@ One file an engine: a line of JSON (facts, size, SHA-256), then its bytes; writt
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -31,12 +32,13 @@ from ul_runtime.backends.tensorrt_build import (
 )
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, ULError, UntrustedError
-from ul_runtime.machine import cards, engine_dir
+from ul_runtime.machine import engine_dir, gpus
 from ul_runtime.manifest import GraphName, Tensor
 from ul_runtime.onnx_weights import with_weights
-from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.progress import Tick, silent
 
-_MAGIC = b"unified-latents-engine 1\n"
+_LOG = logging.getLogger(__name__)
+_MAGIC = b"unified-latents-engine 2\n"
 _MOST_HEADER = 2**16
 _SUFFIX = ".engine"
 _ASK_S = 0.2  # between two looks at a lock
@@ -44,7 +46,7 @@ _ASK_S = 0.2  # between two looks at a lock
 _CHANGES = {
     "library": "it was built by another library",
     "version": "the library is of another version",
-    "card": "it was built for another card",
+    "gpu": "it was built for another GPU",
     "targets": "it was built for other architectures",
     "profile": "it takes other batches",
     "flags": "it was built otherwise",
@@ -63,8 +65,8 @@ class Facts:
     weights_sha256: str
     library: str
     version: str
-    targets: str  # sm80,sm89; empty = `card`
-    card: str  # name and architecture of the card that it was built on and for; empty = `targets`
+    targets: str  # sm80,sm89; empty = `gpu`
+    gpu: str  # name and architecture of the GPU that it was built on and for; empty = `targets`
     profile: str  # batches: least, likeliest, most
     flags: str = ""
 
@@ -165,7 +167,7 @@ class EngineCache:
         return path
 
     @contextmanager
-    def building(self, facts: Facts, say: Callable[[str], None], control: Control) -> Iterator[None]:
+    def building(self, facts: Facts, tick: Tick) -> Iterator[None]:
         """While this process builds an engine; two at once would do the same work twice. OutputError; StoppedError."""
         self.make_folder()
         fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -173,9 +175,9 @@ class EngineCache:
             waited = False
             while not _locked(fd):
                 if not waited:
-                    say(f"{facts.graph}: another process builds an engine in {self.folder}; waiting for it")
+                    _LOG.warning("%s: another process builds an engine in %s; waiting for it", facts.graph, self.folder)
                 waited = True
-                control.check()
+                tick(0)
                 time.sleep(_ASK_S)
             yield
         finally:
@@ -304,13 +306,13 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Engines:
-    """Engines by one library, for `targets` or else for `card`, in one cache."""
+    """Engines by one library, for `targets` or else for `gpu`, in one cache."""
 
     library: Library
     cache: EngineCache
     profile: Profile
     targets: tuple[str, ...] = ()
-    card: str = ""
+    gpu: str = ""
     refittable: bool = False
 
     @property
@@ -330,28 +332,25 @@ class Engines:
             library=self.library.name,
             version=self.library.version,
             targets=",".join(self.targets),
-            card="" if self.targets else self.card,
+            gpu="" if self.targets else self.gpu,
             profile=self.batches,
             flags=flags(self.library, refittable=self.refittable),
         )
 
     def kept(self, what: str) -> Facts:
         """Of what the library keeps beside its engines, whatever their graphs."""
-        return Facts(
-            "any", what, "", "", self.library.name, self.library.version, ",".join(self.targets), self.card, ""
-        )
+        return Facts("any", what, "", "", self.library.name, self.library.version, ",".join(self.targets), self.gpu, "")
 
     def engine(
         self,
         bundle: Bundle,
         graph: GraphName,
-        say: Callable[[str], None],
         *,
         float32: bool = False,
         batch: int | None = None,
-        control: Control = UNWATCHED,
+        tick: Tick = silent,
     ) -> Prepared:
-        """The engine of a graph, for batches up to `batch` at least. One line says why, where it has to be built.
+        """The engine of a graph, for batches up to `batch` at least. A message says why, where it has to be built.
 
         Errors are those of `build_engine`.
         """
@@ -360,9 +359,9 @@ class Engines:
             return with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
 
         facts, inputs = self.facts(bundle, graph, float32=float32), bundle.manifest.graphs[graph].inputs
-        return self._engine(facts, str(bundle.path), onnx, inputs, batch, say, control)
+        return self._engine(facts, str(bundle.path), onnx, inputs, batch, tick)
 
-    def pixels(self, bundle: Bundle, say: Callable[[str], None], *, batch: int) -> Prepared:
+    def pixels(self, bundle: Bundle, *, batch: int) -> Prepared:
         """As `engine`, of the graph of device.pixels for the bundle's images."""
         image = bundle.manifest.image
         sizes = f"{image.channels} {image.size}"
@@ -370,7 +369,7 @@ class Engines:
         facts = replace(like, graph=gpu_loop.PIXELS, graph_sha256=hashlib.sha256(gpu_loop.ONNX).hexdigest())
         facts = replace(facts, weights_sha256=hashlib.sha256(sizes.encode()).hexdigest())  # no weights, but sizes
         inputs = gpu_loop.PixelGraph.of(image).inputs
-        return self._engine(facts, str(bundle.path), lambda: gpu_loop.ONNX, inputs, batch, say, UNWATCHED)
+        return self._engine(facts, str(bundle.path), lambda: gpu_loop.ONNX, inputs, batch, silent)
 
     def _engine(
         self,
@@ -379,21 +378,20 @@ class Engines:
         onnx: Callable[[], bytes],
         inputs: Sequence[Tensor],
         batch: int | None,
-        say: Callable[[str], None],
-        control: Control,
+        tick: Tick,
     ) -> Prepared:
         if (engine := self.cache.find(facts, batch)) is not None:
             return Prepared(engine, None)
         if batch is not None and batch > self.profile.most:
             larger = replace(self, profile=replace(self.profile, most=batch))
             wider = replace(facts, profile=larger.batches)
-            return larger._engine(wider, where, onnx, inputs, None, say, control)
-        if self.card and (refitted := self._refitted(facts, where, onnx, batch, say)) is not None:
+            return larger._engine(wider, where, onnx, inputs, None, tick)
+        if self.gpu and (refitted := self._refitted(facts, where, onnx, batch)) is not None:
             return Prepared(refitted, "the weights have changed")
-        with self.cache.building(facts, say, control):
+        with self.cache.building(facts, tick):
             if (engine := self.cache.find(facts, batch)) is not None:  # another process has built it
                 return Prepared(engine, None)
-            return self._build(facts, where, onnx, inputs, say, control)
+            return self._build(facts, where, onnx, inputs, tick)
 
     def _build(
         self,
@@ -401,41 +399,38 @@ class Engines:
         where: str,
         onnx: Callable[[], bytes],
         inputs: Sequence[Tensor],
-        say: Callable[[str], None],
-        control: Control,
+        tick: Tick,
     ) -> Prepared:
         why = self.cache.why(facts)
-        say(f"{facts.graph}: building an engine by {self.library.title}: {why}")
+        _LOG.warning("%s: building an engine by %s: %s", facts.graph, self.library.title, why)
         timings, kept = None, self.kept("timings")
         if self.library.kind.keeps_timings:
             timings = Timings(self.cache.load(kept) or b"")
         plan = Plan(where, facts.graph, onnx(), inputs, self.profile, self.targets, timings, self.refittable)
-        engine = build_engine(self.library, plan, control)
+        engine = build_engine(self.library, plan, tick)
         self.cache.store(facts, engine)
         if timings is not None:
             self.cache.store(kept, timings.data)
         return Prepared(engine, why)
 
-    def _refitted(
-        self, facts: Facts, where: str, onnx: Callable[[], bytes], batch: int | None, say: Callable[[str], None]
-    ) -> bytes | None:
+    def _refitted(self, facts: Facts, where: str, onnx: Callable[[], bytes], batch: int | None) -> bytes | None:
         """An engine that is there with these weights put in, and kept; None, said why, where that does not work."""
         other = self.cache.with_other_weights(facts, REFITTABLE, batch)
         if other is None or (old := self.cache.load(other)) is None:
             return None
-        say(f"{facts.graph}: new weights into the engine that is there, by {self.library.title}")
+        _LOG.warning("%s: new weights into the engine that is there, by %s", facts.graph, self.library.title)
         try:
             engine = refit_engine(self.library, old, onnx(), where)
         except ULError as error:
-            say(f"{facts.graph}: it has to be built, its weights cannot be replaced: {error}")
+            _LOG.warning("%s: it has to be built, its weights cannot be replaced: %s", facts.graph, error)
             return None
         self.cache.store(replace(other, weights_sha256=facts.weights_sha256), engine)
         return engine
 
 
-def engines_for_card(number: int, folder: Path | None = None) -> Engines:
-    """Engines that a card of this machine runs, in `folder` or the user's cache. UsageError: no library for it."""
-    card = cards()[number]
-    library = library_on(card.architecture)
-    targets = (card.architecture,) if library.targets() else ()
-    return Engines(library, EngineCache(engine_dir(folder)), Profile(), targets, f"{card.name}, {card.architecture}")
+def engines_for_gpu(number: int, folder: Path | None = None) -> Engines:
+    """Engines that a GPU of this machine runs, in `folder` or the user's cache. UsageError: no library for it."""
+    gpu = gpus()[number]
+    library = library_on(gpu.architecture)
+    targets = (gpu.architecture,) if library.targets() else ()
+    return Engines(library, EngineCache(engine_dir(folder)), Profile(), targets, f"{gpu.name}, {gpu.architecture}")

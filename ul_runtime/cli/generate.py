@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ul_runtime.backends import choose
 from ul_runtime.cli import options
 from ul_runtime.errors import UsageError, run_command
 from ul_runtime.settings import check_count
@@ -54,7 +53,7 @@ def generate(
 ) -> None:
     """Generate images from a bundle: PNG files and a contact sheet; the same command goes on where it stopped."""
     cards = options.parse_devices(devices)
-    machine: dict[str, Any] = {"precision": precision, "threads": threads, "allow_spinning": spinning}
+    machine: dict[str, Any] = {"precision": precision, "threads": threads, "spinning": spinning}
     machine |= {"device": cards[0] if cards else None, "engines": engines, "require_graphs": require_graphs}
     if replay is not None:
         return _replay(context, replay, bundle, guide, out, as_json, backend=backend, **machine)
@@ -68,7 +67,6 @@ def generate(
     from ul_runtime.workers import several_devices
 
     pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine)
-    choose.say_choice(backend, precision, pipeline)
     if pipeline.guide_hash == pipeline.hash:
         print("the guide is the bundle itself: guidance has no effect", file=sys.stderr, flush=True)
     prior = Overrides(steps=steps, sampler=sampler, grid=grid)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from ul_runtime.backends import choose
 from ul_runtime.cli import options
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, run_command
 from ul_runtime.settings import check_count
@@ -59,9 +58,8 @@ def decode(
     from ul_runtime.settings import Overrides
 
     file = read_latents(latents)
-    machine = {"precision": precision, "threads": threads, "allow_spinning": spinning, **card}
+    machine = {"precision": precision, "threads": threads, "spinning": spinning, **card}
     pipeline = ul_runtime.load(bundle, backend=backend, **machine)
-    choose.say_choice(backend, precision, pipeline)
     _check_fits(latents, file, pipeline)
     overrides = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
     sampler = pipeline.settings(**overrides).decoder
@@ -154,9 +152,8 @@ def encode(
     if out.exists():
         raise UsageError(f"{out}: exists; choose another name or remove it")
     files = list_images(images)
-    machine = {"precision": precision, "threads": threads, "allow_spinning": spinning, **card}
+    machine = {"precision": precision, "threads": threads, "spinning": spinning, **card}
     pipeline = ul_runtime.load(bundle, backend=backend, **machine)
-    choose.say_choice(backend, precision, pipeline)
     if batch_size is not None:
         check_count("--batch-size", batch_size)
     durable.make_directory(out.parent)

@@ -13,17 +13,11 @@ import typer
 
 from ul_runtime.errors import UsageError
 from ul_runtime.machine import VERSION
+from ul_runtime.machine import MachineOptions as MachineOptions
+from ul_runtime.option import option as option
 
 if TYPE_CHECKING:
     from ul_runtime.settings import Overrides
-
-
-def option(default: Any, help: str, *names: str, metavar: str | None = None, shown: str | bool = True) -> Any:
-    """A field of a dataclass of options. `names` default to the field's own; `shown` is the default as help says it."""
-    metadata = {"option": {"names": names, "help": help, "metavar": metavar, "show_default": shown}}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,23 +236,6 @@ class SamplingOptions:
         """As Pipeline.generate takes them. UsageError."""
         given: Any = dataclasses.asdict(self) | {"guidance_interval": parse_interval(self.guidance_interval)}
         return given
-
-
-@dataclass(frozen=True)
-class MachineOptions:
-    """What computes."""
-
-    backend: str = option("auto", "What runs the graphs.", metavar="auto|ort-cpu|openvino|tensorrt|ort-cuda|torch")
-    precision: str | None = option(None, "What the networks compute in.", metavar="fp32|bf16", shown=_BUNDLES)
-    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core")
-    devices: str | None = option(None, "An NVIDIA GPU by its index.", metavar="N", shown="0")
-    engines: Path | None = option(None, "Where TensorRT engines are kept.", metavar="DIR", shown="the user's cache")
-
-    @property
-    def load_arguments(self) -> dict[str, Any]:
-        """As ul_runtime.load takes them. UsageError."""
-        machine = {"backend": self.backend, "precision": self.precision, "threads": self.threads}
-        return machine | one_card(self.devices, self.engines)
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:

@@ -37,7 +37,7 @@ def replay(
     backend: str,
     precision: str | None,
     threads: int | None,
-    allow_spinning: bool,
+    spinning: bool,
     **cards: Any,
 ) -> dict[str, Any]:
     """Make `image` again from `bundle` (into the folder `out`, if given); what agrees and what does not.
@@ -66,7 +66,7 @@ def replay(
         backend, precision, threads = job.backend, precision or job.precision, threads or job.threads
     if backend == TORCH and bundle is not None and is_bundle(bundle):
         raise BadInputError(f"{image}: made by backend torch from a run; give that run in place of {bundle}")
-    machine: dict[str, Any] = {"precision": precision, "threads": threads, "allow_spinning": allow_spinning}
+    machine: dict[str, Any] = {"precision": precision, "threads": threads, "spinning": spinning}
     pipeline = ul_runtime.load(bundle, guide=guide, backend=backend, **machine, **cards)
     again, written = _make(image, origin, job, pipeline)
     if target is not None:

@@ -1,4 +1,4 @@
-"""Without a card: what the code for one calls is there in the installed packages, and what is missing is said."""
+"""Without a GPU: what the code for one calls is there in the installed packages, and what is missing is said."""
 
 import gc
 import inspect
@@ -6,18 +6,18 @@ import re
 
 import pytest
 
-from ul_runtime.backends import ON_A_CARD, gpu, ort_cuda
+from ul_runtime.backends import ON_GPU, gpu, ort_cuda
 from ul_runtime.backends import tensorrt as backend
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import UsageError
-from ul_runtime.machine import Card, cards
+from ul_runtime.machine import Gpu, gpus
 
 
-def card_or_reason() -> str:
-    """Empty where a card can be used."""
+def gpu_or_reason() -> str:
+    """Empty where a GPU can be used."""
     try:
-        return "" if cards() else "none"
+        return "" if gpus() else "none"
     except UsageError as error:
         return str(error)
 
@@ -33,7 +33,7 @@ def test_the_cuda_runtime_has_what_the_memory_calls():
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """The CUDA runtime of the installed package, with functions in place of those that need a card: their calls."""
+    """The CUDA runtime of the installed package, with functions in place of those that need a GPU: their calls."""
     runtime = pytest.importorskip("cuda.bindings.runtime")
     calls, good, addresses = [], runtime.cudaError_t.cudaSuccess, iter(range(1, 100))
     answers = {"cudaGetDevice": (good, 5), "cudaStreamCreateWithFlags": (good, 77), "cudaStreamEndCapture": (good, 8)}
@@ -49,7 +49,7 @@ def cuda(monkeypatch):
     for name in re.findall(r"(?:self\._cuda|runtime)\.(cuda[A-Z]\w+)\b", inspect.getsource(gpu)):
         if callable(getattr(runtime, name)) and not isinstance(getattr(runtime, name), type):
             monkeypatch.setattr(runtime, name, stand_in(name))
-    monkeypatch.setattr(gpu, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
+    monkeypatch.setattr(gpu, "gpus", lambda: [Gpu(0, "Test GPU", "sm89", 2**30)])
     return calls
 
 
@@ -101,12 +101,12 @@ def test_tensorrt_has_what_the_backend_calls():
     assert hasattr(api.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
 
 
-@pytest.mark.parametrize("name", ON_A_CARD)
-def test_a_backend_on_a_card_says_why_it_cannot_be(name, analytic_bundle):
-    if not card_or_reason():
-        pytest.skip("there is a card here")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_a_backend_on_a_gpu_says_why_it_cannot_be(name, analytic_bundle):
+    if not gpu_or_reason():
+        pytest.skip("there is a GPU here")
     with pytest.raises(
-        UsageError, match=r"no NVIDIA card( can be used: .*driver| 0 here)|cuda-bindings is not installed"
+        UsageError, match=r"no NVIDIA GPU( can be used: .*driver| 0 here)|cuda-bindings is not installed"
     ):
         open_backend(name, Bundle.open(analytic_bundle))
     with pytest.raises(UsageError, match=f"{name} computes in what the bundle's graphs are in, fp32, not 'bf16'"):

@@ -1,4 +1,4 @@
-"""What `auto` does where a card is, with a device that is the host's own memory in the card's place."""
+"""What `auto` does where a GPU is, with a device that is the host's own memory in the GPU's place."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,12 @@ from exported_run import PLAIN, exported_run
 from host_memory import HostMemory
 
 from ul_runtime.backends import choose, ort_cuda
-from ul_runtime.backends.choose import MOST_DIFFERENCE, CardOptions, check_step, open_backend
+from ul_runtime.backends.choose import MOST_DIFFERENCE, check_step, choose_backend, open_backend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend, _BoundSession, ran_out_of_memory
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
-from ul_runtime.machine import Card
+from ul_runtime.machine import Gpu, MachineOptions
 from ul_runtime.samplers import A
 
 
@@ -28,32 +28,32 @@ class Wrong(OrtCpuBackend):
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """A machine with a card; the backends that it opens, by name: to be filled in."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """A machine with a GPU; the backends that it opens, by name: to be filled in."""
     backends: dict[str, object] = {}
 
-    def opened(name, bundle, precision, options, say):
-        if isinstance(backends.get(name), OrtDeviceBackend | Wrong):
-            return backends[name]
-        raise UsageError(f"{name} is not installed")
+    def opened(bundle, options, memory=None):
+        if isinstance(backends.get(options.backend), OrtDeviceBackend | Wrong):
+            return backends[options.backend]
+        raise UsageError(f"{options.backend} is not installed")
 
     monkeypatch.setattr(choose, "has_bindings", lambda: True)
-    monkeypatch.setattr(choose, "cards", lambda: [Card(0, "Test card", "sm89", 2**30)])
-    monkeypatch.setattr(choose, "open_on_a_card", opened)
+    monkeypatch.setattr(choose, "gpus", lambda: [Gpu(0, "Test GPU", "sm89", 2**30)])
+    monkeypatch.setattr(choose, "open_on_gpu", opened)
     monkeypatch.setattr(choose, "_require_engines", lambda *_: None)
     return backends
 
 
 def working(bundle: Bundle) -> OrtDeviceBackend:
-    return OrtDeviceBackend(bundle, HostMemory(), ["CPUExecutionProvider"], print)
+    return OrtDeviceBackend(bundle, HostMemory(), ["CPUExecutionProvider"])
 
 
-def test_a_step_of_a_backend_that_works_is_the_processors(bundle):
+def test_a_step_of_a_backend_that_works_is_the_cpus(bundle):
     assert check_step(working(bundle), bundle) < 1e-6
 
 
 def test_a_step_with_a_wrong_input_is_seen(bundle):
-    with pytest.raises(ULError, match="differs from the processor's by"):
+    with pytest.raises(ULError, match="differs from the CPU's by"):
         check_step(Wrong(bundle), bundle)
 
 
@@ -67,12 +67,12 @@ def test_a_decoder_that_fails_is_seen(bundle):
         check_step(backend, bundle)
 
 
-def test_a_backend_that_is_refused_leaves_the_memory_of_its_card(bundle, card):
+def test_a_backend_that_is_refused_leaves_the_memory_of_its_gpu(bundle, gpu):
     memory = HostMemory()
-    refused = OrtDeviceBackend(bundle, memory, ["CPUExecutionProvider"], print)
+    refused = OrtDeviceBackend(bundle, memory, ["CPUExecutionProvider"])
     run = refused.run
     refused.run = lambda name, inputs: {key: value * 2 for key, value in run(name, inputs).items()}
-    card["ort-cuda"] = refused
+    gpu["ort-cuda"] = refused
     assert open_backend("auto", bundle).name == "ort-cpu"
     assert memory.allocations > 0
     assert memory.held == {}
@@ -113,33 +113,34 @@ def test_a_step_that_is_not_finite_is_seen(bundle):
     assert 0 < MOST_DIFFERENCE < 1
 
 
-def test_auto_takes_the_first_that_works_and_says_why_not_the_others(bundle, card, caplog):
-    card["ort-cuda"] = working(bundle)
-    assert open_backend("auto", bundle) is card["ort-cuda"]
+def test_auto_takes_the_first_that_works_and_says_why_not_the_others(bundle, gpu, caplog):
+    gpu["ort-cuda"] = working(bundle)
+    found = choose_backend(bundle, MachineOptions())
+    assert found == (gpu["ort-cuda"], "ort-cuda, whose step equals the CPU's")
     assert [record.message for record in caplog.records] == [
-        "backend auto: not tensorrt on card 0 (Test card): tensorrt is not installed"
+        "backend auto: not tensorrt on GPU 0 (Test GPU): tensorrt is not installed"
     ]
 
 
-def test_auto_goes_to_the_processor_where_a_card_computes_wrongly(bundle, card, caplog):
-    card |= {"tensorrt": Wrong(bundle), "ort-cuda": Wrong(bundle)}
+def test_auto_goes_to_the_cpu_where_a_gpu_computes_wrongly(bundle, gpu, caplog):
+    gpu |= {"tensorrt": Wrong(bundle), "ort-cuda": Wrong(bundle)}
     assert open_backend("auto", bundle).name == "ort-cpu"
     assert [record.message.split(": ")[1] for record in caplog.records] == [
-        f"not {name} on card 0 (Test card)" for name in ("tensorrt", "ort-cuda")
+        f"not {name} on GPU 0 (Test GPU)" for name in ("tensorrt", "ort-cuda")
     ]
 
 
-def test_auto_with_threads_is_the_processor(bundle, card):
-    card["tensorrt"] = working(bundle)
+def test_auto_with_threads_is_the_cpu(bundle, gpu):
+    gpu["tensorrt"] = working(bundle)
     assert open_backend("auto", bundle, threads=1).name == "ort-cpu"
 
 
-def test_what_is_said_about_cards_is_refused_where_none_works(bundle, card):
-    for options in (CardOptions(0), CardOptions(3), CardOptions(require_graphs=True)):
-        with pytest.raises(UsageError, match="found no NVIDIA card that works"):
-            open_backend("auto", bundle, card=options)
-    with pytest.raises(UsageError, match="ort-cpu runs on the processor; leave out --devices"):
-        open_backend("ort-cpu", bundle, card=CardOptions(1))
+def test_what_is_said_about_gpus_is_refused_where_none_works(bundle, gpu):
+    for options in ({"devices": "0"}, {"devices": "3"}, {"require_graphs": True}):
+        with pytest.raises(UsageError, match="found no NVIDIA GPU that works"):
+            open_backend("auto", bundle, **options)
+    with pytest.raises(UsageError, match="ort-cpu runs on the CPU; leave out --devices"):
+        open_backend("ort-cpu", bundle, devices="1")
     assert open_backend("auto", bundle).name == "ort-cpu"
 
 
@@ -153,32 +154,35 @@ def test_devices_are_different_numbers(words, command, bundle, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_guide_of_which_only_the_prior_is_read_is_tried_by_its_prior(bundle, card):
+def test_a_guide_of_which_only_the_prior_is_read_is_tried_by_its_prior(bundle, gpu):
     prior_alone = Bundle.open(bundle.path, graphs=["prior_step"])
-    card["ort-cuda"] = working(prior_alone)
-    assert open_backend("auto", prior_alone) is card["ort-cuda"]
-    card["ort-cuda"] = Wrong(prior_alone)
+    gpu["ort-cuda"] = working(prior_alone)
+    assert open_backend("auto", prior_alone) is gpu["ort-cuda"]
+    gpu["ort-cuda"] = Wrong(prior_alone)
     assert open_backend("auto", prior_alone).name == "ort-cpu"
 
 
 @pytest.mark.parametrize("required", [False, True])
-def test_a_graph_that_onnx_runtime_does_not_capture_is_run_without_and_said(bundle, monkeypatch, required):
-    load, tried, said = ort_cuda.load_session, [], []
+def test_a_graph_that_onnx_runtime_does_not_capture_is_run_without_and_said(bundle, monkeypatch, caplog, required):
+    load, tried = ort_cuda.load_session, []
 
     def refusing(bundle, name, float32, options, providers):
         tried.append(providers[0][1]["enable_cuda_graph"])
         if tried[-1] == "1":
-            raise BadInputError("bundle: graph prior_step cannot be loaded: a node is not on the card")
+            raise BadInputError("bundle: graph prior_step cannot be loaded: a node is not on the GPU")
         return load(bundle, name, float32, options, ["CPUExecutionProvider"])
 
     monkeypatch.setattr(ort_cuda, "load_session", refusing)
     providers = [("CPUExecutionProvider", {"enable_cuda_graph": "1"})]
-    backend = OrtDeviceBackend(bundle, HostMemory(), providers, said.append, require_graphs=required)
+    backend = OrtDeviceBackend(bundle, HostMemory(), providers, require_graphs=required)
     if required:
-        with pytest.raises(BadInputError, match="a node is not on the card"):
+        with pytest.raises(BadInputError, match="a node is not on the GPU"):
             check_step(backend, bundle)
-        assert (tried, said) == (["1"], [])
+        assert (tried, caplog.records) == (["1"], [])
     else:
         assert check_step(backend, bundle) < 1e-6
         assert tried == ["1", "0", "1", "0"]
-        assert [line.split(" is run node by node")[0] for line in said] == ["prior_step", "decoder_step"]
+        assert [each.message.split(" is run node by node")[0] for each in caplog.records] == [
+            "prior_step",
+            "decoder_step",
+        ]
