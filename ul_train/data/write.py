@@ -202,41 +202,30 @@ class _ImageFile:
 
 def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Tick) -> Index:
     """Fill `folder` with the files of the set; returns what index.json says."""
-    tallies = [Tally(source) for source in (sources.train, sources.heldout) if source is not None]
-    classes, provisional, ranks = Classes(sources.train.class_names), array("q"), array("Q")
+    train, heldout = Tally(sources.train), None if sources.heldout is None else Tally(sources.heldout)
     with closing(_ImageFile(folder, to)) as file:
-        for tally in tallies:
-            for name, pixels, label in _accepted(tally, to, classes, tick):
-                file.append(pixels)
-                provisional.append(label)
-                ranks.append(rank(name))
-            tally.check_count(2 if sources.heldout is None else 1)
-            classes.close()
-        names, final = classes.final()
-        labels = np.array(provisional, np.int64)
-        labels = final[labels] if names else labels
-        if sources.heldout is None:
-            train_ids, heldout_ids = split_by_rank(ranks)
-            tallies.append(Tally(replace(sources.train, where=f"{sources.train.where} (held out by name)", ignored={})))
+        names, labels, ranks = _write_images(file, [train, heldout] if heldout else [train], to, tick)
+        if heldout is None:
+            ids = split_by_rank(ranks)
+            heldout = Tally(replace(sources.train, where=f"{sources.train.where} (held out by name)", ignored={}))
         else:
-            train_ids, heldout_ids = np.split(np.arange(len(labels)), [tallies[0].accepted])
+            ids = np.arange(train.accepted), np.arange(train.accepted, len(labels))
         parts = [
-            _part_index(tally, labels[ids], names, file.digest(ids, tick))
-            for tally, ids in zip(tallies, (train_ids, heldout_ids), strict=True)
+            _part_index(tally, labels[rows], names, file.digest(rows, tick))
+            for tally, rows in zip((train, heldout), ids, strict=True)
         ]
     with _writing(folder):
-        np.save(folder / LABELS_NAME, labels)
-        np.save(folder / ids_name("train"), train_ids)
-        np.save(folder / ids_name("heldout"), heldout_ids)
+        for name, values in ((LABELS_NAME, labels), (ids_name("train"), ids[0]), (ids_name("heldout"), ids[1])):
+            np.save(folder / name, values)
     index = Index(
         format="unified-latents-images",
         schema_number=SCHEMA,
         key=key,
-        source=sources.train.where,
-        heldout_source=tallies[1].source.where,
+        source=train.source.where,
+        heldout_source=heldout.source.where,
         channels=to.channels,
         size=to.size,
-        background=sources.train.background or to.background,
+        background=train.source.background or to.background,
         fit=to.fit,
         class_names=list(names),
         notes=_notes(sources, parts[0].class_counts),
@@ -245,6 +234,23 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
     )
     durable.write_file(folder / INDEX_NAME, [index.model_dump_json(indent=1).encode()])
     return index
+
+
+def _write_images(
+    file: _ImageFile, tallies: Sequence[Tally], to: Conversion, tick: Tick
+) -> tuple[tuple[str, ...], np.ndarray, array]:
+    """Every usable image of the sources; -> class names, labels int64 n and ranks of the names."""
+    classes, provisional, ranks = Classes(tallies[0].source.class_names), array("q"), array("Q")
+    for tally in tallies:
+        for name, pixels, label in _accepted(tally, to, classes, tick):
+            file.append(pixels)
+            provisional.append(label)
+            ranks.append(rank(name))
+        tally.check_count(2 if len(tallies) == 1 else 1)
+        classes.close()
+    names, final = classes.final()
+    labels = np.array(provisional, np.int64)
+    return names, final[labels] if names else labels, ranks
 
 
 def _part_index(tally: Tally, labels: np.ndarray, names: tuple[str, ...], images_digest: str) -> PartIndex:
