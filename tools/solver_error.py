@@ -159,15 +159,15 @@ def bundle_figures(
     decoder_calls = [len(pipeline.decoder_table(decoder)) for decoder in decoders]
     cycle = np.array(label_cycle(None, pipeline.manifest.classes))
     errors: dict[str, list[list[np.ndarray]]] = {"z_0": [[] for _ in plan], "image": [[] for _ in plan]}
-    with progress("samplers", images * (sum(prior_calls) + sum(decoder_calls)), "calls") as advance:
+    with progress("samplers", images * (sum(prior_calls) + sum(decoder_calls)), "calls") as tick:
         for first in range(0, images, pipeline.default_batch_size):
             at = np.arange(first, min(images, first + pipeline.default_batch_size))
             label = cycle[at % len(cycle)]
-            z_0 = pipeline.sample_z_0(at, label, seed, priors[0], advance)
-            x = pipeline.sample_x(z_0, at, seed, decoders[0], advance)
+            z_0 = pipeline.sample_z_0(at, label, seed, priors[0], tick)
+            x = pipeline.sample_x(z_0, at, seed, decoders[0], tick)
             for i in range(1, len(plan)):
-                errors["z_0"][i].append(rms(pipeline.sample_z_0(at, label, seed, priors[i], advance) - z_0))
-                errors["image"][i].append(rms(pipeline.sample_x(z_0, at, seed, decoders[i], advance) - x))
+                errors["z_0"][i].append(rms(pipeline.sample_z_0(at, label, seed, priors[i], tick) - z_0))
+                errors["image"][i].append(rms(pipeline.sample_x(z_0, at, seed, decoders[i], tick) - x))
     return [
         figure(
             panel, "reference" if i == 1 else sampler, count, calls[i], float(np.concatenate(errors[panel][i]).mean())
