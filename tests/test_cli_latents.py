@@ -28,11 +28,11 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_cards_and_engines_can_be_named_as_for_ul_generate(command, analytic_bundle, photos, tmp_path):
+def test_gpus_and_engines_can_be_named_as_for_ul_generate(command, analytic_bundle, photos, tmp_path):
     file = tmp_path / "latents.npz"
     assert command(encode, analytic_bundle, photos, "--out", file, "--bits-samples", 1, *THREAD).code == 0
     for main, words in ((encode, (photos, "--out", tmp_path / "new.npz")), (decode, (file, "--out", tmp_path / "out"))):
-        command.fails(main, 2, "--devices 0,1: one card is expected", analytic_bundle, *words, "--devices", "0,1")
+        command.fails(main, 2, "--devices 0,1: one GPU is expected", analytic_bundle, *words, "--devices", "0,1")
         options = ("--backend", "ort-cpu", "--engines", tmp_path)
         command.fails(main, 2, "leave out --devices, --engines", analytic_bundle, *words, *options)
     assert not (tmp_path / "new.npz").exists()
@@ -52,9 +52,9 @@ def test_decode_of_encode_is_the_reconstruction(command, analytic_bundle, photos
     for index, file in enumerate(files):
         with Image.open(out / f"{index:06d}.png") as picture:
             pixels = np.asarray(picture).astype(float)
-            text = picture.info
+            info = json.loads(picture.info["unified-latents"])
         assert np.abs(pixels.mean(axis=(0, 1)) - COLOURS[file.parent.name]).max() < 12
-        assert text["label"] == (file.parent.name if file.parent.name in CLASSES else "none")
+        assert info["label"] == (file.parent.name if file.parent.name in CLASSES else "none")
     assert (out / "contact_sheet.png").exists()
     assert json.loads((out / "decode.json").read_text())["job"]["mean_of"] == 8
 

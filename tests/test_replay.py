@@ -1,4 +1,4 @@
-"""ul-generate --replay: the same picture from its own text chunks, and one clear line for all else."""
+"""ul-generate --replay: the same picture from its own info, and one clear line for all else."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from analytic_bundle import write_analytic_bundle
 from host_memory import HostMemory
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ul_runtime.backends.gpu_loop import bucket_of
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
@@ -18,7 +18,7 @@ from ul_runtime.cli.generate import main
 from ul_runtime.cli.latents import decode_main as decode
 from ul_runtime.latents import latents_bytes
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.png import picture_chunks, png_bytes, read_chunks, read_png, to_picture
+from ul_runtime.png import ImageInfo, as_pil, png_bytes, read_info, read_png
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
 NOISY = ("--sampler", "ancestral", "--decoder-sampler", "ancestral", "--seed", 2**64 - 1)
@@ -48,15 +48,17 @@ def picture(command, guided_bundle, tmp_path) -> Path:
 
 
 def rewrite(path: Path, pixels: np.ndarray | None = None, **changes: Any) -> Path:
-    """The picture with other pixels, or with another job and text, whole and coherent as a forger would make it."""
-    there, text, _ = read_png(path)
-    origin = read_chunks(text, str(path))
-    label = changes.pop("label", origin.label)
-    software = {"Software": changes.pop("software", origin.software)}
-    job = origin.job.model_copy(update=changes)
-    chunks = picture_chunks(job, origin.bundle_name, origin.index, label) | software
-    path.write_bytes(png_bytes(to_picture(there if pixels is None else pixels), chunks))
+    """The image with other pixels, or with another job and info, whole and coherent as a forger would make it."""
+    there, info = stored(path)
+    about = {name: changes.pop(name) for name in ("label", "software", "batch") if name in changes}
+    info = info.model_copy(update={"job": info.job.model_copy(update=changes), **about})
+    path.write_bytes(png_bytes(as_pil(there if pixels is None else pixels), info))
     return path
+
+
+def stored(path: Path) -> tuple[np.ndarray, ImageInfo]:
+    found = read_png(path)
+    return found.pixels, read_info(found.texts, str(path))
 
 
 @pytest.mark.parametrize("arguments", JOBS.values(), ids=JOBS)
@@ -84,7 +86,7 @@ def test_one_changed_pixel_is_found(command, guided_bundle, picture):
     pixels = read_png(picture)[0].copy()
     pixels[3, 4, 1] ^= 8
     rewrite(picture, pixels)
-    message = "is not the picture made again: 1 pixels differ, by at most 8"
+    message = "is not the image made again: 1 pixels differ, by at most 8"
     command.fails(main, 1, message, guided_bundle, "--replay", picture)
     result = command(main, guided_bundle, "--replay", picture, "--json")
     assert result.code == 1
@@ -113,10 +115,12 @@ def test_a_picture_of_another_shape_is_different(command, guided_bundle, picture
 
 
 def test_another_compression_of_the_same_pixels_is_the_same_picture_and_is_said(command, guided_bundle, picture):
-    pixels, text, before = read_png(picture)
-    stored = png_bytes(to_picture(pixels), text | {"Comment": "mine"})
-    assert stored != before
-    picture.write_bytes(stored)
+    found = read_png(picture)
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in {**found.texts, "Comment": "mine"}.items():
+        chunks.add_text(key, text)
+    as_pil(found.pixels).save(picture, pnginfo=chunks, compress_level=1)
+    assert picture.read_bytes() != found.data
     result = command(main, guided_bundle, "--replay", picture)
     assert result.code == 0
     assert "the same pixels in other bytes of the file" in result.out
@@ -187,15 +191,25 @@ def test_what_ul_decode_made_says_that_it_needs_its_latents(command, guided_bund
 
 def test_a_contact_sheet_is_not_one_picture(command, guided_bundle, picture):
     sheet = picture.with_name("contact_sheet.png")
-    command.fails(main, 65, "is not one picture of a job", guided_bundle, "--replay", sheet)
+    command.fails(main, 65, "is a contact sheet; choose one image", guided_bundle, "--replay", sheet)
 
 
-def test_a_picture_of_someone_else_has_no_provenance(command, guided_bundle, tmp_path):
+def test_a_picture_of_someone_else_does_not_say_how_it_was_made(command, guided_bundle, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    command.fails(main, 65, "has no provenance", guided_bundle, "--replay", tmp_path / "a.png")
+    command.fails(main, 65, "does not say how it was made", guided_bundle, "--replay", tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     command.fails(main, 65, "is not a whole PNG file", guided_bundle, "--replay", tmp_path / "a.jpg")
     command.fails(main, 2, "no such file", guided_bundle, "--replay", tmp_path / "nowhere.png")
+
+
+def test_an_image_of_an_earlier_version_says_so(command, guided_bundle, picture):
+    info = stored(picture)[1]
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in {**info.job.model_dump(mode="json"), "job": info.job.fingerprint, "index": 2}.items():
+        chunks.add_text(key, str(value))
+    chunks.add_text("Software", "unified-latents 0.0.9")
+    Image.new("RGB", (8, 8)).save(picture, pnginfo=chunks)
+    command.fails(main, 65, "was written by an earlier version", guided_bundle, "--replay", picture)
 
 
 @pytest.mark.parametrize(
@@ -268,12 +282,12 @@ class Rounding(OrtDeviceBackend):
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands work on such a device."""
 
-    def load(path, **_):
+    def open_pipeline(path, *_):
         bundle = Bundle.open(path)
         backend = Rounding(bundle, HostMemory(), ["CPUExecutionProvider"])
         return Pipeline(bundle.manifest, backend, path=bundle.path, hash=bundle.hash)
 
-    monkeypatch.setattr("ul_runtime.loading.load", load)
+    monkeypatch.setattr("ul_runtime.loading.open_pipeline", open_pipeline)
 
 
 def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(
@@ -284,15 +298,13 @@ def test_a_picture_that_depends_on_its_batch_is_made_again_in_one_of_that_size(
     batches = []
     for index in (0, 3, 4):
         file = tmp_path / "job" / f"{index:06d}.png"
-        batches.append(read_chunks(read_png(file)[1], "").batch)
+        batches.append(stored(file)[1].batch)
         result = command(main, guided_bundle, "--replay", file)
         assert result.code == 0, result
         assert "the same file, byte for byte" in result.out
     assert batches == [4, 4, 4], "the last one too"
-    origin = tmp_path / "job" / "000000.png"
-    pixels, text, _ = read_png(origin)
-    origin.write_bytes(png_bytes(to_picture(pixels), text | {"batch": "2"}))
-    command.fails(main, 1, "pixels differ", guided_bundle, "--replay", origin)
+    changed = rewrite(tmp_path / "job" / "000000.png", batch=2)
+    command.fails(main, 1, "pixels differ", guided_bundle, "--replay", changed)
 
 
 def test_a_job_that_went_on_has_the_same_pictures_where_they_depend_on_their_batch(

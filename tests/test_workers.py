@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +15,9 @@ from exported_run import PLAIN, exported_run
 import ul_runtime
 from ul_runtime.batches import Images
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError
-from ul_runtime.progress import UNWATCHED, Control
-from ul_runtime.workers import Workers, by_workers
+from ul_runtime.machine import MachineOptions
+from ul_runtime.progress import silent
+from ul_runtime.workers import Opened, Workers, generate_by_workers
 
 OPTIONS = {"seed": 3, "labels": [1, "none"], "steps": 3, "guidance": 1.5}
 
@@ -23,8 +27,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported_run(PLAIN, tmp_path_factory).bundle
 
 
-def opened(bundle: Path, count: int = 2) -> list[dict[str, object]]:
-    return [{"name": f"worker {n}", "path": bundle, "backend": "ort-cpu", "threads": 1} for n in range(count)]
+def opened(bundle: Path, count: int = 2) -> dict[str, Opened]:
+    options = MachineOptions("ort-cpu", threads=1)
+    return {f"worker {n}": Opened(bundle, options) for n in range(count)}
 
 
 def by_index(batches: Iterator[Images]) -> dict[int, bytes]:
@@ -35,9 +40,9 @@ def test_two_processes_make_what_one_makes(bundle):
     pipeline = ul_runtime.load(bundle, threads=1)
     expected = by_index(pipeline.generate(7, batch_size=2, **OPTIONS))
     told: list[float] = []
-    with by_workers(pipeline, opened(bundle)) as generate:
+    with generate_by_workers(pipeline, opened(bundle)) as generate:
         for _ in range(2):
-            made = by_index(generate(np.arange(7), batch_size=2, control=Control(progress=told.append), **OPTIONS))
+            made = by_index(generate(np.arange(7), batch_size=2, tick=told.append, **OPTIONS))
             assert made == expected
     assert sum(told) == 14
 
@@ -45,34 +50,74 @@ def test_two_processes_make_what_one_makes(bundle):
 def test_what_is_not_finite_is_left_out_and_said_after_all_others(bundle):
     pipeline = ul_runtime.load(bundle, threads=1)
     options = OPTIONS | {"guidance": 1e38, "labels": "none"}
-    with by_workers(pipeline, opened(bundle, 1)) as generate, pytest.raises(NonFiniteError, match="are not finite"):
-        list(generate(np.arange(3), batch_size=2, control=UNWATCHED, **options | {"labels": 1}))
+    with (
+        generate_by_workers(pipeline, opened(bundle, 1)) as generate,
+        pytest.raises(NonFiniteError, match="are not finite"),
+    ):
+        list(generate(np.arange(3), batch_size=2, tick=silent, **options | {"labels": 1}))
 
 
 def test_a_process_that_cannot_open_the_bundle_says_why(tmp_path):
     with Workers(opened(tmp_path / "none")) as workers, pytest.raises(BadInputError, match="no such folder"):
-        list(workers.generate(np.arange(3), 1, UNWATCHED, **OPTIONS))
+        list(workers.generate(np.arange(3), 1, silent, **OPTIONS))
 
 
 def test_a_process_that_is_killed_is_an_error(bundle):
-    def kill(_: float) -> None:
+    def kill(amount: float) -> None:
+        if not amount:
+            return
         (process,) = workers._processes.values()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
 
     with Workers(opened(bundle, 1)) as workers, pytest.raises(ULError, match=r"worker 0 has ended with -9; .* go on"):
-        list(workers.generate(np.arange(9), 1, Control(progress=kill), **OPTIONS))
+        list(workers.generate(np.arange(9), 1, kill, **OPTIONS))
 
 
 def test_a_stop_ends_all_processes(bundle):
     workers = Workers(opened(bundle))
     processes = []
 
-    def stop() -> bool:
+    def stop(amount: float) -> None:
         processes.extend(workers._processes.values())
-        return True
+        raise StoppedError("stopped")
 
-    with pytest.raises(StoppedError, match="go on"), workers:
-        list(workers.generate(np.arange(9), 1, Control(stop), **OPTIONS))
+    with pytest.raises(StoppedError, match="stopped"), workers:
+        list(workers.generate(np.arange(9), 1, stop, **OPTIONS))
     assert len(processes) == 2
     assert not any(process.is_alive() for process in processes)
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from ul_runtime.machine import MachineOptions
+from ul_runtime.workers import Opened, Workers
+if __name__ == "__main__":
+    options = MachineOptions("ort-cpu", threads=1)
+    with Workers({str(n): Opened(Path(sys.argv[1]), options) for n in range(2)}) as workers:
+        print(*(process.pid for process in workers._processes.values()), flush=True)
+        time.sleep(60)
+"""
+
+
+def test_processes_end_when_their_parent_is_killed(bundle, tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    words = [sys.executable, str(tmp_path / "parent.py"), str(bundle)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(word) for word in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(is_alive(worker) for worker in workers)
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(worker) for worker in workers)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

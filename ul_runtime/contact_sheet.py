@@ -1,4 +1,4 @@
-"""A labelled sheet of small pictures: one column a class where classes come in turn, else a square."""
+"""A contact sheet: small images under a title, one column a class where classes come in turn, else a square."""
 
 import math
 from collections.abc import Sequence
@@ -6,29 +6,29 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ul_runtime.png import png_bytes, to_picture
+from ul_runtime.png import as_pil, png_bytes
 
 MOST_TILES = 100
 _MOST_COLUMNS = 20
-_MIN_TILE, _MAX_TILE = 96, 256  # px: smaller pictures are enlarged by whole factors, larger ones reduced
+_MIN_TILE, _MAX_TILE = 96, 256  # px: smaller images are enlarged by whole factors, larger ones reduced
 _GAP, _MARGIN = 4, 12
 _TEXT_PX, _LINE_PX = 14, 20
-_MOST_TITLE = 720  # px: a longer title is shortened rather than widen the sheet
+_MOST_TITLE = 720  # px: a longer title is shortened rather than widen the contact sheet
 _BACKGROUND, _INK = (255, 255, 255), (32, 32, 32)
 
 
 def _tile(image: np.ndarray) -> Image.Image:
-    """uint8 `h w c` as an RGB picture of the size of a tile."""
-    picture = to_picture(image)
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*_BACKGROUND, 255)), picture)
-    picture = picture.convert("RGB")
-    longest = max(picture.size)
+    """uint8 `h w c` as an RGB image of the size of a tile."""
+    tile = as_pil(image)
+    if tile.mode == "RGBA":
+        tile = Image.alpha_composite(Image.new("RGBA", tile.size, (*_BACKGROUND, 255)), tile)
+    tile = tile.convert("RGB")
+    longest = max(tile.size)
     if longest > _MAX_TILE:
-        picture.thumbnail((_MAX_TILE, _MAX_TILE), Image.Resampling.LANCZOS)
-        return picture
+        tile.thumbnail((_MAX_TILE, _MAX_TILE), Image.Resampling.LANCZOS)
+        return tile
     factor = max(1, math.ceil(_MIN_TILE / longest))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
 
 
 def _fit(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
@@ -78,5 +78,5 @@ def contact_sheet(
 def contact_sheet_png(
     images: Sequence[np.ndarray], title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> bytes:
-    """The sheet of images uint8 `h w c` as PNG bytes."""
-    return png_bytes(contact_sheet(images, title, columns, captions), {})
+    """A contact sheet as PNG bytes."""
+    return png_bytes(contact_sheet(images, title, columns, captions))

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageColor, ImageOps
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.manifest import ImageFormat
-from ul_runtime.png import is_sheet
+from ul_runtime.png import is_contact_sheet
 
 SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -279,7 +279,7 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             below = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            inside = [file for file in below if file.is_file() and not is_sheet(file)]
+            inside = [file for file in below if file.is_file() and not is_contact_sheet(file)]
             if not inside:
                 raise BadInputError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
             found += inside

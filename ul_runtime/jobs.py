@@ -1,9 +1,9 @@
-"""What ul-generate and ul-decode share: fill a folder with one job's images, then draw its contact sheet."""
+"""A folder of one job's images: resume, lock, write behind, contact sheet. For ul-generate and ul-decode."""
 
 import json
+import logging
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,50 +20,55 @@ from ul_runtime.contact_sheet import MOST_TILES, contact_sheet
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, UsageError
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.png import (
-    _JOB_FILES,
-    SHEET,
+    CONTACT_SHEET,
+    JOB_FILES,
+    ImageInfo,
     Job,
-    fingerprint,
+    as_pil,
     image_name,
-    is_picture_of,
-    picture_chunks,
     png_bytes,
+    read_info,
     read_png,
-    sheet_chunks,
-    to_picture,
 )
-from ul_runtime.progress import UNWATCHED, Control, never, progress, stop_on_signal
+from ul_runtime.progress import Tick, progress, silent, stop_on_signal
 from ul_runtime.settings import NO_LABEL, check_seed
 
+_LOG = logging.getLogger(__name__)
+_FORMAT = "unified-latents-images"
+_NAME = re.compile(r"\d{6}\.png|[1-9]\d{6,18}\.png")  # image_name
+_MOST_BATCHES = 2  # made and not yet written
+_MOST_WRITERS = 8  # threads
+_MOST_INDICES = 2**14  # in memory: many whole batches
+
 Item = TypeVar("Item")
+SomeJob = TypeVar("SomeJob", bound=Job)
+Batches: TypeAlias = Callable[[np.ndarray, Tick], Iterator[Images]]  # the images of these indices
 
 
 class Background(Generic[Item]):
-    """A block in which `put(item)` has `work(item)` done; at most `most` items wait or are worked on.
+    """One other thread that does `work` for each item, in order; at most `most` items are unfinished.
 
-    The first error of `work` is raised by the next `put` or `check`, or at the end of the block, and no later item is
+    The first error of `work` is raised by the next `put` or `check`, or at the end of the block; no later item is
     worked on. However the block ends, what was put before is done first.
     """
 
     def __init__(self, work: Callable[[Item], None], most: int) -> None:
-        self._work = work
-        self._most = most
-        self._failed = False
+        self._work, self._most = work, most
         self._pending: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(max_workers=1)
 
-    def _do(self, item: Item) -> None:
-        if not self._failed:
-            self._failed = True  # until it has not
-            self._work(item)
-            self._failed = False
+    def _after(self, previous: Future[None] | None, item: Item) -> None:
+        if previous is not None:
+            previous.result()  # its error is this item's too
+        self._work(item)
 
     def put(self, item: Item) -> None:
-        """Hand an item over, as soon as fewer than `most` are unfinished. Raises the error of an earlier one."""
+        """Hand an item over, as soon as fewer than `most` are unfinished."""
         while len(self._pending) >= self._most:
             self._pending.popleft().result()
         self.check()
-        self._pending.append(self._pool.submit(self._do, item))
+        previous = self._pending[-1] if self._pending else None
+        self._pending.append(self._pool.submit(self._after, previous, item))
 
     def check(self) -> None:
         """Raise the error of an item, if one has failed; does not wait."""
@@ -81,54 +86,47 @@ class Background(Generic[Item]):
             self._pool.shutdown()
 
 
-_FORMAT = "unified-latents-images"
-_NAME = re.compile(r"\d{6}\.png|[1-9]\d{6,18}\.png")  # image_name
-
-
 class ImageFolder:
     """The open folder of one job; made by `open_image_folder`."""
 
     def __init__(self, path: Path, job: Job, bundle_name: str, num_images: int) -> None:
-        self.path = path
-        self.job = job
-        self.bundle_name = bundle_name
-        self.num_images = num_images
-        self.fingerprint = fingerprint(job)
+        self.path, self.job, self.bundle_name, self.num_images = path, job, bundle_name, num_images
+        self.fingerprint = job.fingerprint
 
     def _read(self, index: int) -> np.ndarray | None:
         """Image `index` as uint8 `h w c` if it is there, whole and of this job."""
+        path = self.path / image_name(index)
         try:
-            pixels, text, _ = read_png(self.path / image_name(index))
+            stored = read_png(path)
+            info = read_info(stored.texts, str(path))
         except BadInputError:
             return None
-        return pixels if is_picture_of(text, self.fingerprint, index) else None
+        return stored.pixels if (info.job.fingerprint, info.index) == (self.fingerprint, index) else None
 
-    def done(self, stop: Callable[[], bool] = never) -> set[int]:
-        """Indices of the images that are there, whole and of this job. `stop` is asked often: StoppedError."""
+    def done(self) -> set[int]:
+        """Indices of the images that are there, whole and of this job."""
         found = set()
         for path in self.path.iterdir():
-            if stop():
-                raise StoppedError(f"{self.path}: stopped before any image; run the same command again to go on")
             index = int(path.stem) if _NAME.fullmatch(path.name) else self.num_images
             if index < self.num_images and self._read(index) is not None:
                 found.add(index)
         return found
 
     def write(self, index: int, image: np.ndarray, label: str, batch: int | None = None) -> None:
-        """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its provenance. OutputError."""
-        text = picture_chunks(self.job, self.bundle_name, index, label, batch)
-        durable.atomic_write(self.path / image_name(index), png_bytes(to_picture(image), text))
+        """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its info. OutputError."""
+        info = ImageInfo(job=self.job, bundle_name=self.bundle_name, index=index, label=label, batch=batch)
+        durable.atomic_write(self.path / image_name(index), png_bytes(as_pil(image), info))
 
-    def write_sheet(self, title: str, columns: Sequence[str]) -> Path | None:
+    def write_contact_sheet(self, title: str, columns: Sequence[str]) -> Path | None:
         """The contact sheet of the first images that are there; None if there are none. OutputError."""
         found = [self._read(index) for index in range(min(self.num_images, MOST_TILES))]
         example = next((image for image in found if image is not None), None)
         if example is None:
             return None
         images = [np.full_like(example, 255) if image is None else image for image in found]
-        path = self.path / SHEET
-        text = sheet_chunks(self.job, self.bundle_name)
-        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns), text))
+        info = ImageInfo(job=self.job, bundle_name=self.bundle_name)
+        path = self.path / CONTACT_SHEET
+        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns), info))
         return path
 
     def begin(self, job_file: Path) -> None:
@@ -169,20 +167,13 @@ def open_image_folder(path: Path, job: Job, bundle_name: str, num_images: int) -
 
     UsageError: other things in it, or another job. OutputError: not writable.
     """
-    job_name = _JOB_FILES[job.command]
-    durable.check_output_directory(path, [job_name, SHEET, "[0-9]" * 6 + "*.png"])
+    job_name = JOB_FILES[job.command]
+    durable.check_output_directory(path, [job_name, CONTACT_SHEET, "[0-9]" * 6 + "*.png"])
     with durable.lock_directory(path):
         folder = ImageFolder(path, job, bundle_name, num_images)
         folder.begin(path / job_name)
         durable.sweep(path)
         yield folder
-
-
-_MOST_BATCHES = 2  # made and not yet written
-_MOST_WRITERS = 8  # threads
-_MOST_INDICES = 2**14  # in memory: many whole batches
-SomeJob = TypeVar("SomeJob", bound=Job)
-Batches: TypeAlias = Callable[[np.ndarray, Control], Iterator[Images]]
 
 
 def job_of(pipeline: Pipeline, kind: type[SomeJob], seed: int, **fields: Any) -> SomeJob:
@@ -200,52 +191,67 @@ def fill(
     title: str,
     columns: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Make the images that `out` lacks, then the sheet; returns the command's result.
+    """Make the images that `out` lacks, then the contact sheet; returns the command's result.
 
     Images are written while the next are made; an error of writing ends the work before the next step.
     StoppedError on a signal: what is written is whole. NonFiniteError after all other images are written.
     """
     if (channels := pipeline.manifest.image.channels) not in (1, 3, 4):
         raise BadInputError(f"{pipeline.path}: images have {channels} channels; PNG takes 1, 3 or 4")
-    batches(np.zeros(0, np.int64), UNWATCHED)  # refuses what cannot be before anything is written
-    failed: list[NonFiniteError] = []
+    batches(np.zeros(0, np.int64), silent)  # refuses what cannot be before anything is written
     names = [*pipeline.manifest.classes, NO_LABEL]
-    with stop_on_signal() as stop, open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
-        done = folder.done(stop)
-        start, made = time.monotonic(), 0
-        again: list[int] = []
-        pool = ThreadPoolExecutor(min(_MOST_WRITERS, len(os.sched_getaffinity(0))))
-        writer: Background[Images] = Background(lambda batch: _write(folder, batch, names, pool), _MOST_BATCHES)
-
-        def stopped() -> bool:
-            writer.check()
-            return stop()
-
-        with progress(job.command.removeprefix("ul-"), num_images - len(done), "images") as advance, pool, writer:
-            for missing in _missing(num_images, done):
-                try:
-                    for batch in batches(missing, Control(stopped, advance)):
-                        writer.put(batch)
-                        made += len(batch.indices)
-                        again += batch.indices[batch.in_float32].tolist()
-                except NonFiniteError as error:
-                    failed.append(error)
-                except StoppedError as error:
-                    there = f"{out}: {len(done) + made} of {num_images} images are there"
-                    raise StoppedError(f"{there}; {error}") from None
+    with open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
+        done, made, in_float32, failed = folder.done(), 0, [], None
+        start = time.monotonic()
+        try:
+            with stop_on_signal():
+                for batch in _make_missing(folder, done, batches, names):
+                    made += len(batch.indices)
+                    in_float32 += batch.indices[batch.in_float32].tolist()
+        except NonFiniteError as error:
+            failed = error
+        except StoppedError:
+            there = f"{len(done) + made} of {num_images} images are there"
+            raise StoppedError(f"{out}: {there}; run the same command again to go on") from None
         seconds = time.monotonic() - start
-        sheet = folder.write_sheet(title, columns)
+        sheet = folder.write_contact_sheet(title, columns)
     if failed:
-        raise NonFiniteError("; ".join(map(str, failed)))
-    rate = round(made / seconds, 3) if made else None
-    if again:
-        shown = ", ".join(map(str, again[:10])) + (" ..." if len(again) > 10 else "")
+        raise failed
+    if in_float32:
+        shown = ", ".join(map(str, in_float32[:10])) + (" ..." if len(in_float32) > 10 else "")
         what = f"not finite in {pipeline.backend.precision} and made again in float32: images {shown}"
-        print(f"{len(again)} of {made} {what}", file=sys.stderr, flush=True)
+        _LOG.info("%d of %d %s", len(in_float32), made, what)
+    rate = round(made / seconds, 3) if made else None
     counts = {"num_images": num_images, "made": made, "seconds": round(seconds, 3), "images_per_s": rate}
-    counts["made_again_in_float32"] = len(again)
-    where = {"out": str(out), "sheet": str(sheet)}
+    counts["made_again_in_float32"] = len(in_float32)
+    where = {"out": str(out), "contact_sheet": str(sheet)}
     return where | counts | {"fingerprint": folder.fingerprint} | job.model_dump(mode="json")
+
+
+def _make_missing(folder: ImageFolder, done: set[int], batches: Batches, names: list[str]) -> Iterator[Images]:
+    """Make and write the images that are not `done`; yields each batch when it is handed to the writer.
+
+    `names` of the labels. NonFiniteError after all other images are written. StoppedError, OutputError.
+    """
+    failed = []
+    pool = ThreadPoolExecutor(min(_MOST_WRITERS, len(os.sched_getaffinity(0))))
+    writer: Background[Images] = Background(lambda batch: _write(folder, batch, names, pool), _MOST_BATCHES)
+    what = folder.job.command.removeprefix("ul-")
+    with progress(what, folder.num_images - len(done), "images") as show, pool, writer:
+
+        def tick(amount: float) -> None:
+            writer.check()
+            show(amount)
+
+        for missing in _missing(folder.num_images, done):
+            try:
+                for batch in batches(missing, tick):
+                    writer.put(batch)
+                    yield batch
+            except NonFiniteError as error:
+                failed.append(str(error))
+    if failed:
+        raise NonFiniteError("; ".join(failed))
 
 
 def _missing(num_images: int, done: Collection[int]) -> Iterator[np.ndarray]:
@@ -257,20 +263,21 @@ def _missing(num_images: int, done: Collection[int]) -> Iterator[np.ndarray]:
 
 
 def _write(folder: ImageFolder, batch: Images, names: list[str], pool: ThreadPoolExecutor) -> None:
-    """All images of a batch, by several threads: a card makes more of them than one can compress."""
-    pictures = zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
-    pieces = [
-        pool.submit(folder.write, index, image, names[label], batch.computed_as) for index, label, image in pictures
+    """Write all images of a batch, by several threads: a GPU makes more of them than one can compress."""
+    images = zip(batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True)
+    writes = [
+        pool.submit(folder.write, index, image, names[label], batch.computed_as) for index, label, image in images
     ]
     try:
-        for piece in pieces:
-            piece.result()
+        for write in writes:
+            write.result()
     finally:
-        for piece in pieces:
-            piece.cancel()  # after an error, what has not begun
+        for write in writes:
+            write.cancel()  # after an error, what has not begun
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """The result for people: one line."""
     rate = f", {result['images_per_s']:.2f} images/s" if result["images_per_s"] else ""
-    return f"{result['num_images']} images in {result['out']} ({result['made']} made now{rate}); {result['sheet']}"
+    count = f"{result['num_images']} images in {result['out']} ({result['made']} made now{rate})"
+    return f"{count}; {result['contact_sheet']}"

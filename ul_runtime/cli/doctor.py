@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ul_runtime.cli import options
+from ul_runtime.cli.options import AsJson, with_options
 from ul_runtime.errors import ULError, run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -15,12 +15,13 @@ _SIGNS = {True: "yes", False: "NO", None: "-"}
 
 
 @app.command(epilog="Example: ul-doctor")
+@with_options
 def doctor(
     engines: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where engines are kept.", show_default="the user's cache"),
+        typer.Option("--engines", metavar="DIR", help="Where engines are kept.", show_default="the user's cache"),
     ] = None,
-    as_json: options.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Try every backend and library here; exit code 1 if something that is installed does not work."""
     from ul_runtime.backends.tensorrt_engines import EngineCache

@@ -1,89 +1,104 @@
-"""ul-encode: images to latents, with the bits of each."""
+"""ul-encode: images to latents, with the bits of each. ul-decode: latents to images."""
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ul_runtime.cli import options
+from ul_runtime.cli.options import (
+    AsJson,
+    BundleArgument,
+    DecoderOptions,
+    JobOptions,
+    MachineOptions,
+    OutFolder,
+    option,
+    with_options,
+)
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, run_command
-from ul_runtime.settings import check_count
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ul_runtime.latents import Latents
     from ul_runtime.pipeline import Pipeline
-    from ul_runtime.progress import Control
-
+    from ul_runtime.progress import Tick
 
 decode_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+encode_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class DecodeOptions(JobOptions):
+    """How latents are decoded, beside the sampler."""
+
+    mean_of: int = option(
+        1, "Average the decodes of so many seeds (seed, seed + 1, ...): closer, softer.", metavar="COUNT"
+    )
+
+
+@dataclass(frozen=True)
+class EncodeOptions(JobOptions):
+    """How images are encoded."""
+
+    bits_samples: int = option(
+        16,
+        "Noise levels for the bits of an image: a bound under the bundle's base prior, valid but looser than the "
+        "training log's (the base has a sigmoid weighting).",
+        metavar="COUNT",
+    )
 
 
 @decode_app.command(epilog="Example: ul-decode bundle latents.safetensors --out reconstructions")
+@with_options
 def decode(
-    bundle: options.BundleArgument,
+    bundle: BundleArgument,
     latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="File of ul-encode, or any with z_0 n c h w.")],
-    out: options.OutFolder,
-    seed: options.Seed = 0,
-    mean_of: Annotated[
-        int,
-        typer.Option("--mean-of", metavar="COUNT", help="Decodes (seed, seed + 1, ...) to average: closer, softer."),
-    ] = 1,
-    decoder_steps: options.DecoderSteps = None,
-    decoder_sampler: options.DecoderSampler = None,
-    decoder_grid: options.DecoderGrid = None,
-    batch_size: options.BatchSize = None,
-    threads: options.Threads = None,
-    spinning: options.Spinning = True,
-    backend: options.BackendName = "auto",
-    precision: options.Precision = None,
-    devices: options.OneDevice = None,
-    engines: options.EngineFolder = None,
-    as_json: options.AsJson = False,
+    out: OutFolder,
+    options: DecodeOptions,
+    sampling: DecoderOptions,
+    machine: MachineOptions,
+    as_json: AsJson = False,
 ) -> None:
-    """Decode latents to images: PNG files and a contact sheet; of ul-encode's latents, the reconstructions."""
-    check_count("--mean-of", mean_of)
-    card = options.one_card(devices, engines)
-    import ul_runtime
+    """Decode latents to images: PNG files and a contact sheet. Latents of ul-encode give reconstructions."""
     from ul_runtime.jobs import fill, job_of, summary
     from ul_runtime.latents import read_latents
+    from ul_runtime.loading import open_pipeline
     from ul_runtime.png import DecodeJob
-    from ul_runtime.settings import Overrides
+    from ul_runtime.settings import check_count
 
+    check_count("--mean-of", options.mean_of)
+    machine.on_one_gpu()
     file = read_latents(latents)
-    machine = {"precision": precision, "threads": threads, "spinning": spinning, **card}
-    pipeline = ul_runtime.load(bundle, backend=backend, **machine)
+    pipeline = open_pipeline(bundle, machine)
     _check_fits(latents, file, pipeline)
-    overrides = Overrides(decoder_steps=decoder_steps, decoder_sampler=decoder_sampler, decoder_grid=decoder_grid)
-    sampler = pipeline.settings(**overrides).decoder
+    sampler = pipeline.settings(**sampling.overrides).decoder
     settings = {f"decoder_{key}": value for key, value in asdict(sampler).items()}
     z_0, label = file.arrays["z_0"], file.arrays.get("label")
     calls = len(pipeline.decoder_table(sampler))
-    average = f", mean of {mean_of}" if mean_of > 1 else ""
+    average = f", mean of {options.mean_of}" if options.mean_of > 1 else ""
     result = fill(
         out,
-        job_of(pipeline, DecodeJob, seed, latents=file.sha256, mean_of=mean_of, **settings),
+        job_of(pipeline, DecodeJob, options.seed, latents=file.sha256, mean_of=options.mean_of, **settings),
         len(z_0),
         pipeline,
-        lambda missing, control: pipeline.decode(
+        lambda missing, tick: pipeline.decode(
             z_0[missing],
-            seed=seed,
+            seed=options.seed,
             indices=missing,
             labels=None if label is None else label[missing],
-            mean_of=mean_of,
-            batch_size=pipeline.batch_of(len(z_0)) if batch_size is None else batch_size,
+            mean_of=options.mean_of,
+            batch_size=pipeline.batch_of(len(z_0)) if options.batch_size is None else options.batch_size,
             keep_x=False,
-            control=control,
-            **overrides,
+            tick=tick,
+            **sampling.overrides,
         ),
-        f"{pipeline.manifest.name}, decoded, seed {seed}, {calls} {sampler.sampler} calls{average}",
+        f"{pipeline.manifest.name}, decoded, seed {options.seed}, {calls} {sampler.sampler} calls{average}",
     )
     print(json.dumps(result) if as_json else summary(result))
 
@@ -105,64 +120,40 @@ def _within(label: "np.ndarray", num_classes: int) -> bool:
     return bool((label >= 0).all() and (label <= num_classes).all())
 
 
-def decode_main() -> None:
-    """Entry point of ul-decode."""
-    run_command(decode_app, "ul-decode")
-
-
-encode_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-BitsSamples: TypeAlias = Annotated[
-    int,
-    typer.Option(
-        "--bits-samples",
-        metavar="COUNT",
-        help="Noise levels an image for its bits: a bound under the bundle's base prior, valid but looser than the "
-        "training log's (the base has a sigmoid weighting).",
-    ),
-]
-
-
 @encode_app.command(epilog="Example: ul-encode bundle photos --out latents.safetensors")
+@with_options
 def encode(
-    bundle: options.BundleArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Picture files or folders of them.")],
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files or folders of them.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="New file of latents, .safetensors or .npz.")],
-    seed: options.Seed = 0,
-    bits_samples: BitsSamples = 16,
-    batch_size: options.BatchSize = None,
-    threads: options.Threads = None,
-    spinning: options.Spinning = True,
-    backend: options.BackendName = "auto",
-    precision: options.Precision = None,
-    devices: options.OneDevice = None,
-    engines: options.EngineFolder = None,
-    as_json: options.AsJson = False,
+    options: EncodeOptions,
+    machine: MachineOptions,
+    as_json: AsJson = False,
 ) -> None:
     """Encode images to latents (z_0, z_clean), their labels (class folders) and the bits of each."""
-    check_count("--bits-samples", bits_samples)
-    card = options.one_card(devices, engines)
-    import ul_runtime
     from ul_runtime import durable
     from ul_runtime.images import list_images
     from ul_runtime.latents import SUFFIXES, latents_bytes
+    from ul_runtime.loading import open_pipeline
+    from ul_runtime.settings import check_count
 
+    check_count("--bits-samples", options.bits_samples)
+    if options.batch_size is not None:
+        check_count("--batch-size", options.batch_size)
+    machine.on_one_gpu()
     if out.suffix not in SUFFIXES:
         raise UsageError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if out.exists():
         raise UsageError(f"{out}: exists; choose another name or remove it")
     files = list_images(images)
-    machine = {"precision": precision, "threads": threads, "spinning": spinning, **card}
-    pipeline = ul_runtime.load(bundle, backend=backend, **machine)
-    if batch_size is not None:
-        check_count("--batch-size", batch_size)
+    pipeline = open_pipeline(bundle, machine)
     durable.make_directory(out.parent)
-    arrays, converted = _encode_files(pipeline, files, seed, bits_samples, batch_size or pipeline.default_batch_size)
+    arrays = _encode_files(pipeline, files, options)
     info = {
         "bundle": pipeline.hash,
-        "seed": seed,
+        "seed": options.seed,
         **pipeline.computed_by,
-        "bits_samples": bits_samples,
+        "bits_samples": options.bits_samples,
         "classes": list(pipeline.manifest.classes),
         "names": [str(file) for file in files],
     }
@@ -174,58 +165,56 @@ def encode(
         "bits_per_image": round(mean, 3),
         "bits_per_pixel": round(mean / pipeline.manifest.image.size**2, 6),
     }
-    if converted:
-        counts = ", ".join(f"{count} {change}" for change, count in converted.items())
-        print(f"converted: {counts}", file=sys.stderr)
     text = f"{len(files)} images in {out}: {mean:.1f} bits/image, {result['bits_per_pixel']:.4f} bits/pixel"
     print(json.dumps(result) if as_json else text)
 
 
-def _encode_files(
-    pipeline: "Pipeline", files: Sequence[Path], seed: int, bits_samples: int, batch_size: int
-) -> tuple[dict[str, "np.ndarray"], Counter[str]]:
-    """Arrays of the file of latents (z_0, z_clean `n c h w`, label `n`, bits `n`), and what had to be converted."""
+def _encode_files(pipeline: "Pipeline", files: list[Path], options: EncodeOptions) -> dict[str, "np.ndarray"]:
+    """Arrays of the file of latents: z_0, z_clean `n c h w`, label `n`, bits `n`. Says what had to be converted."""
     import numpy as np
 
     from ul_runtime.images import load_image
-    from ul_runtime.progress import Control, progress, stop_on_signal
+    from ul_runtime.progress import progress, stop_on_signal
 
     parts: dict[str, list[Any]] = {"z_0": [], "z_clean": [], "label": [], "bits": []}
     converted: Counter[str] = Counter()
-    with stop_on_signal() as stop, progress("encoding", len(files), "images") as advance:
-        for first in range(0, len(files), batch_size):
-            control = Control(stop, advance)
-            at = range(first, len(files))[:batch_size]
+    size = options.batch_size or pipeline.default_batch_size
+    with stop_on_signal(), progress("encoding", len(files), "images") as tick:
+        for first in range(0, len(files), size):
+            at = range(first, len(files))[:size]
             images, changes = zip(*(load_image(files[i], pipeline.manifest.image) for i in at), strict=True)
             converted.update(chain.from_iterable(changes))
-            batch = _encode_batch(pipeline, files, at, np.stack(images), seed, bits_samples, control)
-            for name, part in batch.items():
+            for name, part in _encode_batch(pipeline, files, at, np.stack(images), options, tick).items():
                 parts[name].append(part)
-    return {name: np.concatenate(part) for name, part in parts.items()}, converted
+    if converted:
+        counts = ", ".join(f"{count} {change}" for change, count in converted.items())
+        print(f"converted: {counts}", file=sys.stderr)
+    return {name: np.concatenate(part) for name, part in parts.items()}
 
 
 def _encode_batch(
-    pipeline: "Pipeline",
-    files: Sequence[Path],
-    batch: range,
-    x: "np.ndarray",
-    seed: int,
-    bits_samples: int,
-    control: "Control",
+    pipeline: "Pipeline", files: list[Path], batch: range, x: "np.ndarray", options: EncodeOptions, tick: "Tick"
 ) -> dict[str, "np.ndarray"]:
+    """Those of x `b c h w`, the files `batch`."""
     import numpy as np
 
-    classes = pipeline.manifest.classes
-    indices = np.array(batch)
-    encoded = pipeline.encode(x, seed=seed, indices=indices)
+    classes, indices = pipeline.manifest.classes, np.array(batch)
+    encoded = pipeline.encode(x, seed=options.seed, indices=indices)
     finite = np.isfinite(encoded.z_clean).reshape(len(x), -1).all(axis=1)
     if not finite.all():
         first = files[int(indices[~finite][0])]
         raise NonFiniteError(f"{first}: its latent is not finite; check the bundle, nothing was written")
-    bits = pipeline.bits(encoded.z_clean, seed=seed, indices=indices, num_samples=bits_samples, control=control)
+    bits = pipeline.bits(
+        encoded.z_clean, seed=options.seed, indices=indices, num_samples=options.bits_samples, tick=tick
+    )
     names = [files[i].parent.name for i in batch]
     label = np.array([classes.index(name) if name in classes else len(classes) for name in names], np.int64)
     return {"z_0": encoded.z_0, "z_clean": encoded.z_clean, "label": label, "bits": bits}
+
+
+def decode_main() -> None:
+    """Entry point of ul-decode."""
+    run_command(decode_app, "ul-decode")
 
 
 def encode_main() -> None:
