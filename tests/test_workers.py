@@ -16,8 +16,7 @@ import ul_runtime
 from ul_runtime.batches import Images
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError
 from ul_runtime.machine import MachineOptions
-from ul_runtime.progress import silent
-from ul_runtime.workers import Opened, Workers, generate_by_workers
+from ul_runtime.workers import Opened, Workers
 
 OPTIONS = {"seed": 3, "labels": [1, "none"], "steps": 3, "guidance": 1.5}
 
@@ -29,7 +28,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(bundle: Path, count: int = 2) -> dict[str, Opened]:
     options = MachineOptions("ort-cpu", threads=1)
-    return {f"worker {n}": Opened(bundle, options) for n in range(count)}
+    return {f"worker {n}": (bundle, options, None) for n in range(count)}
 
 
 def by_index(batches: Iterator[Images]) -> dict[int, bytes]:
@@ -40,26 +39,24 @@ def test_two_processes_make_what_one_makes(bundle):
     pipeline = ul_runtime.load(bundle, threads=1)
     expected = by_index(pipeline.generate(7, batch_size=2, **OPTIONS))
     told: list[float] = []
-    with generate_by_workers(pipeline, opened(bundle)) as generate:
+    with Workers(pipeline, opened(bundle)) as workers:
         for _ in range(2):
-            made = by_index(generate(np.arange(7), batch_size=2, tick=told.append, **OPTIONS))
+            made = by_index(workers.generate(np.arange(7), batch_size=2, tick=told.append, **OPTIONS))
             assert made == expected
     assert sum(told) == 14
 
 
 def test_what_is_not_finite_is_left_out_and_said_after_all_others(bundle):
     pipeline = ul_runtime.load(bundle, threads=1)
-    options = OPTIONS | {"guidance": 1e38, "labels": "none"}
-    with (
-        generate_by_workers(pipeline, opened(bundle, 1)) as generate,
-        pytest.raises(NonFiniteError, match="are not finite"),
-    ):
-        list(generate(np.arange(3), batch_size=2, tick=silent, **options | {"labels": 1}))
+    options = OPTIONS | {"guidance": 1e38, "labels": 1}
+    with Workers(pipeline, opened(bundle, 1)) as workers, pytest.raises(NonFiniteError, match="are not finite"):
+        list(workers.generate(3, batch_size=2, **options))
 
 
-def test_a_process_that_cannot_open_the_bundle_says_why(tmp_path):
-    with Workers(opened(tmp_path / "none")) as workers, pytest.raises(BadInputError, match="no such folder"):
-        list(workers.generate(np.arange(3), 1, silent, **OPTIONS))
+def test_a_process_that_cannot_open_the_bundle_says_why(bundle, tmp_path):
+    pipeline = ul_runtime.load(bundle, threads=1)
+    with Workers(pipeline, opened(tmp_path / "none")) as workers, pytest.raises(BadInputError, match="no such folder"):
+        list(workers.generate(3, batch_size=1, **OPTIONS))
 
 
 def test_a_process_that_is_killed_is_an_error(bundle):
@@ -70,12 +67,16 @@ def test_a_process_that_is_killed_is_an_error(bundle):
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
 
-    with Workers(opened(bundle, 1)) as workers, pytest.raises(ULError, match=r"worker 0 has ended with -9; .* go on"):
-        list(workers.generate(np.arange(9), 1, kill, **OPTIONS))
+    pipeline = ul_runtime.load(bundle, threads=1)
+    with (
+        Workers(pipeline, opened(bundle, 1)) as workers,
+        pytest.raises(ULError, match=r"worker 0 has ended with -9; .* go on"),
+    ):
+        list(workers.generate(9, batch_size=1, tick=kill, **OPTIONS))
 
 
 def test_a_stop_ends_all_processes(bundle):
-    workers = Workers(opened(bundle))
+    workers = Workers(ul_runtime.load(bundle, threads=1), opened(bundle))
     processes = []
 
     def stop(amount: float) -> None:
@@ -83,7 +84,7 @@ def test_a_stop_ends_all_processes(bundle):
         raise StoppedError("stopped")
 
     with pytest.raises(StoppedError, match="stopped"), workers:
-        list(workers.generate(np.arange(9), 1, stop, **OPTIONS))
+        list(workers.generate(9, batch_size=1, tick=stop, **OPTIONS))
     assert len(processes) == 2
     assert not any(process.is_alive() for process in processes)
 
@@ -92,10 +93,10 @@ PARENT = """
 import os, sys, time
 from pathlib import Path
 from ul_runtime.machine import MachineOptions
-from ul_runtime.workers import Opened, Workers
+from ul_runtime.workers import Workers
 if __name__ == "__main__":
     options = MachineOptions("ort-cpu", threads=1)
-    with Workers({str(n): Opened(Path(sys.argv[1]), options) for n in range(2)}) as workers:
+    with Workers(None, {str(n): (Path(sys.argv[1]), options, None) for n in range(2)}) as workers:
         print(*(process.pid for process in workers._processes.values()), flush=True)
         time.sleep(60)
 """

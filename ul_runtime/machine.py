@@ -53,15 +53,21 @@ class MachineOptions:
         """Whether something is asked for that only a GPU has."""
         return self.devices is not None or self.engines is not None or self.require_graphs
 
-    def on_one_gpu(self) -> "MachineOptions":
-        """These. UsageError: they name more than one GPU."""
-        if len(self.gpus) > 1:
-            raise UsageError(f"--devices {self.devices}: one GPU is expected; ul-generate alone works on several")
-        return self
-
     def of_backend(self, name: str) -> "MachineOptions":
         """The same for the backend that `auto` took."""
         return replace(self, backend=name, engines=self.engines if name == "tensorrt" else None)
+
+
+@dataclass(frozen=True)
+class OneGpuOptions(MachineOptions):
+    """Of a command that works on one GPU. UsageError: several are named."""
+
+    devices: str | None = option(None, "GPU index.", metavar="N", shown="0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.gpus) > 1:
+            raise UsageError(f"--devices {self.devices}: one GPU is expected; ul-generate alone works on several")
 
 
 @dataclass(frozen=True)

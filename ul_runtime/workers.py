@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -22,32 +22,24 @@ from ul_runtime.batches import Images
 from ul_runtime.errors import NonFiniteError, ULError
 from ul_runtime.machine import MachineOptions
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.progress import Tick
+from ul_runtime.progress import Tick, silent
+from ul_runtime.settings import as_indices
 
 _ASK_S = 0.2  # between two questions whether to stop
 _END_S = 10.0  # for a process to end by itself
 
-
-class Opened(NamedTuple):
-    """What a process opens: the arguments of loading.open_pipeline."""
-
-    path: Path | None
-    options: MachineOptions
-    guide: Path | None = None
-
-
-class _Part(NamedTuple):
-    """What a process made of a part of the indices; what was not finite is left out and named."""
-
-    batches: list[Images]
-    not_finite: str | None
+Opened: TypeAlias = tuple[Path | None, MachineOptions, Path | None]
+Part: TypeAlias = tuple[list[Images], str | None]  # the images of a part of the indices, and what was not finite
 
 
 class Workers:
-    """Processes that make images of one bundle; the block ends them. `opened` has their names."""
+    """Processes that generate for `pipeline`, each with a pipeline of its own; the block ends them.
 
-    def __init__(self, opened: Mapping[str, Opened]) -> None:
-        self._opened = opened
+    `opened`: by name, the arguments of loading.open_pipeline.
+    """
+
+    def __init__(self, pipeline: Pipeline, opened: Mapping[str, Opened]) -> None:
+        self._pipeline, self._opened = pipeline, opened
         self._processes: dict[Connection, SpawnProcess] = {}
 
     def __enter__(self) -> Self:
@@ -72,25 +64,27 @@ class Workers:
                 process.join()
         self._processes.clear()
 
-    def generate(self, indices: np.ndarray, batch_size: int, tick: Tick, **options: Any) -> Iterator[Images]:
-        """Batches in no order; `options` as for Pipeline.generate, which says what is raised.
+    def generate(
+        self, images: int | np.ndarray, *, batch_size: int | None = None, tick: Tick = silent, **options: Any
+    ) -> Iterator[Images]:
+        """As Pipeline.generate, batches in no order. ULError: a process has ended."""
+        self._pipeline.generate(images, batch_size=batch_size, **options)  # refuses what cannot be
+        return self._generate(as_indices(images), batch_size or self._pipeline.default_batch_size, tick, options)
 
-        ULError: a process has ended.
-        """
-        size = {"batch_size": batch_size}
-        parts = deque(
-            (indices[first : first + batch_size], size | options) for first in range(0, len(indices), batch_size)
-        )
+    def _generate(self, indices: np.ndarray, batch_size: int, tick: Tick, options: dict[str, Any]) -> Iterator[Images]:
+        options = options | {"batch_size": batch_size}
+        pieces = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+        parts = deque((piece, options) for piece in pieces)
         busy = {connection for connection in self._processes if self._send_next(connection, parts)}
         failed: list[str] = []
         while busy:
             tick(0)
             for connection in busy.intersection(wait(list(busy), _ASK_S)):
-                part = self._receive(connection)
+                batches, not_finite = self._receive(connection)
                 if not self._send_next(connection, parts):
                     busy.remove(connection)
-                failed += [part.not_finite] if part.not_finite else []
-                for batch in part.batches:
+                failed += [not_finite] if not_finite else []
+                for batch in batches:
                     tick(len(batch.indices))
                     yield batch
         if failed:
@@ -106,7 +100,7 @@ class Workers:
             raise self._ended(connection) from None
         return True
 
-    def _receive(self, connection: Connection) -> _Part:
+    def _receive(self, connection: Connection) -> Part:
         try:
             message = connection.recv()
         except (EOFError, OSError):
@@ -135,7 +129,7 @@ def _work(connection: Connection, opened: Opened) -> None:
                 batches.extend(pipeline.generate(indices, **options))
             except NonFiniteError as error:
                 not_finite = str(error)
-            connection.send(_Part(batches, not_finite))
+            connection.send((batches, not_finite))
     except (EOFError, BrokenPipeError):
         return
     except ULError as error:
@@ -151,18 +145,6 @@ def generate_on_gpus(
         yield pipeline.generate
         return
     same = options.of_backend(pipeline.backend.name)
-    opened = {f"GPU {gpu}": Opened(path, replace(same, devices=str(gpu)), guide) for gpu in options.gpus}
-    with generate_by_workers(pipeline, opened) as generate:
-        yield generate
-
-
-@contextmanager
-def generate_by_workers(pipeline: Pipeline, opened: Mapping[str, Opened]) -> Iterator[Callable[..., Iterator[Images]]]:
-    """As above; the pipeline itself only checks what is asked for."""
-    with Workers(opened) as workers:
-
-        def generate(images: np.ndarray, *, batch_size: int | None, tick: Tick, **options: Any) -> Iterator[Images]:
-            pipeline.generate(images, batch_size=batch_size, **options)
-            return workers.generate(images, batch_size or pipeline.default_batch_size, tick, **options)
-
-        yield generate
+    opened = {f"GPU {gpu}": (path, replace(same, devices=str(gpu)), guide) for gpu in options.gpus}
+    with Workers(pipeline, opened) as workers:
+        yield workers.generate

@@ -5,8 +5,9 @@ import json
 import typer
 
 from ul_export.evaluation.options import EvalOptions
-from ul_runtime.cli.options import AsJson, BundleArgument, MachineOptions, SamplingOptions, with_options
+from ul_runtime.cli.options import AsJson, BundleArgument, SamplingOptions, with_options
 from ul_runtime.errors import require_packages, run_command
+from ul_runtime.machine import OneGpuOptions
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -17,7 +18,7 @@ def evaluate(
     bundle: BundleArgument,
     options: EvalOptions,
     sampling: SamplingOptions,
-    machine: MachineOptions,
+    machine: OneGpuOptions,
     as_json: AsJson = False,
 ) -> None:
     """Measure a bundle against real images: samples, reconstructions, bits, and whether samples are copies."""

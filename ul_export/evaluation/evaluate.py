@@ -18,10 +18,10 @@ from ul_export.evaluation.options import EvalOptions
 from ul_export.evaluation.report import CONTACT_SHEETS, contact_sheets, html_report
 from ul_export.evaluation.statistics import COVERAGE_NEIGHBOURS
 from ul_runtime import durable
-from ul_runtime.cli.options import MachineOptions, SamplingOptions
+from ul_runtime.cli.options import SamplingOptions
 from ul_runtime.errors import UsageError
 from ul_runtime.loading import open_pipeline
-from ul_runtime.machine import cache_dir, origin
+from ul_runtime.machine import OneGpuOptions, cache_dir, origin
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import stop_on_signal
 from ul_runtime.settings import check_count, check_seed
@@ -53,10 +53,10 @@ def check(options: EvalOptions) -> None:
         durable.check_output_directory(options.out, _FILES)
 
 
-def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machine: MachineOptions) -> dict[str, Any]:
+def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machine: OneGpuOptions) -> dict[str, Any]:
     """Every figure, JSON-ready; writes `options.out`. UsageError before anything is measured; StoppedError."""
     check(options)
-    pipeline = open_pipeline(path, machine.on_one_gpu())
+    pipeline = open_pipeline(path, machine)
     settings = pipeline.settings(**sampling.overrides)
     if machine.threads:
         torch.set_num_threads(machine.threads)

@@ -11,7 +11,6 @@ import typer
 from ul_runtime.cli.options import (
     AsJson,
     JobOptions,
-    MachineOptions,
     OptionalBundle,
     OptionalOutFolder,
     SamplingOptions,
@@ -19,6 +18,7 @@ from ul_runtime.cli.options import (
     with_options,
 )
 from ul_runtime.errors import UsageError, run_command
+from ul_runtime.machine import MachineOptions
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline

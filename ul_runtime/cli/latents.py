@@ -15,12 +15,12 @@ from ul_runtime.cli.options import (
     BundleArgument,
     DecoderOptions,
     JobOptions,
-    MachineOptions,
     OutFolder,
     option,
     with_options,
 )
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, run_command
+from ul_runtime.machine import OneGpuOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,7 @@ def decode(
     out: OutFolder,
     options: DecodeOptions,
     sampling: DecoderOptions,
-    machine: MachineOptions,
+    machine: OneGpuOptions,
     as_json: AsJson = False,
 ) -> None:
     """Decode latents to images: PNG files and a contact sheet. Latents of ul-encode give reconstructions."""
@@ -73,7 +73,6 @@ def decode(
     from ul_runtime.settings import check_count
 
     check_count("--mean-of", options.mean_of)
-    machine.on_one_gpu()
     file = read_latents(latents)
     pipeline = open_pipeline(bundle, machine)
     _check_fits(latents, file, pipeline)
@@ -127,7 +126,7 @@ def encode(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files or folders of them.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="New file of latents, .safetensors or .npz.")],
     options: EncodeOptions,
-    machine: MachineOptions,
+    machine: OneGpuOptions,
     as_json: AsJson = False,
 ) -> None:
     """Encode images to latents (z_0, z_clean), their labels (class folders) and the bits of each."""
@@ -140,7 +139,6 @@ def encode(
     check_count("--bits-samples", options.bits_samples)
     if options.batch_size is not None:
         check_count("--batch-size", options.batch_size)
-    machine.on_one_gpu()
     if out.suffix not in SUFFIXES:
         raise UsageError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if out.exists():

@@ -13,7 +13,6 @@ import typer
 
 from ul_runtime.errors import UsageError
 from ul_runtime.machine import VERSION
-from ul_runtime.machine import MachineOptions as MachineOptions
 from ul_runtime.option import option as option
 
 if TYPE_CHECKING:
