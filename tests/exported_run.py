@@ -1,5 +1,6 @@
 """Runs of the preset `tiny` exported by ul-export, each once for all tests: torch takes twenty seconds for one."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from random_run import DIGITS, write_run
 
 from ul_export import export
 from ul_export.export import rounded
+from ul_export.options import ExportOptions
 from ul_train.run import Run
 from ul_train.torch_backend import TorchBackend
 
@@ -40,7 +42,7 @@ class Exported:
     weights: str
     files: dict[str, bytes]
     figures: dict[str, Any]
-    said: list[str]
+    said: list[str]  # what it logged
 
     def torch_backend(self) -> TorchBackend:
         """The same networks in torch, rounded where the bundle's weights are."""
@@ -48,6 +50,17 @@ class Exported:
         if self.weights == "fp16":
             networks = rounded(networks)
         return TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], torch.device("cpu"))
+
+
+class _Kept(logging.Handler):
+    """Keeps the messages that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 _EXPORTED: dict[str, Exported] = {}
@@ -65,15 +78,18 @@ def _export(name: str, folder: Path) -> Exported:
     write_run(folder / "run", *overrides, classes=classes)
     weights = "fp16" if name == HALF else "fp32"
     files: dict[str, bytes] = {}
-    said: list[str] = []
     make = export.export_graphs
 
     def keep(*arguments: Any) -> dict[str, bytes]:
         files.update(make(*arguments))
         return dict(files)
 
+    kept, log = _Kept(), logging.getLogger("ul_export")
+    log.addHandler(kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "export_graphs", keep)
-        options = export.ExportOptions(opset=opset, weights=weights, threads=1)
-        figures = export.export_bundle(folder / "run", folder / "bundle", options, said.append)
-    return Exported(folder / "run", folder / "bundle", opset, weights, files, figures, said)
+        patch.setattr(log, "level", logging.INFO)
+        options = ExportOptions(opset=opset, weights=weights, threads=1)
+        figures = export.export_bundle(folder / "run", folder / "bundle", options)
+    log.removeHandler(kept)
+    return Exported(folder / "run", folder / "bundle", opset, weights, files, figures, kept.messages)

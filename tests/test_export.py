@@ -13,7 +13,7 @@ from exported_run import CASES, HALF, PLAIN, Exported, exported_run
 from onnx import ModelProto, numpy_helper
 from safetensors.numpy import load_file
 
-from ul_export.verify import BATCH_SIZES, FP32_GRAPH, PROOF_BATCHES, compare_outputs
+from ul_export.verify import BATCH_SIZES, CHECK_BATCHES, FP32_GRAPH, compare_outputs
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
@@ -172,7 +172,7 @@ def test_the_manifest_tells_the_provenance_and_the_measured_differences(exported
         assert 35 < by_rounding["image_psnr_db"] < 100, "no change at all would mean that nothing was rounded"
         assert by_rounding["image_psnr_db"] == exported.figures["rounded_weights_psnr_db"]
     guidance = ("1", "1.5") if manifest.classes else ("1",)
-    assert sum(PROOF_BATCHES) >= 64
+    assert sum(CHECK_BATCHES) >= 64
     first = {f"batch {batch}, guidance {weight}" for batch in BATCH_SIZES for weight in guidance}
     paths = first | {f"batch 16, guidance {weight}, seed {seed}" for weight in guidance for seed in (1, 2, 3)}
     assert set(parity) == paths | {"any coefficients"}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -11,26 +12,26 @@ from random_run import randomise, save, write_run
 
 from ul_export.cli import main
 from ul_export.export import effect_of_rounding, rounded
-from ul_export.precision.lower import exact_in_half, store_half
+from ul_export.onnx_model import exact_in_half, initializers, store_half, typed_model
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.errors import BadInputError
 from ul_runtime.pipeline import Pipeline
 from ul_train.run import Run
 
 
-def product(weight: np.ndarray) -> onnx.ModelProto:
+def product(weight: np.ndarray) -> ir.Model:
     """y = x w + 0.1"""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "c"], ["y"])]
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in "xy")
     weights = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array(0.1, np.float32), "c")]
-    return helper.make_model(
-        helper.make_graph(nodes, "g", [x], [y], weights), opset_imports=[helper.make_opsetid("", 20)], ir_version=10
-    )
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    return typed_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
 
 
-def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    serialized = ir.to_proto(model)
+    onnx.checker.check_model(serialized, full_check=True)
+    session = onnxruntime.InferenceSession(serialized.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
 
 
@@ -39,8 +40,8 @@ def test_a_graph_with_weights_in_float16_computes_the_same_bytes():
     weight = draw.standard_normal((4, 4)).astype(np.float16).astype(np.float32)
     x = draw.standard_normal((3, 4)).astype(np.float32)
     half = store_half(product(weight), exact_in_half(product(weight)))
-    stored = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
-    assert stored == {"w.half": TensorProto.FLOAT16, "c": TensorProto.FLOAT}
+    stored = {name: tensor.dtype for name, tensor in initializers(half).items()}
+    assert stored == {"w.half": ir.DataType.FLOAT16, "c": ir.DataType.FLOAT}
     np.testing.assert_array_equal(run(half, x), run(product(weight), x))
 
 
@@ -49,8 +50,8 @@ def test_a_weight_that_float16_does_not_hold_stays_as_it_is(value):
     weight = np.full((4, 4), 0.5, np.float32)
     weight[1, 2] = value
     model = store_half(product(weight), exact_in_half(product(weight)))
-    assert [tensor.name for tensor in model.graph.initializer] == ["w", "c"]
-    assert [node.op_type for node in model.graph.node] == ["MatMul", "Add"]
+    assert list(model.graph.initializers) == ["w", "c"]
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add"]
 
 
 def test_rounding_leaves_the_networks_themselves_alone():

@@ -116,8 +116,8 @@ FAULTS = {
     ),
     "an emulation that does not round": Fault(
         "ul_export/precision/lower.py",
-        "elif node.op_type not in MOVEMENT:",
-        "elif False:",
+        "            if node.op_type not in MOVEMENT:",
+        "            if False:",
         PRECISION,
         "an_emulated_graph",
     ),
@@ -133,8 +133,8 @@ FAULTS = {
     ),
     "ranges of positive values alone": Fault(
         "ul_export/precision/graphs.py",
-        'make_node("Abs",',
-        'make_node("Identity",',
+        'tape.op("Abs",',
+        'tape.op("Identity",',
         PRECISION,
         "ranges_are_the_largest",
     ),

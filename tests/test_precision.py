@@ -5,13 +5,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ul_export.onnx_model import float_tensors, module_of, name_nodes, tensor_types
+from ul_export.onnx_model import FLOAT, initializers, module_of, name_nodes, typed_model
 from ul_export.precision.graphs import OUTPUT, headroom_bits, weight_ranges, with_ranges
-from ul_export.precision.lower import HALF, by_design, emulated, half_nodes, lower
+from ul_export.precision.lower import by_design, emulated, half_nodes, lower
 from ul_export.precision.search import overflow_pins
 from ul_runtime.errors import ULError
 
@@ -19,11 +20,17 @@ DRAW = np.random.default_rng(0)
 W_1, W_2 = (DRAW.standard_normal((8, 8)).astype(np.float32) for _ in range(2))
 BIAS = DRAW.standard_normal(8).astype(np.float32)
 X = DRAW.standard_normal((5, 8)).astype(np.float32)
+HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 COMPUTED = {"network.a/MatMul", "network.a/Add", "network.c/MatMul", "network.c/Identity"}
 
 
-def model(w_1: np.ndarray = W_1, scale: float = 1.0) -> ModelProto:
+def model(w_1: np.ndarray = W_1, scale: float = 1.0) -> ir.Model:
+    """The graph of `proto`, with types."""
+    return typed_model(proto(w_1, scale))
+
+
+def proto(w_1: np.ndarray = W_1, scale: float = 1.0) -> ModelProto:
     """y = (softmax(x w_1 + b) w_2 scale + x) x, with the names that exported graphs have."""
     rows = [
         ("network.a/MatMul", ["x", "w_1"], "p"),
@@ -43,9 +50,11 @@ def model(w_1: np.ndarray = W_1, scale: float = 1.0) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def run(graph: ModelProto, x: np.ndarray = X) -> list[np.ndarray]:
-    onnx.checker.check_model(graph, full_check=True)
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+def run(graph: ir.Model, x: np.ndarray = X) -> list[np.ndarray]:
+    """Its results, the types that it notes down checked against ONNX's inference."""
+    serialized = ir.to_proto(graph)
+    onnx.checker.check_model(serialized, full_check=True)
+    session = onnxruntime.InferenceSession(serialized.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})
 
 
@@ -71,8 +80,8 @@ def test_statistics_the_update_and_what_meets_it_stay_in_float32():
 
 def test_the_embedding_of_the_noise_level_stays_in_float32():
     graph = model()
-    for node in graph.graph.node[:2]:
-        node.name = node.name.replace("network.a", "network.logsnr_embedding.mlp.0")
+    for node in graph.graph[:2]:
+        node.name = str(node.name).replace("network.a", "network.logsnr_embedding.mlp.0")
     assert half_nodes(graph, {}) == {"network.c/MatMul", "network.c/Identity"}
 
 
@@ -82,37 +91,49 @@ def test_a_pinned_node_stays_in_float32_and_what_only_moves_its_result_too():
 
 @pytest.mark.parametrize("kind", HALF)
 def test_a_lowered_graph_is_typed_and_keeps_float32_at_its_ends(kind):
-    lowered = lower(model(), kind, COMPUTED)
-    onnx.checker.check_model(lowered, full_check=True)
-    kinds = tensor_types(lowered)
-    assert {name for name in "xypqsriu" if kinds[name] == HALF[kind]} == {"p", "q", "r", "i"}
-    weights = {each.name: each.data_type for each in lowered.graph.initializer}
+    lowered = lower(model(), HALF[kind], COMPUTED)
+    serialized = ir.to_proto(lowered)
+    onnx.checker.check_model(serialized, full_check=True)
+    for each in (lowered, typed_model(serialized)):  # what it says itself, and what ONNX infers
+        values = ir.convenience.create_value_mapping(each.graph)
+        assert {name for name in "xypqsriu" if values[name].dtype == HALF[kind]} == {"p", "q", "r", "i"}
+    weights = {name: tensor.dtype for name, tensor in initializers(lowered).items()}
     assert weights == dict.fromkeys(["w_1.half", "b.half", "w_2.half"], HALF[kind])
-    for end in (*lowered.graph.input, *lowered.graph.output):
+    for end in (*serialized.graph.input, *serialized.graph.output):
         assert end.type.tensor_type.elem_type == TensorProto.FLOAT
-    casts = [node for node in lowered.graph.node if node.op_type == "Cast"]
-    assert sorted(node.output[0] for node in casts) == ["i/float", "q/float", "s/half", "x/half"]
+    casts = [node for node in lowered.graph if node.op_type == "Cast"]
+    assert sorted(str(node.outputs[0].name) for node in casts) == ["i/float", "q/float", "s/half", "x/half"]
 
 
 @pytest.mark.parametrize("kind", HALF)
 def test_an_emulated_graph_rounds_as_the_precision_does(kind):
-    (given,) = run(emulated(lower(model(), kind, COMPUTED)))
+    (given,) = run(emulated(lower(model(), HALF[kind], COMPUTED)))
     np.testing.assert_allclose(given, by_hand(kind), rtol=2e-6, atol=2e-6)
     (exact,) = run(model())
     step = {"fp16": 2.0**-11, "bf16": 2.0**-8}[kind]
     assert 0.05 * step < np.abs(given - exact).max() < 30 * step
 
 
+def test_a_graph_that_is_lowered_or_emulated_stays_as_it_was():
+    """Clones of onnx-ir share their types."""
+    exact = model()
+    before = ir.to_proto(exact).SerializeToString()
+    lowered = lower(exact, HALF["fp16"], COMPUTED)
+    between = ir.to_proto(lowered).SerializeToString()
+    emulated(lowered)
+    assert ir.to_proto(exact).SerializeToString() == before != between == ir.to_proto(lowered).SerializeToString()
+
+
 def test_an_emulated_graph_overflows_where_float16_does_and_bfloat16_does_not():
-    assert not np.isfinite(run(emulated(lower(model(scale=1e6), "fp16", COMPUTED)))[0]).any()
-    assert np.isfinite(run(emulated(lower(model(scale=1e6), "bf16", COMPUTED)))[0]).all()
+    assert not np.isfinite(run(emulated(lower(model(scale=1e6), HALF["fp16"], COMPUTED)))[0]).any()
+    assert np.isfinite(run(emulated(lower(model(scale=1e6), HALF["bf16"], COMPUTED)))[0]).all()
 
 
 def test_a_result_of_half_precision_that_leaves_the_graph_is_rounded_and_float32():
-    graph = model()
+    graph = proto()
     del graph.graph.node[5:]
     graph.graph.output[0].name = "i"
-    lowered = lower(graph, "fp16", COMPUTED)
+    lowered = lower(typed_model(graph), HALF["fp16"], COMPUTED)
     (given,) = run(emulated(lowered))
     assert given.dtype == np.float32
     np.testing.assert_array_equal(given, given.astype(np.float16).astype(np.float32))
@@ -120,13 +141,13 @@ def test_a_result_of_half_precision_that_leaves_the_graph_is_rounded_and_float32
 
 
 def test_a_weight_that_both_precisions_take_is_stored_once_in_float32():
-    graph = model()
+    graph = proto()
     graph.graph.node[3].input[1] = "w_1"
-    lowered = lower(graph, "fp16", {"network.a/MatMul", "network.a/Add"})
-    assert {each.name: each.data_type for each in lowered.graph.initializer} == {
-        "w_1": TensorProto.FLOAT,
-        "b.half": TensorProto.FLOAT16,
-        "w_2": TensorProto.FLOAT,
+    lowered = lower(typed_model(graph), HALF["fp16"], {"network.a/MatMul", "network.a/Add"})
+    assert {name: tensor.dtype for name, tensor in initializers(lowered).items()} == {
+        "w_1": FLOAT,
+        "b.half": ir.DataType.FLOAT16,
+        "w_2": FLOAT,
     }
     run(emulated(lowered))
 
@@ -136,7 +157,7 @@ def test_ranges_are_the_largest_magnitudes_of_inputs_and_results():
     y, ranges = run(measured)
     q = X @ W_1 + BIAS
     assert names == ["x", "p", "q", "s", "r", "i", "u", "y"]
-    assert measured.graph.output[1].name == OUTPUT
+    assert measured.graph.outputs[1].name == OUTPUT
     expected = {"x": X, "p": X @ W_1, "q": q, "y": y}
     assert {name: ranges[names.index(name)] for name in expected} == pytest.approx(
         {name: np.abs(array).max() for name, array in expected.items()}, rel=1e-6
@@ -161,36 +182,38 @@ def test_nodes_that_touch_a_magnitude_with_less_than_a_bit_of_headroom_are_pinne
 
 
 def test_nodes_are_named_by_their_module_and_a_second_one_is_counted():
-    graph = model()
+    serialized = proto()
     scopes: list[Any] = ["['', 'network', 'network.a', 'linear']"] * 3 + ["['', 'mul']", "['_empty_nn_module_stack_x']"]
-    for node, scope in zip(graph.graph.node, scopes, strict=False):
+    for node, scope in zip(serialized.graph.node, scopes, strict=False):
         node.op_type = "MatMul"
         node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scope)
+    graph = ir.from_proto(serialized)
     name_nodes(graph)
-    names = [node.name for node in graph.graph.node]
+    names = [str(node.name) for node in graph.graph]
     assert names[:5] == ["network.a/MatMul", "network.a/MatMul_2", "network.a/MatMul_3", "/MatMul", "/MatMul_2"]
     assert [module_of(name) for name in names[2:4]] == ["network.a", ""]
 
 
 def test_a_graph_whose_types_are_not_known_is_refused():
-    graph = model()
+    graph = proto()
     graph.graph.node[0].domain = "elsewhere"
     graph.opset_import.add(domain="elsewhere", version=1)
     with pytest.raises(ULError, match=r"network\.a/MatMul: the type of its result p is not known"):
-        float_tensors(graph)
+        typed_model(graph)
 
 
 def test_the_type_of_a_group_norm_is_that_of_what_it_takes():
-    graph = model()
+    graph = proto()
     given = ["x", "b", "b"]
     norm = helper.make_node("GroupNormalization", given, ["p"], name="network.n/GroupNormalization", num_groups=2)
     graph.graph.node[0].CopyFrom(norm)
-    assert tensor_types(graph)["p"] == tensor_types(graph)["q"] == TensorProto.FLOAT
+    values = ir.convenience.create_value_mapping(typed_model(graph).graph)
+    assert values["p"].dtype == values["q"].dtype == FLOAT
 
 
 def test_types_noted_down_in_a_graph_are_not_carried_into_another_precision():
-    graph = model()
+    graph = proto()
     graph.graph.value_info.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, ["b", 8]))
-    lowered = lower(graph, "fp16", COMPUTED)
+    lowered = lower(typed_model(graph), HALF["fp16"], COMPUTED)
     np.testing.assert_allclose(run(emulated(lowered))[0], by_hand("fp16"), rtol=2e-6, atol=2e-6)
     assert run(lowered)[0].shape == (len(X), 8)

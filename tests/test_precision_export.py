@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -19,11 +20,13 @@ from torch import nn
 
 from ul_export import export as export_command
 from ul_export.cli import main
+from ul_export.onnx_model import typed_model
+from ul_export.options import ExportOptions
 from ul_export.precision.graphs import headroom_bits, node_errors
-from ul_export.precision.lower import KINDS, half_nodes, lower
+from ul_export.precision.lower import FP16, PRECISIONS
 from ul_export.precision.reduce import with_their_weights
-from ul_export.precision.search import Calibration, Pins, overflow_pins, prove, reduce, worst_nodes
-from ul_export.verify import FP32, REDUCED, Tolerance, image_psnr_db
+from ul_export.precision.search import Calibration, Pins, compare_typed, overflow_pins, reduce, worst_nodes
+from ul_export.verify import FP32, Tolerance, image_psnr_db
 from ul_runtime.backends import openvino
 from ul_runtime.backends.choose import choose_on_cpu
 from ul_runtime.bundle import Bundle
@@ -64,7 +67,7 @@ class Case:
 def case(folder: Path, **options: Any) -> Case:
     write_npz(folder / "images.npz")
     write_run(folder / "run", **({"change": calm} | options))
-    export_command.export_bundle(folder / "run", folder / "bundle", export_command.ExportOptions(threads=1), print)
+    export_command.export_bundle(folder / "run", folder / "bundle", ExportOptions(threads=1))
     bundle = Bundle.open(folder / "bundle")
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     x = from_uint8(blobs(12)[0])
@@ -85,18 +88,18 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case(tmp_path_factory.mktemp("planted"), change=plant)
 
 
-def test_an_overflow_on_the_real_path_alone_is_pinned_with_exactly_the_nodes_it_needs(planted):
+def test_an_overflow_on_the_real_path_alone_is_pinned_with_exactly_the_nodes_it_needs(planted, caplog):
     calibration = planted.calibration
     largest = calibration.largest
     draw = np.random.default_rng(0)
     noise = replace(calibration, x=draw.standard_normal(calibration.x.shape).astype(np.float32))
-    (embed,) = (node for node in calibration.models["encoder"].graph.node if node.name == "embed/Conv")
-    assert headroom_bits(largest["encoder"][embed.output[0]]) < -0.5
-    assert headroom_bits(noise.largest["encoder"][embed.output[0]]) > 0, "random inputs do not show it"
-    said: list[str] = []
-    reduced = reduce(calibration, "fp16", said.append)
-    assert reduced.proof.failures == []
-    assert said == [], "ranges alone found them"
+    (embed,) = (node for node in calibration.models["encoder"].graph if node.name == "embed/Conv")
+    assert headroom_bits(largest["encoder"][str(embed.outputs[0].name)]) < -0.5
+    assert headroom_bits(noise.largest["encoder"][str(embed.outputs[0].name)]) > 0, "random inputs do not show it"
+    caplog.set_level("INFO")
+    reduced = reduce(calibration, FP16)
+    assert reduced.comparison.failures == []
+    assert caplog.messages == [], "ranges alone found them"
     assert {graph: sorted(pins) for graph, pins in reduced.pinned.items()} == {
         "encoder": ["embed/Conv", "stages.1/Conv"],  # the sum between them stays with them
         "prior_step": [],
@@ -107,12 +110,13 @@ def test_an_overflow_on_the_real_path_alone_is_pinned_with_exactly_the_nodes_it_
             graph: {n: why for n, why in pins.items() if n != node} for graph, pins in reduced.pinned.items()
         }
         lowered = {
-            graph: lower(model, "fp16", half_nodes(model, fewer[graph])) for graph, model in calibration.models.items()
+            graph: FP16.lowered(model, FP16.nodes(model, fewer[graph]), {})
+            for graph, model in calibration.models.items()
         }
-        assert prove(calibration, "fp16", lowered, (1,)).failures, f"{node} was not needed"
+        assert compare_typed(calibration, FP16, lowered, (1,)).failures, f"{node} was not needed"
 
 
-def test_without_calibration_on_the_real_path_the_proof_fails_and_names_the_node(planted, command, monkeypatch):
+def test_without_calibration_on_the_real_path_the_comparison_fails_and_names_the_node(planted, command, monkeypatch):
     monkeypatch.setattr(Calibration, "largest", {graph: {} for graph in GRAPH_NAMES})
     monkeypatch.setattr("ul_export.precision.search.MOST_ROUNDS", 0)
     out = planted.run.parent / "unproved"
@@ -124,29 +128,29 @@ def test_without_calibration_on_the_real_path_the_proof_fails_and_names_the_node
     assert not out.exists()
 
 
-def test_where_the_tolerance_asks_for_it_the_nodes_that_add_most_are_pinned_and_no_more(plain, monkeypatch):
+def test_where_the_tolerance_asks_for_it_the_nodes_that_add_most_are_pinned_and_no_more(plain, caplog):
     calibration = plain.calibration
-    loose = reduce(calibration, "fp16", print)
+    loose = reduce(calibration, FP16)
     assert loose.pinned == {graph: {} for graph in GRAPH_NAMES}
-    share = max(calls[0].share for calls in loose.proof.worst_calls.values())
-    graph = REDUCED["fp16"].graph
+    share = max(calls[0].share for calls in loose.comparison.worst_calls.values())
+    graph = FP16.tolerances.graph
     tight = Tolerance(0.9 * share * graph.absolute, 0.9 * share * graph.relative)
-    monkeypatch.setitem(REDUCED, "fp16", replace(REDUCED["fp16"], graph=tight))
-    said: list[str] = []
-    reduced = reduce(calibration, "fp16", said.append)
-    assert reduced.proof.failures == []
+    strict = replace(FP16, tolerances=replace(FP16.tolerances, graph=tight))
+    caplog.set_level("INFO")
+    reduced = reduce(calibration, strict)
+    assert reduced.comparison.failures == []
     pinned = [node for pins in reduced.pinned.values() for node in pins]
     assert 1 <= len(pinned) <= 8
-    assert said
-    assert said[0].startswith("fp16: ")
+    assert caplog.messages[0].startswith("fp16: ")
     assert all("its rounding alone" in why for pins in reduced.pinned.values() for why in pins.values())
     for graph, pins in reduced.pinned.items():
         if pins:
             fewer = reduced.pinned | {graph: dict(list(pins.items())[:-1])}
             lowered = {
-                name: lower(model, "fp16", half_nodes(model, fewer[name])) for name, model in calibration.models.items()
+                name: FP16.lowered(model, FP16.nodes(model, fewer[name]), {})
+                for name, model in calibration.models.items()
             }
-            assert prove(calibration, "fp16", lowered).failures, "one fewer does not do"
+            assert compare_typed(calibration, strict, lowered).failures, "one fewer does not do"
 
 
 def with_error(model: ModelProto, node_name: str) -> ModelProto:
@@ -187,9 +191,10 @@ def test_an_error_of_a_thousandth_in_one_operator_fails_the_export_and_is_named(
 def test_the_node_that_adds_the_error_is_first_among_the_node_errors(plain):
     calibration = plain.calibration
     model = calibration.models["prior_step"]
-    reduced = reduce(calibration, "fp16", print)
-    inputs = reduced.proof.worst_calls["prior_step"][0].inputs
-    errors = node_errors(model, with_error(model, WRONG), calibration.info, "prior_step", inputs)
+    reduced = reduce(calibration, FP16)
+    inputs = reduced.comparison.worst_calls["prior_step"][0].inputs
+    wrong = typed_model(with_error(ir.to_proto(model), WRONG))
+    errors = node_errors(model, wrong, calibration.info, "prior_step", inputs)
     assert errors[0].node == WRONG
     assert errors[0].error == pytest.approx(1e-3, rel=1e-2)
     none = node_errors(model, model, calibration.info, "prior_step", inputs)
@@ -199,7 +204,7 @@ def test_the_node_that_adds_the_error_is_first_among_the_node_errors(plain):
     assert 0 < nodes[0].grown < 1e-2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PRECISIONS)
 def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_images(kind, plain, command, tmp_path):
     out, images = tmp_path / "bundle", plain.run.parent / "images.npz"
     result = command(main, plain.run, f"--{kind}", "--out", out, "--threads", 1, "--calibrate", images)
@@ -249,11 +254,14 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
     again = command(generate, out, "--replay", tmp_path / "samples" / "000001.png")
     assert (again.code, "byte for byte" in again.out) == (0, True), again
     (given,), (expected,) = (list(each.generate(4)) for each in (pipeline, load(plain.bundle, threads=1)))
-    assert REDUCED[kind].least_psnr_db < image_psnr_db(expected.x, given.x) < FP32.least_psnr_db + 20
+    least_psnr_db = PRECISIONS[kind].tolerances.least_psnr_db
+    assert least_psnr_db < image_psnr_db(expected.x, given.x) < FP32.least_psnr_db + 20
     if kind != "int8":  # as it would be evaluated: every rounding written out
         copy = load_tool("precisions").rounded_copy(bundle, tmp_path / "rounded")
         (rounded,) = load(copy.path, threads=1).generate(4)
-        assert REDUCED[kind].least_psnr_db < image_psnr_db(expected.x, rounded.x) < FP32.least_psnr_db + 20
+        assert (
+            PRECISIONS[kind].tolerances.least_psnr_db < image_psnr_db(expected.x, rounded.x) < FP32.least_psnr_db + 20
+        )
 
 
 def test_a_bundle_in_fp16_says_on_a_cpu_that_it_computes_in_float32(plain, command, tmp_path):
@@ -299,6 +307,6 @@ def test_a_precision_that_would_be_float32_for_the_most_part_is_refused(plain, c
 def test_pins_are_found_in_the_weights_too(plain):
     largest = plain.calibration.largest
     model = plain.calibration.models["decoder_step"]
-    weight = next(each.name for each in model.graph.initializer if each.name.endswith("embed.weight"))
+    weight = next(name for name in model.graph.initializers if name.endswith("embed.weight"))
     assert overflow_pins(model, largest["decoder_step"]) == {}
     assert list(overflow_pins(model, largest["decoder_step"] | {weight: 1e5})) == ["network.embed/Conv"]

@@ -2,10 +2,12 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
+from ul_export.onnx_model import initializers, typed_model
 from ul_export.precision.lower import by_channel, quantisable, quantised, quantised_weights
 
 DRAW = np.random.default_rng(0)
@@ -15,7 +17,7 @@ PRODUCT = DRAW.standard_normal((5, 3)).astype(np.float32)
 X = DRAW.standard_normal((3, 2, 4, 4)).astype(np.float32)
 
 
-def model() -> ModelProto:
+def model() -> ir.Model:
     """y = (flat(conv(x)) gemm^T) product + x's own product with itself, which has no weights."""
     nodes = [
         helper.make_node("Conv", ["x", "kernel"], ["c"], "network.a/Conv"),
@@ -32,15 +34,17 @@ def model() -> ModelProto:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", 3])
     stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     graph = helper.make_graph(nodes, "g", [x], [y], stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return typed_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
 
 
 NODES = {"network.a/Conv", "network.b/Gemm", "network.c/MatMul"}
 
 
-def run(graph: ModelProto, x: np.ndarray = X, *, more: tuple[str, ...] = ()) -> list[np.ndarray]:
-    copy = ModelProto()
-    copy.CopyFrom(graph)
+def run(graph: ir.Model, x: np.ndarray = X, *, more: tuple[str, ...] = ()) -> list[np.ndarray]:
+    copy = ir.to_proto(graph)
+    inner = [info for info in copy.graph.value_info if info.name not in more]
+    del copy.graph.value_info[:]
+    copy.graph.value_info.extend(inner)
     for name in more:
         shape = ["b", 4, 2, 2] if name == "c" else ["b", {"f": 16, "g": 5, "m": 3}[name]]
         copy.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
@@ -87,17 +91,17 @@ def test_every_product_takes_its_input_by_the_largest_magnitude_seen_and_its_wei
     largest = ranges()
     by_name = {"kernel": (KERNEL, 0), "gemm": (GEMM, 0), "product": (PRODUCT, 1)}
     exact = model()
-    for tensor in exact.graph.initializer:
-        if tensor.name in by_name:
-            weight, axis = by_name[tensor.name]
-            values, scale = by_channel(weight, axis)
-            back = values * scale.reshape([-1 if each == axis else 1 for each in range(weight.ndim)])
-            tensor.CopyFrom(numpy_helper.from_array(back.astype(np.float32), tensor.name))
+    back = {}
+    for name, (weight, axis) in by_name.items():
+        values, scale = by_channel(weight, axis)
+        shape = [-1 if each == axis else 1 for each in range(weight.ndim)]
+        back[name] = (values * scale.reshape(shape)).astype(np.float32)
+        exact.graph.initializers[name].const_value = ir.Tensor(back[name])
     c = run(exact, rounded(X, largest["x"]), more=("c",))[1]
     f = rounded(c.reshape(3, -1), largest["f"])
-    g = rounded(f @ numpy_helper.to_array(exact.graph.initializer[1]).T, largest["g"])
+    g = rounded(f @ back["gemm"].T, largest["g"])
     s = np.float32((X @ X).mean())
-    expected = g @ numpy_helper.to_array(exact.graph.initializer[2]) + s
+    expected = g @ back["product"] + s
     (given,) = run(quantised(model(), NODES, largest))
     np.testing.assert_allclose(given, expected, rtol=1e-4, atol=2e-4 * np.abs(expected).max())
     (plain,) = run(model())
@@ -112,9 +116,9 @@ def test_an_image_does_not_depend_on_the_others_in_its_batch():
 
 def test_with_weights_alone_in_int8_the_graph_computes_in_float32():
     graph = quantised_weights(model(), NODES)
-    assert {node.op_type for node in graph.graph.node if "uantize" in node.op_type} == {"DequantizeLinear"}
-    stored = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
-    assert sorted(name for name, kind in stored.items() if kind == TensorProto.INT8) == [
+    assert {node.op_type for node in graph.graph if "uantize" in node.op_type} == {"DequantizeLinear"}
+    stored = {name: tensor.dtype for name, tensor in initializers(graph).items()}
+    assert sorted(name for name, kind in stored.items() if kind == ir.DataType.INT8) == [
         "gemm/axis0.int8",
         "kernel/axis0.int8",
         "product/axis1.int8",

@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from exported_run import CASES, exported_run
 from onnx import TensorProto, helper
 
-from ul_export.precision.lower import half_nodes, lower
+from ul_export.precision.lower import PRECISIONS
 from ul_export.precision.reduce import with_their_weights
 from ul_runtime.backends import gpu_loop
 from ul_runtime.backends import tensorrt_build as libraries
@@ -57,13 +58,14 @@ def test_attention_as_one_operator_builds_in_half_precision_and_is_named_in_floa
     exported = exported_run("grey with classes, opset 23", tmp_path_factory)
     manifest = Bundle.open(exported.bundle).manifest
     model = with_their_weights(manifest, exported.files)[graph]
-    assert "Attention" in {node.op_type for node in model.graph.node}
-    inputs = manifest.graphs[graph].inputs
+    assert "Attention" in {node.op_type for node in model.graph}
+    data, inputs = ir.to_proto(model).SerializeToString(), manifest.graphs[graph].inputs
     with pytest.raises(BadInputError, match=r"node network\.\S+\.attention/Attention"):
-        build_engine(library, Plan("bundle", graph, model.SerializeToString(), inputs, Profile(16, 4), ("sm89",)))
+        build_engine(library, Plan("bundle", graph, data, inputs, Profile(16, 4), ("sm89",)))
     for kind in ("fp16", "bf16"):
-        half = lower(model, kind, half_nodes(model, {}))
-        assert build_engine(library, Plan("bundle", graph, half.SerializeToString(), inputs, Profile(16, 4), ("sm89",)))
+        half = PRECISIONS[kind].lowered(model, PRECISIONS[kind].nodes(model, ()), {})
+        data = ir.to_proto(half).SerializeToString()
+        assert build_engine(library, Plan("bundle", graph, data, inputs, Profile(16, 4), ("sm89",)))
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -12,11 +13,12 @@ from test_precision_export import calm
 from tiny_run import contents, write_npz
 from torch import nn
 
-from ul_export import export as updating
+from ul_export import update as updating
 from ul_export.cli import main
-from ul_export.export import replace_weights
 from ul_export.onnx_graphs import name_weights
-from ul_export.verify import REDUCED
+from ul_export.onnx_model import initializers
+from ul_export.precision.lower import PRECISIONS
+from ul_export.update import replace_weights
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError
 from ul_runtime.manifest import GRAPH_NAMES
@@ -62,7 +64,7 @@ def test_an_updated_bundle_has_the_weights_of_an_export_of_the_newer_run(kind, r
         assert "lowered_image_psnr_db" in result.out
         assert "worst_graph_difference" not in result.out, "that is of float32"
         assert "precision.html is left out" in result.out + result.err
-        assert own["batch 16, guidance 1"]["image_psnr_db"] > REDUCED[kind].least_psnr_db
+        assert own["batch 16, guidance 1"]["image_psnr_db"] > PRECISIONS[kind].tolerances.least_psnr_db
     for graph in GRAPH_NAMES:
         given, expected = updated.initializers(graph), exported.initializers(graph)
         assert given.keys() == expected.keys()
@@ -82,14 +84,9 @@ def test_a_weight_that_stays_old_fails_the_proof_and_leaves_the_bundle_alone(run
     before = contents(bundle)
     replace = updating.replace_weights
 
-    def forget_one(model, given, constants):
-        stale = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer if not each.external_data}
-        stale |= constants
-        replace(
-            model,
-            {name: stale.get(name, value) if "mlp.0" in name else value for name, value in given.items()},
-            constants,
-        )
+    def forget_one(model, given):
+        stale = {name: tensor.numpy() for name, tensor in initializers(model).items()}
+        replace(model, {name: stale.get(name, value) if "mlp.0" in name else value for name, value in given.items()})
 
     monkeypatch.setattr(updating, "replace_weights", forget_one)
     result = command(main, new, "--update", bundle, "--threads", 1)
@@ -126,15 +123,15 @@ def test_no_weight_of_either_side_may_stay_behind():
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
     weights = {name: np.ones((2, 2), np.float32) for name in names}
 
-    def graph() -> onnx.ModelProto:
+    def graph() -> ir.Model:
         stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-        return helper.make_model(helper.make_graph([], "g", [x], [], stored))
+        return ir.from_proto(helper.make_model(helper.make_graph([], "g", [x], [], stored)))
 
-    replace_weights(graph(), weights, {})
+    replace_weights(graph(), weights)
     with pytest.raises(BadInputError, match=r"the bundle has a weight second\.weight and the run has not"):
-        replace_weights(graph(), {"first.weight": weights["first.weight"]}, {})
+        replace_weights(graph(), {"first.weight": weights["first.weight"]})
     with pytest.raises(BadInputError, match=r"does not have 1 weights of the run, such as third\.bias"):
-        replace_weights(graph(), weights | {"third.bias": np.ones(2, np.float32)}, {})
+        replace_weights(graph(), weights | {"third.bias": np.ones(2, np.float32)})
 
 
 @pytest.mark.slow
@@ -185,13 +182,13 @@ def test_weights_are_named_by_the_parameter_of_the_module_that_takes_them_and_re
     arrays = {"val_1": folded, "val_2": folded, "one": np.ones(1, np.float32)}
     x, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 2]) for name in "xz")
     stored = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
-    model = helper.make_model(helper.make_graph(nodes, "g", [x], [z], stored))
+    model = ir.from_proto(helper.make_model(helper.make_graph(nodes, "g", [x], [z], stored)))
     name_weights(model, module)
-    assert [tensor.name for tensor in model.graph.initializer] == ["first.weight.T", "second.weight.T", "one"]
-    assert [node.input[1] for node in model.graph.node] == ["first.weight.T", "second.weight.T", "one"]
+    assert list(model.graph.initializers) == ["first.weight.T", "second.weight.T", "one"]
+    assert [node.inputs[1].name for node in model.graph] == ["first.weight.T", "second.weight.T", "one"]
     new = {"first.weight": np.arange(4, dtype=np.float32).reshape(2, 2), "second.weight": np.eye(2, dtype=np.float32)}
-    replace_weights(model, new, {})
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    replace_weights(model, new)
+    values = {name: tensor.numpy() for name, tensor in initializers(model).items()}
     np.testing.assert_array_equal(values["first.weight.T"], new["first.weight"].T)
     np.testing.assert_array_equal(values["one"], [1.0])
-    onnx.checker.check_model(model)
+    onnx.checker.check_model(ir.to_proto(model))

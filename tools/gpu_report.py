@@ -190,7 +190,7 @@ def float16_bundle(info: "BundleInfo", networks: "dict[str, nn.Module]", opset: 
     """The networks in float16 wherever ul-export would try it first: for speed, not proved."""
     from ul_export.onnx_graphs import export_graphs
     from ul_export.onnx_model import split_weights
-    from ul_export.precision.lower import half_nodes, lower
+    from ul_export.precision.lower import FP16
     from ul_export.precision.reduce import with_their_weights
     from ul_runtime.bundle import write_bundle
 
@@ -198,9 +198,8 @@ def float16_bundle(info: "BundleInfo", networks: "dict[str, nn.Module]", opset: 
     graphs = dict(info.graphs)
     for name, model in with_their_weights(info, files).items():
         entry = graphs[name]
-        files[entry.file], files[entry.weights] = split_weights(
-            lower(model, "fp16", half_nodes(model, {})), entry.weights
-        )
+        lowered = FP16.lowered(model, FP16.nodes(model, ()), {})
+        files[entry.file], files[entry.weights] = split_weights(lowered, entry.weights)
         graphs[name] = entry.model_copy(update={"precision": "fp16", "opset": opset})
     write_bundle(path, info.model_copy(update={"graphs": graphs}), files)
     return path

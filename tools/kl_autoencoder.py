@@ -143,19 +143,18 @@ def write(
     bundle: Path, config: "Config", classes: tuple[str, ...], networks: dict[str, nn.Module], threads: int | None
 ) -> None:
     """The bundle of these networks, once checked against torch as any other."""
-    from ul_export.export import Trial
+    from ul_export.export import Candidate
     from ul_export.onnx_graphs import export_graphs
-    from ul_export.verify import require
     from ul_runtime.bundle import write_bundle
     from ul_train.run import Run
 
     opset = 20
     info = Run.in_memory(config, classes, "kl-autoencoder").manifest(opset, step=config.base_stage.steps)
     files = export_graphs(networks, info, opset)
-    proof, backend = Trial(bundle, info, files, networks, threads).prove()
-    require(proof, config.name)
-    proved = info.model_copy(update={"parity": {"backend": backend, **proof.figures}})
-    write_bundle(bundle, proved, files, overwrite=True)
+    comparison = Candidate(bundle, info, files, networks, threads).compare()
+    comparison.check(config.name)
+    verified = info.model_copy(update={"parity": {"backend": "ort-cpu", **comparison.figures}})
+    write_bundle(bundle, verified, files, overwrite=True)
 
 
 @app.command()

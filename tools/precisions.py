@@ -109,13 +109,12 @@ def speeds(pipelines: "list[Pipeline]", repeats: int) -> list[dict[str, float]]:
 def quality(path: Path, data: str, ask: list[str]) -> dict[str, Any]:
     """What ul-eval says of the bundle; of half precision, of its copy with the rounding written out."""
     from ul_export.evaluation.report import summary
-    from ul_export.precision.lower import HALF
     from ul_runtime.backends import bundle_precision
     from ul_runtime.bundle import Bundle
 
     bundle = Bundle.open(path)
     with tempfile.TemporaryDirectory() as folder:
-        half = bundle_precision(bundle.manifest) in HALF
+        half = bundle_precision(bundle.manifest) in ("fp16", "bf16")
         if half:
             path = rounded_copy(bundle, Path(folder) / "rounded").path
         found = summary(evaluated(path, data, ask))

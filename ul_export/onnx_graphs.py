@@ -11,12 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import torch
-from onnx import ModelProto, TensorProto, numpy_helper
 from torch import nn
 
-from ul_export.onnx_model import module_of, name_nodes, one_line, split_weights, strip_metadata
-from ul_export.precision.lower import exact_in_half, store_half
+from ul_export.onnx_model import (
+    FLOAT,
+    exact_in_half,
+    initializers,
+    module_of,
+    name_nodes,
+    name_of,
+    split_weights,
+    store_half,
+)
+from ul_runtime.backends import one_line
 from ul_runtime.errors import ULError
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
 from ul_train.networks import SelfAttention
@@ -34,26 +43,19 @@ def parameters(module: nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().float().numpy() for name, value in named}
 
 
-def name_weights(model: ModelProto, module: nn.Module) -> None:
+def name_weights(model: ir.Model, module: nn.Module) -> None:
     """Rename the initializers that the exporter folded: `PARAMETER.T` is transposed, any other reshaped at most."""
-    given = parameters(module)
-    taken = {tensor.name for tensor in model.graph.initializer}
-    renamed: dict[str, str] = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or tensor.name in given:
-            continue
-        users = [module_of(node.name) for node in model.graph.node if tensor.name in node.input]
-        source = _source(numpy_helper.to_array(tensor), given, users)
-        if source is None:
-            continue  # a constant
-        name = source
-        while name in taken:
-            name = f"{source}~{len(taken)}"
-        taken.add(name)
-        renamed[tensor.name] = tensor.name = name
-    for node in model.graph.node:
-        for at, each in enumerate(node.input):
-            node.input[at] = renamed.get(each, each)
+    given, table = parameters(module), model.graph.initializers
+    taken = set(table)
+    for old, tensor in initializers(model).items():
+        value = table.pop(old)  # and back again, so that all keep their order
+        if tensor.dtype == FLOAT and old not in given:
+            users = [module_of(name_of(node)) for node in value.consumers()]
+            source = _source(tensor.numpy(), given, users)
+            if source is not None:  # no constant
+                value.name = source if source not in taken else f"{source}~{len(taken)}"
+                taken.add(name_of(value))
+        table.add(value)
 
 
 def _source(array: np.ndarray, given: Mapping[str, np.ndarray], users: list[str]) -> str | None:
@@ -104,7 +106,7 @@ def step_graphs(networks: dict[str, nn.Module], image: ImageFormat, latent: Late
     return graphs
 
 
-def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
+def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ir.Model:
     """The graph with its weights inside, batch and branches dynamic (Dim names b, g). ULError if torch cannot."""
     dynamic = {
         name: {0: torch.export.Dim("b", min=1)}
@@ -135,10 +137,9 @@ def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ModelProto:
     finally:
         log.setLevel(level)
     assert program is not None
-    model = program.model_proto
-    name_nodes(model)
-    name_weights(model, graph.module)
-    return strip_metadata(model)
+    name_nodes(program.model)
+    name_weights(program.model, graph.module)
+    return program.model
 
 
 def export_graphs(

@@ -1,29 +1,39 @@
-"""Graphs and their tensors: a copy, other nodes, which tensors are float32, and weights in half precision."""
+"""Graphs as models of onnx-ir, whose values know their types and users; and their weights in one safetensors file."""
 
 import ast
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import ModelProto
 from safetensors.numpy import save
 
+from ul_runtime.backends import one_line
 from ul_runtime.bundle import parse_weights
 from ul_runtime.errors import BadInputError, ULError
 
+FLOAT = ir.DataType.FLOAT
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's note on a node: its modules from the outside in, then the operation
+_INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
 
 
-def name_nodes(model: ModelProto) -> None:
+def name_nodes(model: ir.Model) -> None:
     """`network.middle.blocks.0.mlp.0/MatMul`; a second one of a kind in a module ends in `_2`."""
     seen: Counter[str] = Counter()
-    for node in model.graph.node:
+    for node in model.graph:
         name = f"{_path(node)}/{node.op_type}"
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+
+
+def _path(node: ir.Node) -> str:
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
+    path = scopes[-2] if len(scopes) > 1 else ""
+    return "" if path.startswith("_empty_nn_module_stack") else str(path)
 
 
 def module_of(node_name: str) -> str:
@@ -31,60 +41,55 @@ def module_of(node_name: str) -> str:
     return node_name.rpartition("/")[0]
 
 
-def _path(node: NodeProto) -> str:
-    notes = {entry.key: entry.value for entry in node.metadata_props}
-    scopes = ast.literal_eval(notes.get(_SCOPES, "['']"))
-    path = scopes[-2] if len(scopes) > 1 else ""
-    return "" if path.startswith("_empty_nn_module_stack") else str(path)
+def name_of(part: ir.Node | ir.Value) -> str:
+    """Its name. ValueError: it has none."""
+    if not part.name:
+        raise ValueError(f"{part} has no name")
+    return part.name
 
 
-def copied(model: ModelProto) -> ModelProto:
-    """A copy, to be changed."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    return copy
+def initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Weights and constants by name."""
+    return {name: tensor for name, each in model.graph.initializers.items() if (tensor := each.const_value) is not None}
 
 
-def set_nodes(model: ModelProto, nodes: Sequence[NodeProto]) -> None:
-    """Its nodes become these; what it noted down of the results of others goes."""
-    kept = list(nodes)
-    del model.graph.node[:], model.graph.value_info[:]
-    model.graph.node.extend(kept)
-
-
-def tensor_types(model: ModelProto) -> dict[str, int]:
-    """Element types (onnx.TensorProto) of inputs, weights and results of nodes by name, by ONNX's own inference.
+def typed_model(graph: ModelProto) -> ir.Model:
+    """The graph, in which every value has its element type, by ONNX's own inference.
 
     ULError: it does not know what a node makes.
     """
-    graph = model.graph
-    kinds = {each.name: each.data_type for each in graph.initializer}
-    weights = (helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in graph.initializer)
-    bare = helper.make_model(  # without the weights, which may be more than protobuf's 2 GiB
-        helper.make_graph([*map(_inferable, graph.node)], "types", [*graph.input, *weights], list(graph.output)),
-        opset_imports=list(model.opset_import),
-        functions=list(model.functions),
-    )
-    inferred = onnx.shape_inference.infer_shapes(bare).graph
-    for info in (*inferred.input, *inferred.output, *inferred.value_info):
-        kinds[info.name] = info.type.tensor_type.elem_type
-    for node in graph.node:
-        for name in node.output:
-            if name and not kinds.get(name):
-                raise ULError(f"{node.name}: the type of its result {name} is not known; update onnx")
-    return kinds
+    inferable = ModelProto()
+    inferable.CopyFrom(graph)
+    for node in inferable.graph.node:
+        if node.op_type == "GroupNormalization":  # of which ONNX 1.23 infers nothing
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+    typed = ModelProto()
+    typed.CopyFrom(graph)
+    del typed.graph.value_info[:]
+    typed.graph.value_info.extend(onnx.shape_inference.infer_shapes(inferable).graph.value_info)
+    model = ir.from_proto(typed)
+    for each in model.graph:
+        for value in each.outputs:
+            if value.name and value.dtype is None:
+                raise ULError(f"{each.name}: the type of its result {value.name} is not known; update onnx")
+    return model
 
 
-def _inferable(node: NodeProto) -> NodeProto:
-    """The node, or one that makes the same types and shapes where ONNX infers nothing (1.23: group norms)."""
-    if node.op_type == "GroupNormalization":
-        return helper.make_node("Identity", node.input[:1], node.output, name=node.name)
-    return node
+def new_value(name: str, like: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A value of the shape of another one."""
+    return ir.Value(name=name, shape=like.shape, type=ir.TensorType(dtype))
 
 
-def float_tensors(model: ModelProto) -> set[str]:
-    """Names of the float32 inputs, weights and results of nodes. ULError: it is not known what a node makes."""
-    return {name for name, kind in tensor_types(model).items() if kind == TensorProto.FLOAT}
+def retype(value: ir.Value, dtype: ir.DataType) -> None:
+    """Change its type; setting `value.dtype` would do so in all clones of the graph, which share it."""
+    value.type = ir.TensorType(dtype)
+
+
+def cast(value: ir.Value, made: ir.Value, name: str) -> ir.Node:
+    """A node that makes `made` of `value`, in its type."""
+    assert made.dtype is not None
+    return ir.Node("", "Cast", [value], [ir.AttrInt64("to", made.dtype)], outputs=[made], name=name)
 
 
 def stored_name(weight: str) -> str:
@@ -92,52 +97,82 @@ def stored_name(weight: str) -> str:
     return f"{weight}.half"
 
 
-def half_tensor(tensor: TensorProto, kind: int) -> TensorProto:
-    """A float32 weight as the nearest value of half precision (what is too large becomes infinite)."""
+def rounded_tensor(values: np.ndarray, dtype: ir.DataType) -> ir.Tensor:
+    """The nearest values of half precision (what is too large becomes infinite)."""
     with np.errstate(over="ignore"):
-        values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))
-    return numpy_helper.from_array(values, tensor.name)
+        return ir.Tensor(values.astype(dtype.numpy()), dtype=dtype)
 
 
-_INLINE_BYTES = 256  # smaller initializers (shapes, scalars) stay in the graph
+def exact_in_half(model: ir.Model) -> set[str]:
+    """Names of the float32 initializers that float16 holds exactly."""
+    found = set()
+    for name, tensor in initializers(model).items():
+        if tensor.dtype == FLOAT and len(tensor.shape):
+            half = rounded_tensor(tensor.numpy(), ir.DataType.FLOAT16).numpy().astype(np.float32)  # infinity: overflow
+            if np.array_equal(half, tensor.numpy()):
+                found.add(name)
+    return found
 
 
-def strip_metadata(model: ModelProto) -> ModelProto:
-    """Remove what torch notes down for itself: its own names, types, and stack traces with paths of this machine."""
-    graph = model.graph
+def store_half(model: ir.Model, names: Collection[str], dtype: ir.DataType = ir.DataType.FLOAT16) -> ir.Model:
+    """A copy where these float32 initializers are stored in half precision, and cast where the graph begins."""
+    copy = model.clone()
+    casts = []
+    for value in halve_initializers(copy, names, dtype):
+        name = name_of(value)
+        back = new_value(name.removesuffix(stored_name("")), value, FLOAT)
+        value.replace_all_uses_with(back)
+        casts.append(cast(value, back, f"{name}/Cast"))
+    if casts:
+        copy.graph.insert_before(copy.graph[0], casts)
+    return copy
+
+
+def halve_initializers(model: ir.Model, names: Collection[str], dtype: ir.DataType) -> list[ir.Value]:
+    """Put these float32 initializers into half precision, in their places and under new names; returns them."""
+    found, table = [], model.graph.initializers
+    for name, value in list(table.items()):
+        table.pop(name)  # and back again, so that all keep their order
+        if name in names:
+            assert value.const_value is not None
+            value.const_value = rounded_tensor(value.const_value.numpy(), dtype)
+            value.name = stored_name(name)
+            retype(value, dtype)
+            found.append(value)
+        table.add(value)
+    return found
+
+
+def split_weights(model: ir.Model, weights_file: str) -> tuple[bytes, bytes]:
+    """(graph without weights, safetensors bytes): every large initializer becomes external data in `weights_file`.
+
+    What torch noted down for itself stays out: its own names, types, and stack traces with paths of this machine.
+    """
+    copy = model.clone()
+    large = {name: each for name, each in initializers(copy).items() if each.nbytes > _INLINE_BYTES}
+    weights = save({name: np.ascontiguousarray(tensor.numpy()) for name, tensor in large.items()})
+    start = 8 + int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8:start])
+    for name, tensor in large.items():
+        begin, end = header[name]["data_offsets"]
+        copy.graph.initializers[name].const_value = ir.ExternalTensor(
+            weights_file, start + begin, end - begin, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
+    proto = ir.to_proto(copy)
+    graph = proto.graph
     del graph.value_info[:]  # a quarter of a graph's bytes; everyone infers it
-    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    return model
+    return proto.SerializeToString(deterministic=True), weights
 
 
-def split_weights(model: ModelProto, weights_file: str) -> tuple[bytes, bytes]:
-    """(graph without weights, safetensors bytes): every large initializer becomes external data in `weights_file`."""
-    large = [t for t in model.graph.initializer if len(t.raw_data) > _INLINE_BYTES]
-    arrays = {tensor.name: np.ascontiguousarray(numpy_helper.to_array(tensor)) for tensor in large}
-    weights = save(arrays)
-    header_bytes = int.from_bytes(weights[:8], "little")
-    header = json.loads(weights[8 : 8 + header_bytes])
-    for tensor in large:
-        begin, end = header[tensor.name]["data_offsets"]
-        tensor.ClearField("raw_data")
-        tensor.data_location = TensorProto.EXTERNAL
-        del tensor.external_data[:]
-        for key, value in (("location", weights_file), ("offset", 8 + header_bytes + begin), ("length", end - begin)):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
-    return model.SerializeToString(deterministic=True), weights
-
-
-def join_weights(graph: bytes, weights: bytes, weights_file: str) -> ModelProto:
-    """What `split_weights` took apart; never serialised whole, so that it may be larger than protobuf's 2 GiB."""
-    model, arrays = onnx.load_model_from_string(graph), parse_weights(weights, weights_file)
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            tensor.ClearField("data_location")
-            del tensor.external_data[:]
-            tensor.raw_data = arrays[tensor.name].tobytes()
+def join_weights(graph: bytes, weights: bytes, weights_file: str) -> ir.Model:
+    """What `split_weights` took apart; no file that the graph names is opened. Weights may be larger than 2 GiB."""
+    model, arrays = typed_model(onnx.load_model_from_string(graph)), parse_weights(weights, weights_file)
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.Tensor(arrays[name], dtype=value.const_value.dtype, name=name)
     return model
 
 
@@ -149,8 +184,3 @@ def check_graph(path: Path) -> None:
         raise BadInputError(
             f"{path.name}: onnx.checker refuses the graph: {one_line(error)}; no bundle was written"
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The start of an error's text, for a message."""
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""The proof of a bundle: its graphs against torch, one by one and along the whole sampling path."""
+"""The comparison of two backends: graph by graph, and along the whole sampling path."""
 
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ul_runtime.backends import Backend, WrappedBackend
-from ul_runtime.batches import Images
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import BadInputError, NonFiniteError
 from ul_runtime.images import to_uint8
@@ -29,7 +28,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Of a proof: of one graph call, of z_0 after the whole loop (None = images alone count), and of final images.
+    """Of a comparison: of one graph call, of z_0 after the whole loop (None = images alone count), and of final images.
 
     `off_path`: whether calls with random inputs, which no sampling path has, are within the tolerance too.
     """
@@ -44,11 +43,6 @@ class Tolerances:
 FP32_GRAPH = Tolerance(absolute=1e-5, relative=1e-4)
 FP32_PATH = Tolerance(absolute=2e-4, relative=1e-3)
 FP32 = Tolerances(FP32_GRAPH, FP32_PATH, least_psnr_db=80.0, least_equal_pixels=0.999)  # 133 to 142 dB measured
-REDUCED = {  # each against float32; half precision has steps of 2^-11 and 2^-8, int8 scales that the path has shown
-    "fp16": Tolerances(Tolerance(absolute=2.5e-3, relative=1e-3), None, least_psnr_db=35.0),
-    "bf16": Tolerances(Tolerance(absolute=0.02, relative=0.01), None, least_psnr_db=35.0),
-    "int8": Tolerances(Tolerance(absolute=0.1, relative=0.05), None, least_psnr_db=35.0, off_path=False),
-}
 
 
 @dataclass(frozen=True)
@@ -109,8 +103,8 @@ def image_psnr_db(expected: np.ndarray, actual: np.ndarray) -> float:
 
 
 BATCH_SIZES = (1, 3, 16)
-PROOF_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # of what is written: 68 images, guided and not
-MOST_CALLS = 8  # of a graph, that a proof keeps
+CHECK_BATCHES = (*BATCH_SIZES, 16, 16, 16)  # of what is written: 68 images, guided and not
+MOST_CALLS = 8  # of a graph, that a comparison keeps
 
 _ANY = Tolerance(absolute=np.inf, relative=0.0)  # anything finite
 
@@ -141,7 +135,7 @@ class ComparedCall:
 
 
 @dataclass
-class Proof:
+class Comparison:
     """What was compared: figures for the manifest, and every failure in words."""
 
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -172,18 +166,33 @@ class Proof:
         insort(calls, call, key=lambda each: -each.share)
         del calls[MOST_CALLS:]
 
+    def check(self, where: str, look: Callable[[], str] | None = None) -> None:
+        """BadInputError with the first failures, or because nothing was compared; `look` finds out more about them."""
+        if not self.figures:
+            raise BadInputError(f"{where}: nothing was compared with torch, no bundle was written")
+        if self.failures:
+            shown = "; ".join(self.failures[:3])
+            more = f" and {len(self.failures) - 3} more" if len(self.failures) > 3 else ""
+            found = f"; {look()}" if look is not None and self.worst_calls else ""
+            raise BadInputError(f"{where}: the graphs do not equal torch, no bundle was written: {shown}{more}{found}")
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Of a comparison in float32, what ul-export prints."""
+        paths = [figures for figures in self.figures.values() if "z_0" in figures]
+        return {
+            "worst_graph_difference": max(max(each["largest_difference"].values()) for each in self.figures.values()),
+            "worst_z_0_difference": max(figures["z_0"] for figures in paths),
+            "worst_image_psnr_db": min(figures["image_psnr_db"] for figures in paths),
+        }
+
     @property
     def worst_graph(self) -> GraphName:
         """The graph with the call that is furthest out, by its tolerance."""
         return max(self.worst_calls, key=lambda graph: self.worst_calls[graph][0].share)
 
-    @property
-    def worst_graph_difference(self) -> float:
-        """The largest difference of any graph call."""
-        return max(max(figures["largest_difference"].values()) for figures in self.figures.values())
 
-
-def verify(
+def compare_backends(
     reference: Pipeline,
     actual: Backend,
     *,
@@ -193,7 +202,7 @@ def verify(
     what: str = "torch",
     x: np.ndarray | None = None,
     to_first_failure: bool = False,
-) -> Proof:
+) -> Comparison:
     """Compare `actual` with the reference pipeline (`what`): same noise and labels, guided and not, batch by batch.
 
     Each graph is compared on the inputs that the reference path really gives it, then, while these agree, z_0 and the
@@ -202,68 +211,73 @@ def verify(
     A size of `batch_sizes` that comes again is of other images; the encoder is also given images x `b c h w`.
     NonFiniteError: the reference gives NaN or Inf.
     """
-    proof = Proof()
+    comparison = Comparison()
     guidances = list(dict.fromkeys((1.0, reference.settings().guidance)))
-    with progress(f"comparing with {what}", sum(batch_sizes) * len(guidances), "images") as advance:
+    with progress(f"comparing with {what}", sum(batch_sizes) * len(guidances), "images") as tick:
         for (at, batch_size), guidance in product(enumerate(batch_sizes), guidances):
             again = batch_sizes[:at].count(batch_size)
             key = f"batch {batch_size}, guidance {guidance:g}" + (f", seed {seed + again}" if again else "")
-            path = _Path(reference, actual, batch_size, guidance, seed + again)
-            _verify_path(proof, path, key, tolerances, what)
-            advance(batch_size)
-            if to_first_failure and proof.failures:
-                return proof
-    recorder = Recorder(reference.backend)
-    for graph, inputs in _full_inputs(reference, seed) if tolerances.off_path else ():
-        recorder.run(graph, inputs)
-    if recorder.calls:
-        proof.compare_calls("any coefficients", recorder.calls, actual, tolerances.graph)
+            path = _Path(batch_size, guidance, seed + again)
+            _compare_path(comparison, reference, actual, path, key, tolerances, what)
+            tick(batch_size)
+            if to_first_failure and comparison.failures:
+                return comparison
+    more: dict[str, list[tuple[GraphName, Arrays]]] = {}
+    if tolerances.off_path:
+        more["any coefficients"] = list(_full_inputs(reference, seed))
     if x is not None:
-        recorder = Recorder(reference.backend)
-        recorder.run("encoder", {"x": x})
-        proof.compare_calls("images", recorder.calls, actual, tolerances.graph)
-    return proof
+        more["images"] = [("encoder", {"x": x})]
+    for key, given in more.items():
+        calls = [(graph, inputs, reference.backend.run(graph, inputs)) for graph, inputs in given]
+        comparison.compare_calls(key, calls, actual, tolerances.graph)
+    return comparison
 
 
 @dataclass(frozen=True)
 class _Path:
-    """Whole images by two backends from the same noise."""
+    """A batch of images to sample."""
 
-    reference: Pipeline
-    actual: Backend
     batch_size: int
     guidance: float
     seed: int
 
-    def images(self, backend: Recorder) -> Images:
-        """Of this backend."""
-        pipeline = Pipeline(self.reference.manifest, backend)
+    def images(self, reference: Pipeline, backend: Backend) -> np.ndarray:
+        """x by this backend, sampled as the reference is."""
+        pipeline = Pipeline(reference.manifest, backend)
         batches = pipeline.generate(self.batch_size, seed=self.seed, batch_size=self.batch_size, guidance=self.guidance)
         (images,) = batches
-        return images
+        return images.x
 
 
-def _verify_path(proof: Proof, path: _Path, key: str, tolerances: Tolerances, what: str) -> None:
-    expected, given = Recorder(path.reference.backend), Recorder(path.actual)
+def _compare_path(
+    comparison: Comparison,
+    reference: Pipeline,
+    actual: Backend,
+    path: _Path,
+    key: str,
+    tolerances: Tolerances,
+    what: str,
+) -> None:
+    expected, given = Recorder(reference.backend), Recorder(actual)
     try:
-        x = path.images(expected).x
+        x = path.images(reference, expected)
     except NonFiniteError as error:
         message = f"{what} itself gives NaN or Inf; train on, or change sampling.guidance"
         raise NonFiniteError(f"images, {key}: {message}: {error}") from error
-    figures = proof.compare_calls(key, expected.calls, path.actual, tolerances.graph)
-    if proof.failures:
+    figures = comparison.compare_calls(key, expected.calls, actual, tolerances.graph)
+    if comparison.failures:
         return
     try:
-        y = path.images(given).x
+        y = path.images(reference, given)
     except NonFiniteError as error:
-        proof.failures.append(f"images, {key}: {error}")
+        comparison.failures.append(f"images, {key}: {error}")
         return
     z_0 = [recorder.calls[-1][1]["z_0"] for recorder in (expected, given)]
     psnr = image_psnr_db(x, y)
     close = float((np.abs(to_uint8(x).astype(int) - to_uint8(y).astype(int)) <= 1).mean())
     if not (psnr >= tolerances.least_psnr_db and close >= tolerances.least_equal_pixels):
-        proof.failures.append(f"images, {key}: PSNR {psnr:.1f} dB, {close:.4%} of values within one level")
-    figures["z_0"] = proof.note(f"z_0, {key}", compare(z_0[0], z_0[1], tolerances.path or _ANY))
+        comparison.failures.append(f"images, {key}: PSNR {psnr:.1f} dB, {close:.4%} of values within one level")
+    figures["z_0"] = comparison.note(f"z_0, {key}", compare(z_0[0], z_0[1], tolerances.path or _ANY))
     figures["image_psnr_db"] = min(psnr, 200.0)
     figures["largest_pixel_difference"] = float(np.abs(x - y).max())
     figures["within_one_level"] = close
@@ -312,17 +326,3 @@ def _full_step(
         inputs["label"] = draw.integers(0, pipeline.num_classes + 1, (batch_size, branches))
         inputs["rescale"] = draw.uniform(0.1, 1.0, batch_size).astype(np.float32)
     return inputs
-
-
-def require(proof: Proof, where: str, look: Callable[[], str] | None = None) -> None:
-    """BadInputError with the first failures unless the proof holds; a proof that compared nothing does not.
-
-    `look`: finds out more about a failure, for the message.
-    """
-    if not proof.figures:
-        raise BadInputError(f"{where}: nothing was compared with torch, no bundle was written")
-    if proof.failures:
-        shown = "; ".join(proof.failures[:3])
-        more = f" and {len(proof.failures) - 3} more" if len(proof.failures) > 3 else ""
-        found = f"; {look()}" if look is not None and proof.worst_calls else ""
-        raise BadInputError(f"{where}: the graphs do not equal torch, no bundle was written: {shown}{more}{found}")

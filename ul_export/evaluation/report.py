@@ -12,7 +12,7 @@ from rich.table import Table
 from ul_export.evaluation.comparison import Comparison
 from ul_export.evaluation.measures import Reconstructions, Samples
 from ul_export.evaluation.statistics import Nearest
-from ul_export.page import page, paragraph, picture, table
+from ul_export.html_page import image, page, paragraph, table
 from ul_runtime.contact_sheet import contact_sheet_png
 from ul_train.data.imageset import Images
 
@@ -126,7 +126,7 @@ def html_report(result: Mapping[str, Any], sheets: Mapping[str, bytes]) -> str:
     body = [
         *map(paragraph, sentences(result)),
         table(columns, rows(result), (3, 4, 5)),
-        *(picture(CONTACT_SHEETS[name], data) for name, data in sheets.items()),
+        *(image(CONTACT_SHEETS[name], data) for name, data in sheets.items()),
         paragraph(f"Bundle {result['bundle']['hash'][:12]}; data {result['data']['fingerprint'][:12]}; {versions}"),
         f"<p><code>{escape(result['command'])}</code></p>",
     ]

@@ -1,1 +1,1 @@
-"""Half precision as a property of the exported graph: which nodes compute in it, and the proof that they may."""
+"""Lower precisions as a property of the exported graph: which nodes compute in them, and the check that they may."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
-from ul_export.onnx_model import copied, float_tensors, split_weights
+from ul_export.onnx_model import FLOAT, initializers, name_of, split_weights
 from ul_runtime.backends import WrappedBackend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
@@ -16,11 +16,11 @@ from ul_runtime.manifest import BundleInfo, FileEntry, GraphName, Manifest
 from ul_train.activations import LARGEST_FLOAT16
 
 
-def in_memory(info: BundleInfo, models: Mapping[GraphName, ModelProto], threads: int | None = None) -> OrtCpuBackend:
+def in_memory(info: BundleInfo, models: Mapping[GraphName, ir.Model], threads: int | None = None) -> OrtCpuBackend:
     """ONNX Runtime over these graphs, weights inside them, which take the place of those that `info` describes."""
     files: dict[str, bytes] = {}
     for name, model in models.items():
-        files[_file(name)], files[_weights(name)] = split_weights(copied(model), _weights(name))
+        files[_file(name)], files[_weights(name)] = split_weights(model, _weights(name))
     graphs = {
         name: graph.model_copy(update={"file": _file(name), "weights": _weights(name), "float32_file": None})
         for name, graph in info.graphs.items()
@@ -50,26 +50,26 @@ class NodeError:
 
 
 def node_errors(
-    exact: ModelProto, other: ModelProto, info: BundleInfo, graph: GraphName, inputs: Mapping[str, np.ndarray]
+    exact: ir.Model, other: ir.Model, info: BundleInfo, graph: GraphName, inputs: Mapping[str, np.ndarray]
 ) -> list[NodeError]:
     """Nodes of `exact` in the order of what they add to the error of `other`, a graph of the same results by name.
 
     A result that is not finite on one side alone has an infinite error.
     """
-    floats = float_tensors(exact)
-    shared = {name for node in other.graph.node for name in node.output}
-    names = [name for node in exact.graph.node for name in node.output if name in floats & shared]
+    shared = {value.name for node in other.graph for value in node.outputs}
+    made = [value for node in exact.graph for value in node.outputs]
+    names = [name_of(value) for value in made if value.dtype == FLOAT and value.name in shared]
     expected, given = (
         in_memory(info, {graph: exposed(model, names)}).run(graph, dict(inputs)) for model in (exact, other)
     )
     error = {name: _relative(expected[name], given[name]) for name in names}
     found = []
-    for node in exact.graph.node:
-        made = [error[name] for name in node.output if name in error]
-        if made:
-            brought = max((error.get(name, 0.0) for name in node.input), default=0.0)
-            grown = max(made) - brought if np.isfinite(brought) else 0.0
-            found.append(NodeError(node.name, max(made), grown))
+    for node in exact.graph:
+        of_node = [error[name_of(value)] for value in node.outputs if value.name in error]
+        if of_node:
+            brought = max((error.get(value.name or "", 0.0) for value in node.inputs if value is not None), default=0.0)
+            grown = max(of_node) - brought if np.isfinite(brought) else 0.0
+            found.append(NodeError(name_of(node), max(of_node), grown))
     return sorted(found, key=lambda each: -each.grown)
 
 
@@ -81,40 +81,38 @@ def _relative(expected: np.ndarray, given: np.ndarray) -> float:
     return gap / scale if scale else gap
 
 
-def exposed(model: ModelProto, names: Collection[str]) -> ModelProto:
+def exposed(model: ir.Model, names: Collection[str]) -> ir.Model:
     """A copy that gives these results too."""
-    copy = copied(model)
-    known = {each.name for each in copy.graph.output}
-    copy.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known
-    )
+    copy = model.clone()
+    values = ir.convenience.create_value_mapping(copy.graph)
+    copy.graph.outputs.extend(value for name in names if not (value := values[name]).is_graph_output())
     return copy
 
 
 OUTPUT = "ranges"
 
 
-def with_ranges(model: ModelProto) -> tuple[ModelProto, list[str]]:
+def with_ranges(model: ir.Model) -> tuple[ir.Model, list[str]]:
     """(a copy with one more output OUTPUT `n`, the n float32 tensors whose largest magnitude it holds)."""
-    measured, floats = copied(model), float_tensors(model)
-    graph = measured.graph
-    made = [*(each.name for each in graph.input), *(name for node in graph.node for name in node.output)]
-    names = [name for name in made if name in floats]
-    one = numpy_helper.from_array(np.array([1], np.int64), "ranges/one")
-    graph.initializer.append(one)
-    for name in names:
-        graph.node.append(helper.make_node("Abs", [name], [f"ranges/abs/{name}"]))
-        graph.node.append(helper.make_node("ReduceMax", [f"ranges/abs/{name}"], [f"ranges/max/{name}"], keepdims=0))
-        graph.node.append(helper.make_node("Reshape", [f"ranges/max/{name}", one.name], [f"ranges/one/{name}"]))
-    graph.node.append(helper.make_node("Concat", [f"ranges/one/{name}" for name in names], [OUTPUT], axis=0))
-    graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [len(names)]))
-    return measured, names
+    copy = model.clone()
+    made = [*copy.graph.inputs, *(value for node in copy.graph for value in node.outputs)]
+    floats = [value for value in made if value.dtype == FLOAT]
+    tape = ir.tape.Tape(copy.graph)
+    one = tape.initializer(ir.Tensor(np.array([1], np.int64)), f"{OUTPUT}/one")
+    largest = []
+    for value in floats:
+        magnitude = tape.op("ReduceMax", [tape.op("Abs", [value])], {"keepdims": 0})
+        largest.append(tape.op("Reshape", [magnitude, one]))
+    ranges = ir.Value(name=OUTPUT, shape=ir.Shape([len(floats)]), type=ir.TensorType(FLOAT))
+    tape.op("Concat", largest, {"axis": 0}, output=ranges)
+    copy.graph.outputs.append(ranges)
+    return copy, [name_of(value) for value in floats]
 
 
-def weight_ranges(model: ModelProto) -> dict[str, float]:
+def weight_ranges(model: ir.Model) -> dict[str, float]:
     """The largest magnitude of every float32 weight."""
-    weights = (each for each in model.graph.initializer if each.data_type == TensorProto.FLOAT)
-    return {each.name: float(np.abs(numpy_helper.to_array(each)).max(initial=0.0)) for each in weights}
+    floats = {name: tensor.numpy() for name, tensor in initializers(model).items() if tensor.dtype == FLOAT}
+    return {name: float(np.abs(array).max(initial=0.0)) for name, array in floats.items()}
 
 
 @dataclass

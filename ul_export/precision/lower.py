@@ -1,20 +1,32 @@
-"""A float32 graph as a typed graph of half precision: nodes compute in it, islands stay in float32, casts in between.
+"""A float32 graph as a typed graph of a lower precision, and what there is to say of each: fp16, bf16, int8.
 
-TensorRT from 11 on knows no other way to say a precision, and every other runtime takes it too. Inputs and outputs stay
-float32, so that bundles of any precision are interchangeable.
+In half precision nodes compute in it, islands stay in float32, casts in between. TensorRT from 11 on knows no other way
+to say a precision, and every other runtime takes it too. Inputs and outputs stay float32, so that bundles of any
+precision are interchangeable.
 """
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
-from ul_export.onnx_model import copied, float_tensors, half_tensor, module_of, set_nodes, stored_name, tensor_types
-from ul_train.activations import CONDITIONING, RESULT
+from ul_export.onnx_model import (
+    FLOAT,
+    cast,
+    halve_initializers,
+    initializers,
+    module_of,
+    name_of,
+    new_value,
+    retype,
+    store_half,
+)
+from ul_export.verify import Tolerance, Tolerances
+from ul_train.activations import CONDITIONING, LARGEST_FLOAT16, RESULT
 
-HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Sums and quotients over many values, and waves of large angles: short of digits or of range in half precision.
 STATISTICS = {
     "Cos",
@@ -53,265 +65,214 @@ ELEMENTWISE = {"Add", "Div", "Mul", "Sub"}
 NETWORK = "network"  # the network's module in the step graphs
 
 
-def by_design(model: ModelProto) -> dict[str, str]:
+def by_design(model: ir.Model) -> dict[str, str]:
     """Nodes that stay in float32 in every graph, and why: statistics, conditioning, the result, all around the network.
 
     With conditioning and result in float16 too, the error of a prior step of garments-32 is 1.7 to 2.6 times as large.
     """
-    wrapped = any(module_of(node.name).split(".")[0] == NETWORK for node in model.graph.node)
+    names = [name_of(node) for node in model.graph]
+    wrapped = any(module_of(name).split(".")[0] == NETWORK for name in names)
     reasons = {}
-    for node in model.graph.node:
-        path = module_of(node.name).split(".")
+    for name, node in zip(names, model.graph, strict=True):
+        path = module_of(name).split(".")
         if node.op_type in STATISTICS:
-            reasons[node.name] = f"{node.op_type} needs its range"
+            reasons[name] = f"{node.op_type} needs its range"
         elif wrapped and path[0] != NETWORK:
-            reasons[node.name] = "guidance and the sampler's update"
+            reasons[name] = "guidance and the sampler's update"
         elif CONDITIONING.intersection(path):
-            reasons[node.name] = "conditioning on noise level and label"
+            reasons[name] = "conditioning on noise level and label"
         elif path == [NETWORK, RESULT] or path == [RESULT]:
-            reasons[node.name] = "result of the network"
+            reasons[name] = "result of the network"
     return reasons
 
 
-def half_nodes(model: ModelProto, pinned: Collection[str]) -> set[str]:
+def half_nodes(model: ir.Model, pinned: Collection[str]) -> set[str]:
     """Names of the nodes that compute in half precision: all that make float32, with these exceptions.
 
     Nodes `by_design` and `pinned`; movements of float32 values; sums and products that take float32 from a node and
     give it to float32 alone.
     """
-    floats, fixed = float_tensors(model), {*by_design(model), *pinned}
-    weights = {each.name for each in model.graph.initializer}
-    outputs = {each.name for each in model.graph.output}
+    fixed = {*by_design(model), *pinned}
     half: set[str] = set()
-    made_half: set[str] = set()
-    for node in model.graph.node:
-        given = [name for name in node.input if name in floats and name not in weights]
-        follows = node.op_type in MOVEMENT and not (given and all(name in made_half for name in given))
-        if node.name in fixed or node.op_type == "Cast" or follows or not any(name in floats for name in node.output):
+
+    def in_float32(value: ir.Value) -> bool:
+        producer = value.producer()
+        return value.dtype == FLOAT and not value.is_initializer() and (producer is None or producer.name not in half)
+
+    for node in model.graph:
+        floats = [value for value in node.inputs if value is not None and value.dtype == FLOAT]
+        if name_of(node) in fixed or node.op_type == "Cast" or not floats or not _makes_float(node):
             continue
-        if not given and not any(name in floats for name in node.input):
-            continue  # made of shapes
-        half.add(node.name)
-        made_half.update(name for name in node.output if name in floats)
-    users = _users(model)
-    for node in reversed(model.graph.node):
+        given = [value for value in floats if not value.is_initializer()]
+        if node.op_type not in MOVEMENT or (given and not any(map(in_float32, given))):
+            half.add(name_of(node))
+    for node in reversed(model.graph):
         if node.name not in half or node.op_type not in ELEMENTWISE:
             continue
-        from_float = any(name in floats and name not in weights and name not in made_half for name in node.input)
-        taken = [user.name for name in node.output for user in users[name]]
-        if from_float and not any(name in half for name in taken) and (taken or outputs.intersection(node.output)):
-            half.discard(node.name)
-            made_half.difference_update(node.output)
+        from_float = any(in_float32(value) for value in node.inputs if value is not None)
+        users = [user.name for value in node.outputs for user in value.consumers()]
+        taken = users or any(value.is_graph_output() for value in node.outputs)
+        if from_float and taken and half.isdisjoint(users):
+            half.discard(name_of(node))
     return half
 
 
-def _users(model: ModelProto) -> dict[str, list[NodeProto]]:
-    users: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in model.graph.node:
-        for name in node.input:
-            users[name].append(node)
-    return users
+def _makes_float(node: ir.Node) -> bool:
+    return any(value.dtype == FLOAT for value in node.outputs)
 
 
-def lower(model: ModelProto, kind: str, half: set[str]) -> ModelProto:
-    """A copy in which the nodes `half` compute in `kind` (a key of HALF), with casts where precisions meet."""
-    return _Lowering(model, kind, half).result()
+def _weights_of(model: ir.Model, nodes: Collection[str]) -> set[str]:
+    """Names of the float32 weights that only these nodes take."""
+    found = set()
+    for name, value in model.graph.initializers.items():
+        users = [user.name for user in value.consumers()]
+        if value.dtype == FLOAT and users and all(user in nodes for user in users):
+            found.add(name)
+    return found
 
 
-class _Lowering:
-    def __init__(self, model: ModelProto, kind: str, half: set[str]) -> None:
-        self.model, self.type, self.half = copied(model), HALF[kind], half
-        self.floats = float_tensors(model)
-        self.made_half: set[str] = set()
-        self.stored: dict[str, str] = {}  # weights of half nodes alone, by their new names
-        self.nodes: list[NodeProto] = []
-        self.cast: set[str] = set()
+def lower(model: ir.Model, dtype: ir.DataType, half: set[str]) -> ir.Model:
+    """A copy in which the nodes `half` compute in `dtype`, with casts where precisions meet.
 
-    def result(self) -> ModelProto:
-        """The lowered graph."""
-        graph = self.model.graph
-        self._weights()
-        for node in graph.node:
-            self._inputs(node)
-            self.nodes.append(node)
-            if node.name in self.half:
-                self.made_half.update(name for name in node.output if name in self.floats)
-        for output in graph.output:
-            if output.name in self.made_half:
-                self._output(output.name)
-        set_nodes(self.model, self.nodes)
-        return self.model
-
-    def _weights(self) -> None:
-        """Weights that only half nodes take are stored in half precision."""
-        users = _users(self.model)
-        for tensor in self.model.graph.initializer:
-            takers = [user.name for user in users[tensor.name]]
-            if tensor.name in self.floats and takers and self.half.issuperset(takers):
-                self.stored[tensor.name] = stored_name(tensor.name)
-                tensor.CopyFrom(half_tensor(tensor, self.type))
-                tensor.name = stored_name(tensor.name)
-
-    def _inputs(self, node: NodeProto) -> None:
-        wants_half = node.name in self.half
-        for at, name in enumerate(node.input):
-            if name in self.stored:
-                node.input[at] = self.stored[name]
-            elif name in self.floats and (name in self.made_half) != wants_half:
-                node.input[at] = self._as(name, wants_half)
-
-    def _as(self, name: str, half: bool) -> str:
-        """The value in the other precision, cast once however many nodes take it."""
-        other = f"{name}/{'half' if half else 'float'}"
-        if other not in self.cast:
-            self.cast.add(other)
-            to = self.type if half else TensorProto.FLOAT
-            self.nodes.append(helper.make_node("Cast", [name], [other], name=f"{other}/Cast", to=to))
-        return other
-
-    def _output(self, name: str) -> None:
-        """A result of half precision leaves the graph in float32."""
-        inner = f"{name}/inner"
-        for node in self.nodes:
-            for names in (node.input, node.output):
-                for at, each in enumerate(names):
-                    if each == name:
-                        names[at] = inner
-        self.nodes.append(helper.make_node("Cast", [inner], [name], name=f"{name}/Cast", to=TensorProto.FLOAT))
-        self.made_half.discard(name)
+    Weights that only they take are stored in it.
+    """
+    copy = model.clone()
+    graph = copy.graph
+    halve_initializers(copy, _weights_of(copy, half), dtype)
+    casts: dict[ir.Value, ir.Value] = {}  # once, however many nodes take a value in its other precision
+    for node in graph:
+        wanted = dtype if node.name in half else FLOAT
+        for at, value in enumerate(node.inputs):
+            if value is None or value.dtype not in (FLOAT, dtype) or value.dtype == wanted:
+                continue
+            if value not in casts:
+                name = f"{value.name}/{'float' if wanted == FLOAT else 'half'}"
+                casts[value] = new_value(name, value, wanted)
+                graph.insert_before(node, cast(value, casts[value], f"{name}/Cast"))
+            node.replace_input_with(at, casts[value])
+        for value in node.outputs if wanted == dtype else ():
+            if value.dtype == FLOAT:
+                retype(value, dtype)
+    for at, value in enumerate(graph.outputs):  # which leave the graph in float32
+        if value.dtype == dtype:
+            graph.outputs[at] = new_value(name_of(value), value, FLOAT)
+            value.name = f"{value.name}/inner"
+            graph.append(cast(value, graph.outputs[at], f"{graph.outputs[at].name}/Cast"))
+    return copy
 
 
-def emulated(lowered: ModelProto) -> ModelProto:
+def emulated(lowered: ir.Model) -> ir.Model:
     """A copy that computes in float32 and rounds wherever the graph holds half precision, overflow included.
 
-    What a processor with such arithmetic does that accumulates in float32. ONNX Runtime's own CPU kernels do not show
+    What hardware with such arithmetic does that accumulates in float32. ONNX Runtime's own CPU kernels do not show
     it: they run a typed graph in float32 and leave the rounding out, so that what overflows on a GPU passes there.
     """
-    model = copied(lowered)
-    graph, halves = model.graph, set(HALF.values())
-    kinds = tensor_types(lowered)
-    for tensor in graph.initializer:
-        if tensor.data_type in halves:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        nodes.append(node)
-        to = next((each.i for each in node.attribute if each.name == "to"), None)
-        if node.op_type == "Cast" and to in halves:
-            rounded = f"{node.output[0]}/rounded"
-            nodes.append(helper.make_node("Cast", [rounded], [node.output[0]], to=TensorProto.FLOAT))
-            node.output[0] = rounded
-        elif node.op_type not in MOVEMENT:
-            for at, name in enumerate(node.output):
-                if kinds.get(name) in halves:
-                    exact, rounded = f"{name}/exact", f"{name}/rounded"
-                    node.output[at] = exact
-                    nodes.append(helper.make_node("Cast", [exact], [rounded], to=kinds[name]))
-                    nodes.append(helper.make_node("Cast", [rounded], [name], to=TensorProto.FLOAT))
-    set_nodes(model, nodes)
-    return model
+    copy = lowered.clone()
+    for value in copy.graph.initializers.values():
+        if value.dtype in HALF and value.const_value is not None:
+            value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32))
+            retype(value, FLOAT)
+    for node in list(copy.graph):
+        for value in node.outputs:
+            if (dtype := value.dtype) not in HALF:
+                continue
+            if node.op_type != "Cast":
+                retype(value, FLOAT)
+            if node.op_type not in MOVEMENT:
+                _round(copy.graph, node, value, dtype)
+    return copy
 
 
-_FLOAT = TensorProto.FLOAT
-
-
-def exact_in_half(model: ModelProto) -> set[str]:
-    """Names of the float32 initializers that float16 holds exactly."""
-    return {each.name for each in model.graph.initializer if each.data_type == _FLOAT and each.dims and _exact(each)}
-
-
-def store_half(model: ModelProto, names: Collection[str], kind: int = TensorProto.FLOAT16) -> ModelProto:
-    """These float32 initializers are stored in half precision, and cast where the graph begins."""
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.name not in names:
-            continue
-        name, stored = tensor.name, stored_name(tensor.name)
-        tensor.CopyFrom(half_tensor(tensor, kind))
-        tensor.name = stored
-        casts.append(helper.make_node("Cast", [stored], [name], name=f"{stored}/Cast", to=_FLOAT))
-    set_nodes(model, [*casts, *model.graph.node])
-    return model
-
-
-def _exact(tensor: TensorProto) -> bool:
-    half = numpy_helper.to_array(half_tensor(tensor, TensorProto.FLOAT16)).astype(np.float32)  # infinity: overflow
-    return np.array_equal(half, numpy_helper.to_array(tensor))
+def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> None:
+    """All that take a value of the node take what is left of it in `dtype`, which has its name from now on."""
+    name = name_of(value)
+    back = new_value(name, value, FLOAT)
+    value.replace_all_uses_with(back)
+    nodes = []
+    if value.dtype == FLOAT:
+        value.name, exact, value = f"{name}/exact", value, new_value(f"{name}/rounded", value, dtype)
+        nodes.append(cast(exact, value, f"{name}/exact/Cast"))
+    else:
+        value.name = f"{name}/rounded"
+    graph.insert_after(node, [*nodes, cast(value, back, f"{name}/rounded/Cast")])
 
 
 LARGEST_INT8 = 127
 _TINY = float(np.finfo(np.float32).tiny)  # scale of what is zero throughout
 
 
-def quantisable(model: ModelProto) -> set[str]:
+def quantisable(model: ir.Model, pinned: Collection[str] = ()) -> set[str]:
     """Names of the products and convolutions of activations with weights, but for those in float32 by design."""
-    weights = {each.name for each in model.graph.initializer if each.data_type == TensorProto.FLOAT}
-    fixed = by_design(model)
-    return {
-        node.name
-        for node in model.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul")
-        and node.name not in fixed
-        and node.input[1] in weights
-        and node.input[0] not in weights
-    }
+    fixed = {*by_design(model), *pinned}
+    found = set()
+    for node in model.graph:
+        if node.op_type in ("Conv", "Gemm", "MatMul") and name_of(node) not in fixed:
+            given, weight = (_value(value) for value in node.inputs[:2])
+            if weight.is_initializer() and weight.dtype == FLOAT and not given.is_initializer():
+                found.add(name_of(node))
+    return found
 
 
-def quantised(model: ModelProto, nodes: set[str], largest: Mapping[str, float]) -> ModelProto:
+def _value(value: ir.Value | None) -> ir.Value:
+    """An input that a node has to have."""
+    assert value is not None
+    return value
+
+
+def quantised(model: ir.Model, nodes: set[str], largest: Mapping[str, float]) -> ir.Model:
     """A copy in which `nodes` take int8: activations by their `largest` magnitude, weights by output channel."""
     copy = quantised_weights(model, nodes)
-    made: list[NodeProto] = []
-    known: set[str] = set()
-    for node in copy.graph.node:
-        if node.name in nodes:
-            name = node.input[0]
-            if name not in known:
-                known.add(name)
-                scale = max(largest[name], _TINY) / LARGEST_INT8
-                copy.graph.initializer.extend(
-                    [
-                        numpy_helper.from_array(np.array(scale, np.float32), f"{name}/scale"),
-                        numpy_helper.from_array(np.array(0, np.int8), f"{name}/zero"),
-                    ]
-                )
-                how = [f"{name}/scale", f"{name}/zero"]
-                quantise = helper.make_node("QuantizeLinear", [name, *how], [f"{name}/int8"], f"{name}/Quantize")
-                back = helper.make_node(
-                    "DequantizeLinear", [f"{name}/int8", *how], [f"{name}/back"], f"{name}/Dequantize"
-                )
-                made += [quantise, back]
-            node.input[0] = f"{name}/back"
-        made.append(node)
-    set_nodes(copy, made)
+    graph = copy.graph
+    known: dict[ir.Value, ir.Value] = {}
+    for node in list(graph):
+        if node.name not in nodes:
+            continue
+        value = _value(node.inputs[0])
+        if value not in known:
+            name = name_of(value)
+            scale = np.array(max(largest[name], _TINY) / LARGEST_INT8, np.float32)
+            how = [_add(graph, f"{name}/scale", scale), _add(graph, f"{name}/zero", np.array(0, np.int8))]
+            small = new_value(f"{name}/int8", value, ir.DataType.INT8)
+            known[value] = new_value(f"{name}/back", value, FLOAT)
+            quantise = ir.Node("", "QuantizeLinear", [value, *how], outputs=[small], name=f"{name}/Quantize")
+            back = ir.Node("", "DequantizeLinear", [small, *how], outputs=[known[value]], name=f"{name}/Dequantize")
+            graph.insert_before(node, [quantise, back])
+        node.replace_input_with(0, known[value])
     return copy
 
 
-def quantised_weights(model: ModelProto, nodes: set[str]) -> ModelProto:
+def quantised_weights(model: ir.Model, nodes: set[str]) -> ir.Model:
     """A copy in which the weights of `nodes` alone are int8; it computes in float32."""
-    copy = copied(model)
-    arrays = {each.name: each for each in copy.graph.initializer}
-    made: list[NodeProto] = []
-    taken: set[str] = set()
-    for node in copy.graph.node:
-        if node.name in nodes:
-            name, axis = node.input[1], _output_axis(node)
-            back = f"{name}/axis{axis}"
-            if back not in taken:
-                values, scale = by_channel(numpy_helper.to_array(arrays[name]), axis)
-                copy.graph.initializer.extend(
-                    [numpy_helper.from_array(values, f"{back}.int8"), numpy_helper.from_array(scale, f"{back}.scale")]
-                )
-                given = [f"{back}.int8", f"{back}.scale"]
-                made.append(helper.make_node("DequantizeLinear", given, [back], f"{back}/Dequantize", axis=axis))
-                taken.add(back)
-            node.input[1] = back
-        made.append(node)
-    set_nodes(copy, made)
-    used = {name for node in copy.graph.node for name in node.input}
-    kept = [each for each in copy.graph.initializer if each.name in used]
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(kept)
+    copy = model.clone()
+    graph, arrays = copy.graph, initializers(copy)
+    known: dict[str, ir.Value] = {}
+    for node in list(graph):
+        if node.name not in nodes:
+            continue
+        weight, axis = _value(node.inputs[1]), _output_axis(node)
+        name = f"{weight.name}/axis{axis}"
+        if name not in known:
+            values, scale = by_channel(arrays[name_of(weight)].numpy(), axis)
+            given = [_add(graph, f"{name}.int8", values), _add(graph, f"{name}.scale", scale)]
+            known[name] = new_value(name, weight, FLOAT)
+            attributes = [ir.AttrInt64("axis", axis)]
+            graph.insert_before(
+                node,
+                ir.Node("", "DequantizeLinear", given, attributes, outputs=[known[name]], name=f"{name}/Dequantize"),
+            )
+        node.replace_input_with(1, known[name])
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
     return copy
+
+
+def _add(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """One more initializer."""
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers.add(value)
+    return value
 
 
 def by_channel(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -323,38 +284,74 @@ def by_channel(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return values.astype(np.int8), scale.astype(np.float32)
 
 
-def _output_axis(node: NodeProto) -> int:
+def _output_axis(node: ir.Node) -> int:
     """Of the weight: the axis of the channels that a node makes."""
     if node.op_type == "Conv":
         return 0
-    transposed = any(each.name == "transB" and each.i for each in node.attribute)
-    return 0 if node.op_type == "Gemm" and transposed else 1
+    return 0 if node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() else 1
 
 
-Kind = Literal["fp16", "bf16", "int8"]
-KINDS: tuple[Kind, ...] = ("fp16", "bf16", "int8")
+@dataclass(frozen=True)
+class Precision:
+    """What networks compute in wherever that holds.
+
+    `nodes`: names of those that can, where `pinned` ones may not. `lowered`: a copy in which they do; by the largest
+    magnitudes of the calibration. `as_computed`: a lowered graph as ONNX Runtime's CPU runs it with all its rounding.
+    `in_float32`: the same weights as a graph in which these nodes are lowered, all computed in float32.
+    """
+
+    name: str
+    tolerances: Tolerances  # against float32
+    nodes: Callable[[ir.Model, Collection[str]], set[str]]
+    lowered: Callable[[ir.Model, set[str], Mapping[str, float]], ir.Model]
+    as_computed: Callable[[ir.Model], ir.Model]
+    in_float32: Callable[[ir.Model, set[str]], ir.Model]
+    rounding: str  # in words
+    rest: str  # why a node that nobody pinned stays in float32
+    least_opset: int = 18
+    largest: float | None = None  # above, a magnitude overflows, and pins are looked for
+    on_cpu: bool = False  # whether ONNX Runtime computes in it there
 
 
-def candidates(model: ModelProto, kind: Kind, pinned: Collection[str]) -> set[str]:
-    """Names of the nodes that compute in `kind` where `pinned` ones may not."""
-    return quantisable(model) - set(pinned) if kind == "int8" else half_nodes(model, pinned)
+def _half(name: str, dtype: ir.DataType, tolerances: Tolerances, long_name: str, **more: Any) -> Precision:
+    return Precision(
+        name,
+        tolerances,
+        nodes=half_nodes,
+        lowered=lambda model, nodes, largest: lower(model, dtype, nodes),
+        as_computed=emulated,
+        in_float32=lambda model, nodes: store_half(model, _weights_of(model, nodes), dtype),
+        rounding=f"Rounded to {long_name} after every operation, sums in float32.",
+        rest="moves float32, or stands between float32 nodes",
+        **more,
+    )
 
 
-def typed(model: ModelProto, kind: Kind, nodes: set[str], largest: Mapping[str, float]) -> ModelProto:
-    """A copy in which `nodes` compute in `kind`; `largest`: magnitudes of the calibration, for int8."""
-    return quantised(model, nodes, largest) if kind == "int8" else lower(model, kind, nodes)
-
-
-def as_computed(graph: ModelProto, kind: Kind) -> ModelProto:
-    """A typed graph as ONNX Runtime's CPU can run it with all its rounding: int8 as it is, half precision emulated."""
-    return graph if kind == "int8" else emulated(graph)
-
-
-def in_float32(model: ModelProto, kind: Kind, nodes: set[str], graph: ModelProto) -> ModelProto:
-    """The same weights as the typed `graph` of `model`, all computed in float32."""
-    if kind == "int8":
-        return quantised_weights(model, nodes)
-    copy = copied(model)
-    stored = {tensor.name for tensor in graph.graph.initializer}
-    halved = {tensor.name for tensor in copy.graph.initializer if stored_name(tensor.name) in stored}
-    return store_half(copy, halved, HALF[kind])
+# Half precision has steps of 2^-11 and 2^-8, int8 scales that the path has shown.
+FP16 = _half(
+    "fp16",
+    ir.DataType.FLOAT16,
+    Tolerances(Tolerance(absolute=2.5e-3, relative=1e-3), None, least_psnr_db=35.0),
+    "float16",
+    largest=LARGEST_FLOAT16,
+)
+BF16 = _half(
+    "bf16",
+    ir.DataType.BFLOAT16,
+    Tolerances(Tolerance(absolute=0.02, relative=0.01), None, least_psnr_db=35.0),
+    "bfloat16",
+    least_opset=22,  # from which on convolutions take it
+)
+INT8 = Precision(
+    "int8",
+    Tolerances(Tolerance(absolute=0.1, relative=0.05), None, least_psnr_db=35.0, off_path=False),
+    nodes=quantisable,
+    lowered=quantised,
+    as_computed=lambda model: model,
+    in_float32=quantised_weights,
+    rounding="Products and convolutions with weights take int8: activations by one scale, from the largest magnitude "
+    "that the sampling path showed, weights by output channel. All else is float32.",
+    rest="no product with weights",
+    on_cpu=True,
+)
+PRECISIONS = {precision.name: precision for precision in (FP16, BF16, INT8)}

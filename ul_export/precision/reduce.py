@@ -1,43 +1,43 @@
-"""What ul-export --fp16 and --bf16 do: ranges, search, proof, and the files of the bundle."""
+"""What ul-export --fp16, --bf16 and --int8 do: ranges, search, comparison, and the files of the bundle."""
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto
+import onnx_ir as ir
 
 from ul_export.onnx_model import join_weights, split_weights
-from ul_export.precision.lower import Kind, by_design, in_float32
+from ul_export.precision.lower import Precision, by_design
 from ul_export.precision.report import html_report, precision_report
 from ul_export.precision.search import Calibration, Reduced, reduce, worst_nodes
 from ul_runtime.errors import BadInputError, ULError
 from ul_runtime.manifest import BundleInfo, Graph, GraphName
 
+_LOG = logging.getLogger(__name__)
 LEAST_SHARE = 0.5  # of a graph's FLOPs in the precision that was asked for
 REPORT = "precision"  # .json and .html, in the bundle
 
 
 def reduced_bundle(
-    info: BundleInfo,
-    files: Mapping[str, bytes],
-    kind: Kind,
-    x: np.ndarray,
-    threads: int | None,
-    say: Callable[[str], None],
+    info: BundleInfo, files: Mapping[str, bytes], precision: Precision, x: np.ndarray, threads: int | None
 ) -> tuple[BundleInfo, dict[str, bytes], dict[str, Any]]:
-    """(description, files, figures of the proof) of the same graphs in `kind`, each beside its float32 version.
+    """(description, files, figures of the comparison) of these graphs in `precision`, each beside its float32 version.
 
     `files`: a bundle's in float32. BadInputError: the tolerances do not hold, the worst node is named.
     """
+    kind = precision.name
     calibration = Calibration(info, with_their_weights(info, files), x, threads)
-    say(f"{kind}: recording the largest magnitude of every tensor along the sampling path, encoder on {len(x)} images")
-    reduced = reduce(calibration, kind, say)
-    say(f"{kind}: {pins_in_words(reduced)}")
-    if reduced.proof.failures:
+    _LOG.info(f"{kind}: recording the largest magnitude of every tensor along the sampling path")
+    reduced = reduce(calibration, precision)
+    pinned = sum(map(len, reduced.pinned.values()))
+    design = sum(len(by_design(model)) for model in reduced.models.values())
+    _LOG.info(f"{kind}: {pinned} nodes pinned to float32, beside {design} by design")
+    if reduced.comparison.failures:
         graph, nodes = worst_nodes(calibration, reduced)
         raise BadInputError(
-            f"{info.name}: {kind} does not equal float32, no bundle was written: {reduced.proof.failures[0]}; "
+            f"{info.name}: {kind} does not equal float32, no bundle was written: {reduced.comparison.failures[0]}; "
             f"worst node of {graph}: {nodes[0].node}, which adds {nodes[0].grown:.2g} to the relative error"
         )
     report = precision_report(calibration, reduced)
@@ -57,10 +57,10 @@ def reduced_bundle(
     written[f"{REPORT}.json"] = (json.dumps(report, indent=1) + "\n").encode()
     written[f"{REPORT}.html"] = html_report(report, info.name).encode()
     figures = {"pinned": reduced.pinned, "flops_share": shares}
-    return info.model_copy(update={"graphs": graphs}), written, {**figures, **reduced.proof.figures}
+    return info.model_copy(update={"graphs": graphs}), written, {**figures, **reduced.comparison.figures}
 
 
-def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[GraphName, ModelProto]:
+def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[GraphName, ir.Model]:
     """The graphs of a bundle's files, weights inside."""
     return {
         name: join_weights(files[graph.file], files[graph.weights], graph.weights)
@@ -71,16 +71,9 @@ def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[Gra
 def _files(name: GraphName, entry: Graph, calibration: Calibration, reduced: Reduced) -> dict[str, bytes]:
     """Both graphs and the one file of weights that they share."""
     typed = reduced.models[name]
-    twin = in_float32(calibration.models[name], reduced.kind, reduced.nodes[name], typed)
+    twin = reduced.precision.in_float32(calibration.models[name], reduced.nodes[name])
     graph, data = split_weights(typed, entry.weights)
     other, same = split_weights(twin, entry.weights)
     if data != same:
-        raise ULError(f"{name}: the graphs in {reduced.kind} and float32 have other weights")
+        raise ULError(f"{name}: the graphs in {entry.precision} and float32 have other weights")
     return {entry.file: graph, str(entry.float32_file): other, entry.weights: data}
-
-
-def pins_in_words(reduced: Reduced) -> str:
-    """How many nodes stay in float32, and why."""
-    pinned = sum(map(len, reduced.pinned.values()))
-    design = sum(len(by_design(model)) for model in reduced.models.values())
-    return f"{pinned} nodes pinned to float32, beside {design} by design"

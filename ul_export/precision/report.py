@@ -8,31 +8,19 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from onnx import ModelProto, TensorProto
+import onnx_ir as ir
 
 from ul_export.bench.measure import in_turn, node_flops, run_nodes
-from ul_export.onnx_model import module_of
-from ul_export.page import page, paragraph, picture, table
+from ul_export.html_page import image, page, paragraph, table
+from ul_export.onnx_model import initializers, module_of, name_of
 from ul_export.precision.graphs import headroom_bits, in_memory
-from ul_export.precision.lower import by_design
-from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced
-from ul_export.verify import REDUCED
+from ul_export.precision.lower import PRECISIONS, by_design
+from ul_export.precision.search import LEAST_HEADROOM_BITS, Calibration, Reduced, magnitudes
 from ul_runtime.machine import versions
 from ul_runtime.manifest import GraphName
 from ul_train.activations import LARGEST_FLOAT16
 
 _PACKAGES = ("unified-latents", "onnx", "onnxruntime", "torch")
-_LEFT = {  # why a node that nobody pinned stays in float32
-    "fp16": "moves float32, or stands between float32 nodes",
-    "bf16": "moves float32, or stands between float32 nodes",
-    "int8": "no product with weights",
-}
-_HOW = {
-    "fp16": "Rounded to float16 after every operation, sums in float32.",
-    "bf16": "Rounded to bfloat16 after every operation, sums in float32.",
-    "int8": "Products and convolutions with weights take int8: activations by one scale, from the largest magnitude "
-    "that the sampling path showed, weights by output channel. All else is float32.",
-}
 _TIMED = 9  # calls
 _SHOWN = 8  # nodes with the least headroom, of each graph
 
@@ -57,18 +45,19 @@ class NodeReport:
 
 def precision_report(calibration: Calibration, reduced: Reduced) -> dict[str, Any]:
     """All that is known, as JSON."""
+    kind = reduced.precision.name
     graphs = {}
     for graph, model in calibration.models.items():
         nodes = _nodes(calibration, reduced, graph)
         graphs[graph] = {
-            "flops_share": sum(each.flops_share for each in nodes if each.precision == reduced.kind),
+            "flops_share": sum(each.flops_share for each in nodes if each.precision == kind),
             "weight_bytes": _weight_bytes(reduced.models[graph]),
             "weight_bytes_float32": sum(_weight_bytes(model).values()),
             **_speed(calibration, reduced, graph),
             "nodes": [asdict(each) for each in nodes],
         }
-    tolerances = asdict(REDUCED[reduced.kind])
-    proof = {"figures": reduced.proof.figures, "failures": reduced.proof.failures}
+    tolerances = asdict(reduced.precision.tolerances)
+    proof = {"figures": reduced.comparison.figures, "failures": reduced.comparison.failures}
     info = calibration.info
     about = {
         "name": info.name,
@@ -78,32 +67,32 @@ def precision_report(calibration: Calibration, reduced: Reduced) -> dict[str, An
         "calibration_images": len(calibration.x),
         "versions": versions(_PACKAGES),
     }
-    return {"precision": reduced.kind, "model": about, "tolerances": tolerances, "graphs": graphs, "proof": proof}
+    return {"precision": kind, "model": about, "tolerances": tolerances, "graphs": graphs, "proof": proof}
 
 
 def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list[NodeReport]:
-    model, largest = calibration.models[graph], calibration.largest[graph]
+    kind, model, largest = reduced.precision.name, calibration.models[graph], calibration.largest[graph]
     design, pinned, nodes = by_design(model), reduced.pinned[graph], reduced.nodes[graph]
     flops = _flops(calibration, reduced, graph)
     total = sum(flops.values())
     found = []
-    for node in model.graph.node:
-        seen = [largest[name] for name in (*node.input, *node.output) if name in largest]
-        if not any(name in largest for name in node.output):
+    for node in model.graph:
+        if not any(value.name in largest for value in node.outputs):
             continue  # makes no float32
-        why = pinned.get(node.name) or design.get(node.name) or _LEFT[reduced.kind]
-        room = headroom_bits(max(seen))
+        name, seen = name_of(node), max(magnitudes(node, largest))
+        why = pinned.get(name) or design.get(name) or reduced.precision.rest
+        room = headroom_bits(seen)
         found.append(
             NodeReport(
-                node=node.name,
-                module=module_of(node.name),
+                node=name,
+                module=module_of(name),
                 operator=node.op_type,
-                precision=reduced.kind if node.name in nodes else "fp32",
-                pinned=node.name in pinned,
-                why="" if node.name in nodes else why,
-                largest=max(seen),
+                precision=kind if name in nodes else "fp32",
+                pinned=name in pinned,
+                why="" if name in nodes else why,
+                largest=seen,
                 headroom_bits=round(room, 2) if math.isfinite(room) else None,
-                flops_share=flops.get(node.name, 0) / total,
+                flops_share=flops.get(name, 0) / total,
             )
         )
     return found
@@ -112,16 +101,16 @@ def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list
 def _flops(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict[str, int]:
     """FLOPs of every node on the inputs of a real call."""
     backend = in_memory(calibration.info, {graph: calibration.models[graph]}, calibration.threads)
-    ran = run_nodes(backend, graph, reduced.proof.worst_calls[graph][0].inputs)
+    ran = run_nodes(backend, graph, reduced.comparison.worst_calls[graph][0].inputs)
     return {node.name: node_flops(node) for node in ran}
 
 
 def _speed(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict[str, Any]:
     """Milliseconds of a call by ONNX Runtime on this CPU, in turn; and its batch size. Half precision it has none."""
-    inputs = reduced.proof.worst_calls[graph][0].inputs
+    inputs = reduced.comparison.worst_calls[graph][0].inputs
     models = {"fp32": calibration.models[graph]}
-    if reduced.kind == "int8":
-        models["int8"] = reduced.models[graph]
+    if reduced.precision.on_cpu:
+        models[reduced.precision.name] = reduced.models[graph]
     backends = [in_memory(calibration.info, {graph: model}, calibration.threads) for model in models.values()]
     calls = [partial(backend.run, graph, inputs) for backend in backends]
     seconds = in_turn(calls, _TIMED, warm=True)
@@ -129,12 +118,12 @@ def _speed(calibration: Calibration, reduced: Reduced, graph: GraphName) -> dict
     return {"batch": batch, "ms": {name: 1e3 * median(of) for name, of in zip(models, seconds, strict=True)}}
 
 
-def _weight_bytes(model: ModelProto) -> dict[str, int]:
+def _weight_bytes(model: ir.Model) -> dict[str, int]:
     """By type."""
     found: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        name = TensorProto.DataType.Name(tensor.data_type).lower()
-        found[name] = found.get(name, 0) + len(tensor.raw_data)
+    for tensor in initializers(model).values():
+        name = tensor.dtype.name.lower()
+        found[name] = found.get(name, 0) + tensor.nbytes
     return found
 
 
@@ -153,7 +142,7 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
         paragraph(
             f"Every graph call of the sampling path is within {bound['graph']['absolute']:g} + "
             f"{bound['graph']['relative']:g} |value| of float32; final images are at {worst:.1f} dB or better "
-            f"(at least {bound['least_psnr_db']:g} dB is asked for). {_HOW[kind]}"
+            f"(at least {bound['least_psnr_db']:g} dB is asked for). {PRECISIONS[kind].rounding}"
         ),
         paragraph(", ".join(f"{key} {value}" for key, value in _facts(record["model"]).items())),
         *_graphs(record, pins),
@@ -161,8 +150,8 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
         table(["graph", "node", "why"], pins) if pins else paragraph("None."),
         "<h2>In float32 for other reasons</h2>",
         table(["why", *record["graphs"]], _others(record), range(1, 1 + len(record["graphs"]))),
-        picture("Drift of the state along both loops, root mean square", drift_plot(figures)),
-        picture("Largest magnitude of every node", headroom_plot(record)),
+        image("Drift of the state along both loops, root mean square", drift_plot(figures)),
+        image("Largest magnitude of every node", headroom_plot(record)),
         *_headroom(record),
         "<h2>Graph calls</h2>",
         table(

@@ -23,8 +23,8 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def picture(title: str, png: bytes) -> str:
-    """A picture under its heading."""
+def image(title: str, png: bytes) -> str:
+    """An image under its heading."""
     name = escape(title)
     return f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
