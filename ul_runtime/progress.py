@@ -127,34 +127,37 @@ class Control:
 UNWATCHED = Control()
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-_asked = False  # a signal came within the outermost `stop_on_signal`
+_watching = _asked = False  # within `stop_on_signal`; a signal came there
 
 
-def check_stopped() -> None:
-    """StoppedError after a signal within `stop_on_signal`."""
+def check_stopped(amount: float = 0.0) -> None:
+    """The tick that shows nothing: StoppedError after a signal within `stop_on_signal`."""
     if _asked:
-        raise StoppedError("stopped")
+        raise StoppedError("stopped; run the same command again to go on")
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+    for each in _STOPPING:
+        signal.signal(each, signal.SIG_DFL)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Within the block, every tick of `progress` raises StoppedError after the first signal; a second ends the process.
 
-    Yields what tells whether a signal came.
+    Yields what tells whether a signal came. Within another such block it changes nothing.
     """
-    global _asked
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        global _asked
-        _asked = True
-        for each in _STOPPING:
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {each: signal.signal(each, handler) for each in _STOPPING}
-    outer = _asked
+    global _watching, _asked
+    if _watching:
+        yield lambda: _asked
+        return
+    before = {each: signal.signal(each, _on_signal) for each in _STOPPING}
+    _watching = True
     try:
         yield lambda: _asked
     finally:
-        _asked = outer
+        _watching = _asked = False
         for each, old in before.items():
             signal.signal(each, old)
