@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_run import session, tiny
+from tiny_run import new_run, tiny, train
 from torch import nn
 
 from ul_train.activations import warnings, watched
@@ -54,18 +54,16 @@ def test_growth_that_ends_float16_before_the_run_does_is_warned_of():
 
 
 @pytest.mark.slow
-def test_a_run_logs_the_magnitudes_of_both_stages_and_warns(tmp_path, monkeypatch, capsys):
+def test_a_run_logs_the_magnitudes_of_both_stages_and_warns(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("ul_train.activations.LARGEST_FLOAT16", 8.0)
     run = tmp_path / "run"
-    made = session(run, tiny("run.eval_every=3"))
-    for stage in ("joint", "base"):
-        made.run_stage(stage)
+    train(new_run(run, tiny("run.eval_every=3")), "joint", "base")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for stage, block in (("joint", "largest.decoder.middle.blocks.0"), ("base", "largest.base.middle.blocks.0")):
         steps = [line["step"] for line in lines if line.get("stage") == stage and block in line]
         assert steps == [3, 6]
     assert any("float16 ends at 65504" in line.get("warning", "") for line in lines)
-    said = [line for line in capsys.readouterr().err.splitlines() if "warning: stage joint" in line]
+    said = [line for line in caplog.messages if "warning: stage joint" in line]
     assert "step 3: " in said[0]
     blocks = [line.split()[5] for line in said]
     assert len(blocks) == len(set(blocks)), "each once"

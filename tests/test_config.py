@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from operator import attrgetter
 
 import pytest
 from hypothesis import given
@@ -76,8 +77,8 @@ def test_shapes_follow_from_size_patch_and_stages():
 @pytest.mark.parametrize(
     ("override", "section", "field", "value"),
     [
-        ("joint.steps=500", "joint", "steps", 500),
-        ("joint.learning_rate=3e-4", "joint", "learning_rate", 3e-4),
+        ("stages.joint.steps=500", "stages.joint", "steps", 500),
+        ("stages.joint.learning_rate=3e-4", "stages.joint", "learning_rate", 3e-4),
         ("objective.bias=3", "objective", "bias", 3.0),
         ("objective.bias=-2.5", "objective", "bias", -2.5),
         ("image.flip=true", "image", "flip", True),
@@ -91,7 +92,7 @@ def test_shapes_follow_from_size_patch_and_stages():
     ],
 )
 def test_set_takes_toml_values_and_bare_words(override, section, field, value):
-    result = getattr(getattr(tiny(override), section), field)
+    result = attrgetter(f"{section}.{field}")(tiny(override))
     assert result == value
     assert type(result) is type(value)
 
@@ -110,21 +111,22 @@ def test_set_can_open_a_section_that_the_file_does_not_have(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("joint.stepz=4", "preset tiny: there is no key joint.stepz; did you mean joint.steps?"),
+        ("stages.joint.stepz=4", "preset tiny: there is no key stages.joint.stepz; did you mean stages.joint.steps?"),
         (
             "objective.loss_facto=4",
             "preset tiny: there is no key objective.loss_facto; did you mean objective.loss_factor?",
         ),
-        ("join.steps=4", "preset tiny: there is no key join; did you mean joint?"),
-        ("joint.qqqq=4", "preset tiny: there is no key joint.qqqq"),
-        ("base.steps=4", "preset tiny: there is no key base.steps; did you mean base_stage.steps?"),
-        ("joint.steps", "--set 'joint.steps': expected field=value, for example --set joint.steps=500"),
-        ("joint.steps.x=4", "--set 'joint.steps.x=4': steps is a value, not a section"),
-        ("joint.steps=0", "preset tiny: joint.steps = 0: input should be greater than 0"),
-        ("joint.steps=many", "preset tiny: joint.steps = 'many': input should be a valid integer"),
-        ("joint.steps=1.5", "preset tiny: joint.steps = 1.5: input should be a valid integer"),
-        ("joint.learning_rate=-1", "preset tiny: joint.learning_rate = -1: input should be greater than 0"),
-        ("joint.ema_decay=1", "preset tiny: joint.ema_decay = 1: input should be less than 1"),
+        ("stages.join.steps=4", "preset tiny: there is no key stages.join; did you mean stages.joint?"),
+        ("joint.steps=4", "preset tiny: there is no key joint; did you mean stages.joint?"),
+        ("stages.joint.qqqq=4", "preset tiny: there is no key stages.joint.qqqq"),
+        ("base.steps=4", "preset tiny: there is no key base.steps; did you mean stages.base.steps?"),
+        ("seed", "--set 'seed': expected field=value, for example --set stages.joint.steps=500"),
+        ("stages.joint.steps.x=4", "--set 'stages.joint.steps.x=4': steps is a value, not a section"),
+        ("stages.joint.steps=0", "preset tiny: stages.joint.steps = 0: input should be greater than 0"),
+        ("stages.joint.steps=many", "preset tiny: stages.joint.steps = 'many': input should be a valid integer"),
+        ("stages.joint.steps=1.5", "preset tiny: stages.joint.steps = 1.5: input should be a valid integer"),
+        ("stages.base.learning_rate=-1", "preset tiny: stages.base.learning_rate = -1: input should be greater than 0"),
+        ("stages.joint.ema_decay=1", "preset tiny: stages.joint.ema_decay = 1: input should be less than 1"),
         ("base.dropout=-0.1", "preset tiny: base.dropout = -0.1: input should be greater than or equal to 0"),
         ("objective.loss_factor=0", "preset tiny: objective.loss_factor = 0: input should be greater than 0"),
         ("objective.bias=nan", "preset tiny: objective.bias = nan: input should be a finite number"),
@@ -132,7 +134,7 @@ def test_set_can_open_a_section_that_the_file_does_not_have(tmp_path):
         ("image.channels=2", "preset tiny: image.channels = 2: input should be 1 or 3"),
         ("image.fit=stretch", "preset tiny: image.fit = 'stretch': input should be 'crop' or 'pad'"),
         ("encoder.channels=[16, 0]", "preset tiny: encoder.channels.1 = 0: input should be greater than 0"),
-        ("joint=4", "preset tiny: joint = 4: input should be a valid dictionary"),
+        ("stages.joint=4", "preset tiny: stages.joint = 4: input should be a valid dictionary"),
         ("seed=-1", "preset tiny: seed = -1: input should be greater than or equal to 0"),
     ],
 )
@@ -153,8 +155,8 @@ def test_a_key_or_value_that_cannot_be_is_named(override, message):
         (["image.size=4"], "base has 2 levels, the latent is 1 px; give fewer levels"),
         (["prior.widths=[40]"], "prior.widths [40] must be multiples of head_dim 16"),
         (["decoder.width=40"], "decoder.width 40 must be a multiple of head_dim 16"),
-        (["joint.accumulate=3"], "joint.batch_size 8 must be a multiple of accumulate 3"),
-        (["base_stage.accumulate=5"], "base_stage.batch_size 8 must be a multiple of accumulate 5"),
+        (["stages.joint.accumulate=3"], "stages.joint.batch_size 8 must be a multiple of accumulate 3"),
+        (["stages.base.accumulate=5"], "stages.base.batch_size 8 must be a multiple of accumulate 5"),
         (
             ["objective.latent_logsnr_min=5"],
             "objective.latent_logsnr_min 5.0 must be below objective.latent_logsnr 5.0",
@@ -188,14 +190,32 @@ def test_parts_that_do_not_fit_together_are_named(overrides, message):
 
 
 def test_several_faults_are_told_at_once():
-    message = refusal("joint.steps=0", "joint.stepz=1")
-    assert "joint.steps = 0" in message
-    assert "joint.stepz" in message
+    message = refusal("stages.joint.steps=0", "stages.joint.stepz=1")
+    assert "stages.joint.steps = 0" in message
+    assert "stages.joint.stepz" in message
 
 
 def test_an_unknown_recipe_offers_the_nearest_preset():
     message = refusal(recipe="fashion-23")
     assert message.startswith("recipe 'fashion-23' is neither a preset nor a file; did you mean fashion-32? presets: ")
+
+
+def earlier_form(config: Config) -> str:
+    """As recipes were written before their stages stood in one section."""
+    return config_toml(config).replace("[stages.joint]", "[joint]").replace("[stages.base]", "[base_stage]")
+
+
+def test_a_recipe_in_the_earlier_form_is_read_as_it_was_meant(tmp_path):
+    path, config = tmp_path / "recipe.toml", tiny("stages.joint.steps=21", "stages.base.steps=22")
+    path.write_text(earlier_form(config))
+    assert load_config(str(path), []) == config
+    assert load_config(str(path), ["stages.base.steps=23"]).stages.base.steps == 23
+
+
+def test_both_forms_in_one_recipe_are_refused(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(config_toml(tiny()) + "[joint]\nsteps = 3\n")
+    assert "there is no key joint; did you mean stages.joint?" in refusal(recipe=str(path))
 
 
 def test_a_missing_key_is_named(tmp_path):
@@ -211,7 +231,7 @@ def test_a_misspelt_key_comes_before_the_keys_that_are_missing(tmp_path):
     assert message.startswith(
         f"{path}: there is no key latent_chanels; did you mean latent_channels?; latent_channels, "
     )
-    assert message.endswith("joint, base_stage are missing")
+    assert message.endswith("base, stages are missing")
 
 
 @pytest.mark.parametrize("content", [b"steps = = 4", b"\xff\xfe\x00", b"[joint\n"])
@@ -226,7 +246,7 @@ def test_a_recipe_never_changes_after_loading():
     with pytest.raises(ValidationError):
         config.seed = 5
     with pytest.raises(ValidationError):
-        config.joint.steps = 5
+        config.stages.joint.steps = 5
 
 
 @given(name=st.text(max_size=20), seed=st.integers(0, 2**63 - 1), bias=st.floats(-1e9, 1e9))
@@ -239,6 +259,6 @@ def test_any_recipe_comes_back_from_its_toml(name, seed, bias):
 
 def test_the_hash_changes_with_every_value_and_not_with_how_it_was_given(tmp_path):
     path = tmp_path / "recipe.toml"
-    path.write_text(config_toml(tiny("joint.steps=21")))
-    assert config_hash(load_config(str(path), [])) == config_hash(tiny("joint.steps=21"))
-    assert len({config_hash(tiny()), config_hash(tiny("joint.steps=21")), config_hash(tiny("seed=1"))}) == 3
+    path.write_text(config_toml(tiny("stages.joint.steps=21")))
+    assert config_hash(load_config(str(path), [])) == config_hash(tiny("stages.joint.steps=21"))
+    assert len({config_hash(tiny()), config_hash(tiny("stages.joint.steps=21")), config_hash(tiny("seed=1"))}) == 3

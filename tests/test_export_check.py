@@ -122,7 +122,7 @@ def test_a_check_that_fails_ends_training_with_its_exit_code_and_keeps_the_check
 def test_a_signal_during_a_check_stops_training_with_all_saved(command, train_options, monkeypatch, tmp_path):
     """As Ctrl-C on a terminal, which reaches both processes."""
     stopped = "import os, signal; os.kill(os.getppid(), signal.SIGINT); raise SystemExit(75)"
-    monkeypatch.setattr(training, "run_main", lambda *words, **options: run_to_end([sys.executable, "-c", stopped]))
+    monkeypatch.setattr(training, "run_script", lambda *words: run_to_end([sys.executable, "-c", stopped]))
     result = command(train, "tiny", *train_options, *SHORT, "--export-check", 2)
     assert result.code == 75, result
     assert "stage joint, step 2: stopped in the export check, saved; go on with ul-train " in result.err

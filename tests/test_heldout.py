@@ -1,10 +1,10 @@
-"""Held-out figures of a model that is exact on Gaussian data, and which images the yardstick is made from."""
+"""Held-out figures of a model that is exact on Gaussian data, and which images the Gaussian bound is made from."""
 
 import numpy as np
 import pytest
 import torch
 from exact_denoisers import gaussian_mean, gaussian_v
-from tiny_run import CPU, image_set, tiny
+from tiny_run import CPU, image_set, stop_at, tiny
 from torch import Tensor, nn
 
 from ul_runtime.diffusion import NATS_PER_BIT, alpha, sigma, v_from_x
@@ -12,16 +12,15 @@ from ul_runtime.errors import StoppedError
 from ul_runtime.images import from_uint8
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.progress import Control
 from ul_train.data.imageset import ImageSet
 from ul_train.heldout import (
     DEAD_BITS_PER_VALUE,
     HeldoutFigures,
+    bound_eigenvalues,
     gaussian_psnr_db,
     image_covariance_eigenvalues,
     latent_capacity_bits,
     measure,
-    yardstick,
 )
 from ul_train.run import Run
 from ul_train.torch_backend import torch_pipeline
@@ -174,10 +173,10 @@ def test_the_capacity_of_a_latent_is_shannon_s() -> None:
 
 def test_a_measurement_stops_when_asked_and_counts_decodes() -> None:
     done: list[float] = []
-    measure(pipeline(), gaussian_images(5), 5, mean_of=2, control=Control(progress=done.append))
+    measure(pipeline(), gaussian_images(5), 5, mean_of=2, tick=done.append)
     assert sum(done) == pytest.approx(10)
     with pytest.raises(StoppedError):
-        measure(pipeline(), gaussian_images(5), 5, control=Control(stop=lambda: True))
+        measure(pipeline(), gaussian_images(5), 5, tick=stop_at(1))
 
 
 def test_the_bound_is_that_of_the_rate(figures: HeldoutFigures) -> None:
@@ -195,21 +194,21 @@ def small(num: int) -> ImageSet:
     return made
 
 
-def test_the_yardstick_is_of_the_measured_images_or_of_the_training_images_if_those_are_few() -> None:
+def test_the_bound_is_of_the_measured_images_or_of_the_training_images_if_those_are_few() -> None:
     size = SIDE * SIDE
     many, few = small(5 * size), small(3 * size)
-    eigenvalues, of_what = yardstick(many, few, 4 * size)
+    eigenvalues, of_what = bound_eigenvalues(many, few, 4 * size)
     assert of_what == f"{4 * size} held-out images"
     assert eigenvalues == pytest.approx(image_covariance_eigenvalues(many.images[: 4 * size]))
-    eigenvalues, of_what = yardstick(many, many, 4 * size - 1)
+    eigenvalues, of_what = bound_eigenvalues(many, many, 4 * size - 1)
     assert of_what == "training images"
     assert eigenvalues == pytest.approx(image_covariance_eigenvalues(many.images))
-    assert yardstick(few, few, 3 * size) == (None, f"not computed: fewer than {4 * size} images")
+    assert bound_eigenvalues(few, few, 3 * size) == (None, f"not computed: fewer than {4 * size} images")
 
 
-def test_the_yardstick_is_not_computed_for_large_images() -> None:
+def test_the_bound_is_not_computed_for_large_images() -> None:
     large = image_set(2, size=80)
-    assert yardstick(large, large, 2) == (None, "not computed: 6400 values an image, at most 4096")
+    assert bound_eigenvalues(large, large, 2) == (None, "not computed: 6400 values an image, at most 4096")
 
 
 def test_pixels_map_to_both_ends() -> None:

@@ -12,7 +12,7 @@ from ul_runtime.diffusion import Schedule, alpha, sigma, sigmoid
 from ul_runtime.errors import UsageError
 from ul_train import objective as ul
 from ul_train.config import load_config
-from ul_train.stages import Batch, base_stage, joint_stage
+from ul_train.stages import Base, Batch, Joint
 
 OBJECTIVE = ul.Objective(
     LATENT_SCHEDULE, Schedule("cosine", -10.0, 10.0, 1.0), loss_factor=1.5, bias=-1.0, base_bias=2.0
@@ -140,17 +140,18 @@ def test_the_decoder_is_given_z_0_and_the_base_its_label():
     assert given[1] is label
 
 
-def test_both_terms_of_the_total_are_divided_by_the_same_number():
-    prior, decoder = torch.tensor([1.0, 3.0]), torch.tensor([10.0, 30.0])
-    assert float(ul.total_loss(prior, decoder, 8)) == pytest.approx((2.0 + 20.0) / 8)
+def test_both_terms_of_the_loss_are_divided_by_the_number_of_image_values():
+    _, (nats_prior, nats_decoder, _), x, loss = joint_parts()
+    assert loss.item() == pytest.approx((nats_prior + nats_decoder).item() / x[0].numel())
 
 
 def test_negative_control_means_per_element_would_weigh_the_prior_by_the_ratio_of_dimensions():
-    prior, decoder, image_values, latent_values = torch.tensor([5.0]), torch.tensor([7.0]), 24.0 * 32, 32.0
-    per_element = prior.mean() / latent_values + decoder.mean() / image_values
-    share = (per_element - decoder.mean() / image_values) / (prior.mean() / image_values)
-    assert float(share) == pytest.approx(24.0)  # f = 16, c = 32
-    assert float(ul.total_loss(prior, decoder, int(image_values))) < 0.1 * float(per_element)
+    _, (nats_prior, nats_decoder, z_clean), x, loss = joint_parts()
+    image_values, latent_values = x[0].numel(), z_clean[0].numel()
+    per_element = nats_prior / latent_values + nats_decoder / image_values
+    prior_alone, prior_in_loss = nats_prior / latent_values, loss - nats_decoder / image_values
+    assert prior_alone.item() == pytest.approx(prior_in_loss.item() * image_values / latent_values, rel=1e-4)
+    assert loss.item() < 0.9 * per_element.item()
 
 
 @pytest.mark.parametrize("logsnr_max", [3.0, 5.0, 10.0])
@@ -161,22 +162,33 @@ def test_z_0_has_the_noise_at_which_the_prior_ends(logsnr_max):
     assert torch.allclose(ul.noisy_latent(z_clean, eps, schedule), expected, rtol=1e-12)
 
 
-def joint_parts(share: float = 1.0):
-    """(encoder, prior, decoder) with one weight each, and the joint nats of one batch."""
+def joint_parts(step: int = 2):
+    """(networks with one weight each, (mean L_prior, mean L_decoder, z_clean), images, loss) of a batch of stage 1.
+
+    The prior's gradient is ramped up until step 2.
+    """
     torch.manual_seed(0)
     encoder, prior, decoder = nn.Conv2d(1, 2, 2, stride=2), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
+    seen = []
+
+    def encode(x):
+        seen.append(encoder(x))
+        return seen[0]
 
     def decode(x_t, logsnr, z_0):
         return nn.functional.interpolate(decoder(z_0), scale_factor=2) + 0.1 * x_t
 
+    stage = Joint(load_config("tiny", ["objective.prior_ramp_steps=2"]), torch.device("cpu"), "fp32")
+    stage.objective = OBJECTIVE
+    stage.compute = {"encoder": encode, "prior": lambda z, logsnr: prior(z), "decoder": decode}
+    torch.manual_seed(1)
     x = torch.randn(4, 1, 4, 4)
-    z_clean = encoder(x)
-    nats = ul.joint_nats(lambda z, logsnr: prior(z), decode, x, z_clean, random_draws(), OBJECTIVE, share)
-    return (encoder, prior, decoder), (*nats, z_clean), x
+    loss, figures = stage.loss(Batch(x, torch.zeros(4).long(), random_draws()), step)
+    return (encoder, prior, decoder), (figures["prior_nats"], figures["decoder_nats"], seen[0]), x, loss
 
 
-def test_joint_nats_are_the_prior_and_decoder_terms_of_one_encoding():
-    (encoder, prior, decoder), (nats_prior, nats_decoder, z_clean), x = joint_parts()
+def test_the_loss_is_of_the_prior_and_decoder_terms_of_one_encoding():
+    (encoder, prior, decoder), (nats_prior, nats_decoder, z_clean), x, _ = joint_parts()
     draws = random_draws()
     z_0 = ul.noisy_latent(z_clean, draws.eps_z, LATENT_SCHEDULE)
 
@@ -184,8 +196,8 @@ def test_joint_nats_are_the_prior_and_decoder_terms_of_one_encoding():
         return nn.functional.interpolate(decoder(z), scale_factor=2) + 0.1 * x_t
 
     expected = ul.prior_nats(lambda z, logsnr: prior(z), encoder(x), draws.eps_prior, draws.t_z, LATENT_SCHEDULE)
-    assert torch.equal(nats_prior, expected)
-    assert torch.equal(nats_decoder, ul.decoder_nats(decode, x, z_0, draws.eps_x, draws.t_x, OBJECTIVE))
+    assert torch.equal(nats_prior, expected.mean())
+    assert torch.equal(nats_decoder, ul.decoder_nats(decode, x, z_0, draws.eps_x, draws.t_x, OBJECTIVE).mean())
 
 
 def gradients(loss, *modules):
@@ -193,7 +205,7 @@ def gradients(loss, *modules):
 
 
 def test_the_decoder_loss_reaches_encoder_and_decoder_and_not_the_prior():
-    modules, (_, nats_decoder, _), _ = joint_parts()
+    modules, (_, nats_decoder, _), _, _ = joint_parts()
     encoder, prior, decoder = gradients(nats_decoder, *modules)
     assert encoder.abs().min() > 0
     assert decoder.abs().min() > 0
@@ -218,10 +230,10 @@ def test_the_prior_loss_reaches_the_encoder_through_the_target_and_through_the_i
     assert float(gradient) == pytest.approx(float(difference), rel=1e-3)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_prior_share_scales_what_the_prior_loss_sends_into_the_encoder_and_nothing_else(share):
-    full_modules, (full_prior, full_decoder, _), _ = joint_parts(1.0)
-    modules, (nats_prior, nats_decoder, _), _ = joint_parts(share)
+@pytest.mark.parametrize(("step", "share"), [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)])
+def test_prior_share_scales_what_the_prior_loss_sends_into_the_encoder_and_nothing_else(step, share):
+    full_modules, (full_prior, full_decoder, _), _, _ = joint_parts()
+    modules, (nats_prior, nats_decoder, _), _, _ = joint_parts(step)
     full, ramped = gradients(full_prior, *full_modules[:2]), gradients(nats_prior, *modules[:2])
     assert torch.allclose(ramped[0], share * full[0], rtol=1e-5, atol=1e-12)
     assert torch.equal(ramped[1], full[1])
@@ -236,7 +248,7 @@ def test_prior_share_scales_what_the_prior_loss_sends_into_the_encoder_and_nothi
 def base_inputs(z_clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(what stage 2 shows its network at t = 0, the noise it drew) for an encoder that returns z_clean."""
     config = load_config("tiny", [])
-    stage = base_stage(config, 2, torch.device("cpu"), "fp32", {"encoder": lambda x: z_clean})
+    stage = Base(config, torch.device("cpu"), "fp32", 2, {"encoder": lambda x: z_clean})
     seen = []
 
     def record(z_t, logsnr, label):
@@ -271,37 +283,41 @@ def test_the_cost_to_a_normal_prior_is_the_divergence_of_z_0():
 
 def test_with_a_normal_weight_the_prior_measures_and_the_encoder_pays_the_divergence():
     config = load_config("tiny", ["objective.normal_weight=0.25", "objective.prior_ramp_steps=10"])
-    stage = joint_stage(config, torch.device("cpu"), "fp32")
+    stage = Joint(config, torch.device("cpu"), "fp32")
     with torch.no_grad():  # last layers start at zero
         for parameter in stage.parameters.values():
             parameter.add_(0.1 * torch.randn_like(parameter))
     draws = random_draws(2, config.latent_shape, config.image_shape)
     x = torch.randn(2, *config.image_shape)
     loss, figures = stage.loss(Batch(x, torch.zeros(2, dtype=torch.long), draws), step=5)
-    encoder, prior, decoder = (stage.modules[name] for name in ("encoder", "prior", "decoder"))
+    encoder = stage.modules["encoder"]
     z_clean = encoder(x)
-    nats_prior, nats_decoder = ul.joint_nats(prior, decoder, x, z_clean, draws, stage.objective)
-    assert figures["prior_nats"] == pytest.approx(nats_prior.mean().item(), rel=1e-6)
-    assert torch.autograd.grad(nats_prior.sum(), encoder.out.weight, retain_graph=True, allow_unused=True) == (None,)
-    paid = (nats_decoder + 0.5 * 0.25 * ul.normal_nats(z_clean, LATENT_SCHEDULE)).mean() / x[0].numel()
-    expected = torch.autograd.grad(paid, encoder.out.weight)[0]
+    nats_prior, nats_decoder = figures["prior_nats"], figures["decoder_nats"]
+    o, prior = stage.objective, stage.modules["prior"]
+    measured = ul.prior_nats(prior, z_clean, draws.eps_prior, draws.t_z, o.schedule_z)
+    assert nats_prior.item() == pytest.approx(measured.mean().item(), rel=1e-6)
+    assert torch.autograd.grad(nats_prior, encoder.out.weight, retain_graph=True, allow_unused=True) == (None,)
+    paid = (nats_decoder + 0.5 * 0.25 * ul.normal_nats(z_clean, LATENT_SCHEDULE).mean()) / x[0].numel()
+    expected = torch.autograd.grad(paid, encoder.out.weight, retain_graph=True)[0]
     torch.testing.assert_close(torch.autograd.grad(loss, encoder.out.weight)[0], expected)
 
 
 def test_an_encoder_with_a_learned_variance_learns_it_from_all_terms_and_the_base_sees_its_draws():
     config = load_config("tiny", ["objective.learned_variance=true", "objective.prior_ramp_steps=0"])
-    stage = joint_stage(config, torch.device("cpu"), "fp32")
+    stage = Joint(config, torch.device("cpu"), "fp32")
     x, label = torch.randn(4, *config.image_shape), torch.zeros(4, dtype=torch.long)
     draws, eps = random_draws(4, config.latent_shape, config.image_shape), torch.randn(4, *config.latent_shape)
     loss, _ = stage.loss(Batch(x, label, draws, eps), step=1)
     encoder = stage.modules["encoder"]
     z_clean, nats = ul.drawn_latent(*encoder.moments(x), eps, stage.objective.schedule_z)
-    parts = ul.joint_nats(stage.modules["prior"], stage.modules["decoder"], x, z_clean, draws, stage.objective)
-    torch.testing.assert_close(loss, (sum(parts) + nats).mean() / x[0].numel())
+    o, z_0 = stage.objective, ul.noisy_latent(z_clean, draws.eps_z, stage.objective.schedule_z)
+    nats_prior = ul.prior_nats(stage.modules["prior"], z_clean, draws.eps_prior, draws.t_z, o.schedule_z)
+    nats_decoder = ul.decoder_nats(stage.modules["decoder"], x, z_0, draws.eps_x, draws.t_x, o)
+    torch.testing.assert_close(loss, (nats_prior + nats_decoder + nats).mean() / x[0].numel())
     assert torch.autograd.grad(loss, encoder.spread.weight)[0].abs().max() > 0
     half = Batch(x, label, draws, eps).part(1, 2)
     assert torch.equal(half.eps_clean, eps[2:])
-    base = base_stage(config, 0, torch.device("cpu"), "fp32", {"encoder": encoder})
+    base = Base(config, torch.device("cpu"), "fp32", 0, {"encoder": encoder})
     first, second = (base.loss(Batch(x, label, draws, noise), step=1)[0] for noise in (eps, -eps))
     assert not torch.equal(first, second)
 

@@ -27,7 +27,7 @@ def test_every_row_is_a_recipe_and_costs_what_its_table_mates_cost(tables):
     for name, table in tables.TABLES.items():
         for recipe in ("quickstart", "color-64"):
             configs = [load_config(recipe, [*tables.BUDGET.get(recipe, ()), *row.changes]) for row in table.rows]
-            flops = [account(config, 10).joint.flops_of_stage for config in configs]
+            flops = [account(config, 10)["joint"]["flops_of_stage"] for config in configs]
             assert max(flops) < 1.02 * min(flops), (name, recipe)
             assert len({config.model_dump_json() for config in configs}) == len(configs)
 
@@ -73,7 +73,7 @@ def test_seeds_of_a_row_are_averaged_and_their_spread_is_said(tables):
 @pytest.mark.slow
 def test_a_table_is_trained_measured_and_drawn_and_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("sklearn")
-    steps = [word for field in ("joint", "base_stage") for word in ("--set", f"{field}.steps=2")]
+    steps = [word for stage in ("joint", "base") for word in ("--set", f"stages.{stage}.steps=2")]
     sizes = ["--images", "20", "--eval-seeds", "1", "--mean-of", "1", "--values", "1.5", "--threads", "1"]
     asked = ["--eval-option=--features=pixels", "--eval-option=--bits-samples=1"]
     folders = [part for name in ("runs", "out", "cache") for part in (f"--{name}", str(tmp_path / name))]
@@ -91,7 +91,7 @@ def test_a_table_is_trained_measured_and_drawn_and_goes_on_where_it_stopped(tmp_
     (row,) = json.loads((tmp_path / "out" / "loss-factor.json").read_text())["figures"]
     assert (row["row"], row["seed"], row["count"], row["num_images"]) == ("1.5", 0, 20, 20)
     assert row["gfd"] > row["gfd_real"], "two steps of training make no pictures"
-    assert row["flops"]["joint"] == account(load_config("tiny", steps[1::2]), 10).joint.flops_of_stage
+    assert row["flops"]["joint"] == account(load_config("tiny", steps[1::2]), 10)["joint"]["flops_of_stage"]
     assert str(tmp_path) not in (tmp_path / "out" / "loss-factor.json").read_text()
     with Image.open(tmp_path / "out" / "loss-factor.png") as picture:
         picture.load()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul_train.config import config_hash, config_toml, load_config
-from ul_train.stages import RateControl, joint_stage, missed
+from ul_train.stages import Joint, RateControl, missed
 
 STEPS, RAMP = 700, 250
 
@@ -85,9 +85,9 @@ def test_a_recipe_without_a_target_is_what_it_was_and_one_with_it_loads_back(tmp
 def test_a_decoder_with_another_loss_is_steered_to_smaller_factors(overrides, least):
     """The bits stay too high: loss_factor goes to its end, which for a plain squared error is below 1."""
     config = load_config("tiny", [*overrides, "objective.target_bits_per_pixel=0.1"])
-    control = joint_stage(config, torch.device("cpu"), "fp32").rate_control
+    control = Joint(config, torch.device("cpu"), "fp32").rate_control
     assert control is not None
-    for step in range(3 * config.joint.steps):
+    for step in range(3 * config.stages.joint.steps):
         control.follow(0.4, step)
     assert control.loss_factor == pytest.approx(least)
 

@@ -43,7 +43,7 @@ def test_versions_are_of_what_is_installed():
         ((), "--data is missing; see ul-train sweep --help"),
         (("--data", "x"), "--out is missing"),
         (("--data", "x", "--out", "y", "--loss-factors", "2,a"), "--loss-factors 2,a: expected numbers between commas"),
-        (("--data", "x", "--out", "y", "--set", "joint.stepz=1"), "there is no key joint.stepz"),
+        (("--data", "x", "--out", "y", "--set", "stages.joint.stepz=1"), "there is no key stages.joint.stepz"),
         (("--data", "x", "--out", "y", "--set", "objective.loss_factor=3"), "a sweep sets it for each run; give"),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_sweep_measures_every_value_and_goes_on_where_it_stopped(tmp_path):
     main_program = (sys.executable, "-c", "from ul_train.cli import main; main()")
 
     def run(factors: str) -> subprocess.CompletedProcess[str]:
-        words = ["tiny", "--data", "sklearn-digits", "--set", "joint.steps=2", "--images", "8", "--mean-of", "2"]
+        words = ["tiny", "--data", "sklearn-digits", "--set", "stages.joint.steps=2", "--images", "8", "--mean-of", "2"]
         folders = [part for name in ("out", "cache") for part in (f"--{name}", str(tmp_path / name))]
         settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         arguments = [*main_program, "sweep", *words, *folders, "--loss-factors", factors, "--threads", "1"]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from disk import Disk
 from PIL import Image
 from tiny_run import SHORT, blobs, refuses, tree, write_npz
 
+from ul_runtime.errors import run_command
 from ul_train.cli import main
 from ul_train.config import preset_names
 from ul_train.log import RunLog
@@ -79,10 +81,16 @@ def test_a_terminal_shows_a_bar_with_its_figures_below_and_messages_above(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     log = RunLog(tmp_path, 1)
-    with log.stage("joint", 3, 8, 0):
-        log.step("joint", 1, {"prior_nats": 70.123, "decoder_nats": 150.0, "bits_per_pixel": 0.4, "latent_std": 1.0})
-        log.evaluation("joint", 1, {"bits_per_pixel": 0.3, "psnr_db": 7.0})
-        log.say("a message")
+
+    def train(**_: Any) -> None:
+        with log.stage("joint", 3, 8, 0):
+            losses = {"prior_nats": 70.123, "decoder_nats": 150.0, "latent_std": 1.0}
+            log.step("joint", 1, losses | {"bits_per_pixel": 0.4})
+            log.evaluation("joint", 1, {"bits_per_pixel": 0.3, "psnr_db": 7.0})
+            logging.getLogger("ul_train.train").info("a message")
+
+    with pytest.raises(SystemExit):
+        run_command(train, "ul-train")
     log.close()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     for text in ("1/3, left:", "prior 70.12 nats  decoder 150 nats  0.4 bits/pixel", "a message\n"):
@@ -105,7 +113,7 @@ def test_images_of_one_class_are_trained_on_and_that_is_said(command: Runner, tm
     (tmp_path / "in" / "only").mkdir(parents=True)
     for number, image in enumerate(blobs(8)[0]):
         Image.fromarray(image[0]).save(tmp_path / "in" / "only" / f"{number}.png")
-    steps = [*SHORT, "--set", "joint.steps=1", "--set", "base_stage.steps=1"]
+    steps = [*SHORT, "--set", "stages.joint.steps=1", "--set", "stages.base.steps=1"]
     result = command(
         main, "tiny", "--data", tmp_path / "in", "--cache", tmp_path / "c", "--out", tmp_path / "o", *steps
     )

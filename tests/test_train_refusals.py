@@ -25,16 +25,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_another_recipe_is_refused_by_its_keys_unless_allowed(
     command: Runner, train_options: list[Any], finished: Path, tmp_path: Path
 ) -> None:
-    change = ["--set", "objective.bias=1.5", "--set", "base_stage.steps=5"]
+    change = ["--set", "objective.bias=1.5", "--set", "stages.base.steps=5"]
     resume = [finished, "--resume", *train_options[2:4], *change]
-    keys = "objective.bias (run 0.0, now 1.5), base_stage.steps (run 4, now 5)"
+    keys = "objective.bias (run 0.0, now 1.5), stages.base.steps (run 4, now 5)"
     refuses(command, tmp_path, 2, keys, *resume)
-    refuses(command, tmp_path, 2, "objective.bias (run 0.0, now 1.5); use", *resume, "--allow", "base_stage.steps")
-    refuses(command, tmp_path, 2, "did you mean base_stage.steps?", *resume, "--allow", "base.steps")
-    allowed = command(main, finished, "--resume", *train_options[2:4], *change[2:], "--allow", "base_stage.steps")
+    refuses(command, tmp_path, 2, "objective.bias (run 0.0, now 1.5); use", *resume, "--allow", "stages.base.steps")
+    refuses(command, tmp_path, 2, "did you mean stages.base.steps?", *resume, "--allow", "base.steps")
+    allowed = command(main, finished, "--resume", *train_options[2:4], *change[2:], "--allow", "stages.base.steps")
     assert allowed.code == 0, allowed
     assert (finished / "checkpoints" / "base-000005").is_dir()
-    assert "[base_stage]\nsteps = 5\n" in (finished / "config.toml").read_text()
+    assert "[stages.base]\nsteps = 5\n" in (finished / "config.toml").read_text()
 
 
 def test_other_data_is_refused(command: Runner, finished: Path, image_store: Path, tmp_path: Path) -> None:
@@ -91,16 +91,16 @@ def test_options_that_cannot_be_are_refused_at_once(command: Runner, train_optio
         (2, "--device meta: expected auto, cpu or cuda", ["tiny", *train_options, "--device", "meta"]),
         (
             2,
-            "there is no key joint.stepz; did you mean joint.steps?",
-            ["tiny", *train_options, "--set", "joint.stepz=3"],
+            "there is no key stages.joint.stepz; did you mean stages.joint.steps?",
+            ["tiny", *train_options, "--set", "stages.joint.stepz=3"],
         ),
-        (2, "joint.steps = 0: input should be greater than 0", ["tiny", *train_options, "--set", "joint.steps=0"]),
+        (2, "seed = -1: input should be greater than or equal to 0", ["tiny", *train_options, "--set", "seed=-1"]),
         (
             2,
-            "joint.batch_size 8 must be a multiple of accumulate 3",
-            ["tiny", *train_options, "--set", "joint.accumulate=3"],
+            "stages.joint.batch_size 8 must be a multiple of accumulate 3",
+            ["tiny", *train_options, "--set", "stages.joint.accumulate=3"],
         ),
-        (2, "--set 'joint.steps': expected field=value", ["tiny", *train_options, "--set", "joint.steps"]),
+        (2, "--set 'seed': expected field=value", ["tiny", *train_options, "--set", "seed"]),
         (65, "nowhere: does not exist", ["tiny", "--data", tmp_path / "nowhere", "--out", run]),
     ]
     for code, message, arguments in cases:
@@ -138,7 +138,7 @@ def test_colour_images_for_a_grey_model_are_converted_and_counted(
     command: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_npz(tmp_path / "colour.npz", 8, channels=3)
-    monkeypatch.setattr(commands, "_train_stages", lambda *_: None)
+    monkeypatch.setattr(commands, "train_stages", lambda *_: None)
     run = ["--data", tmp_path / "colour.npz", "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
     result = command(main, "tiny", *run, *SHORT)
     assert result.code == 0

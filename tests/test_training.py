@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import CPU, image_set, same_tensors, session, splits, stop_at, tiny
+from tiny_run import CPU, image_set, measured, new_run, same_tensors, splits, stop_at, tiny, train
 
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
-from ul_runtime.progress import never
 from ul_train import checkpoint as ckpt
 from ul_train.log import RunLog
 from ul_train.objective import step_generator
 from ul_train.run import Run
-from ul_train.stages import Stage, base_stage, ema_decay_at, joint_stage
+from ul_train.stages import Base, Joint, Stage, ema_decay_at
 from ul_train.trainer import Trainer, learning_rate_at
 
 HARD = (  # everything that draws random numbers, and everything that is split
@@ -26,9 +25,9 @@ HARD = (  # everything that draws random numbers, and everything that is split
     "decoder.dropout=0.2",
     "prior.dropout=0.2",
     "base.dropout=0.2",
-    "base_stage.label_dropout=0.5",
-    "joint.accumulate=2",
-    "base_stage.accumulate=4",
+    "stages.base.label_dropout=0.5",
+    "stages.joint.accumulate=2",
+    "stages.base.accumulate=4",
 )
 
 
@@ -47,17 +46,17 @@ def losses(run: Path, stage: str) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in kept}
 
 
-def trainer(stage: Stage, run: Path, stop: Callable[[], bool] = never, **options: Any) -> Trainer:
-    return Trainer(stage, image_set(), run, RunLog(run, 1), stop, lambda stage, step: None, **options)
+def trainer(stage: Stage, run: Path) -> Trainer:
+    return Trainer(stage, image_set(), run, RunLog(run, 1))
 
 
 def untrained_joint(*overrides: str) -> Stage:
-    return joint_stage(tiny(*overrides), CPU, "fp32")
+    return Joint(tiny(*overrides), CPU, "fp32")
 
 
 def untrained_base(*overrides: str) -> Stage:
     joint = untrained_joint(*overrides)
-    return base_stage(tiny(*overrides), 2, CPU, "fp32", joint.ema)
+    return Base(tiny(*overrides), CPU, "fp32", 2, joint.ema)
 
 
 def state(made: Trainer) -> dict[str, torch.Tensor]:
@@ -77,7 +76,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("make", [untrained_joint, untrained_base])
 def test_one_batch_overfits(tmp_path: Path, make: Callable[..., Stage]) -> None:
     options = ("learning_rate=5e-3", "warmup_steps=0", "final_learning_rate=1.0", "label_dropout=0.0")
-    made = trainer(make(*(f"{section}.{o}" for section in ("joint", "base_stage") for o in options)), tmp_path)
+    made = trainer(make(*(f"{section}.{o}" for section in ("stages.joint", "stages.base") for o in options)), tmp_path)
     ids = np.arange(8)
     batch = made.stage.batch(made.images, ids, step=0)
     made.stage.batch = lambda *_: batch  # type: ignore[method-assign]
@@ -96,15 +95,13 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(
 ) -> None:
     config = tiny(*HARD, *more)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    unbroken = session(whole, config)
-    for stage in ("joint", "base"):
-        unbroken.run_stage(stage)
-    run = session(broken, config).run
-    run = dataclasses.replace(run, info=dataclasses.replace(run.info, run_id=unbroken.run.info.run_id))
+    unbroken, run = new_run(whole, config), new_run(broken, config)
+    train(unbroken, "joint", "base")
+    run = dataclasses.replace(run, info=dataclasses.replace(run.info, run_id=unbroken.info.run_id))
     for stage in ("joint", "base"):
         with pytest.raises(StoppedError, match=f"step {stop} of 6 of stage {stage}, saved"):
-            session(broken, config, stop_at(stop), run).run_stage(stage)
-        session(broken, config, run=run).run_stage(stage)
+            train(run, stage, tick=stop_at(stop))
+        train(run, stage)
     for stage in ("joint", "base"):
         assert losses(broken, stage) == losses(whole, stage)
         assert list(losses(whole, stage)) == [1, 2, 3, 4, 5, 6]
@@ -114,97 +111,89 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(
 
 def test_the_comparison_of_runs_sees_another_seed(tmp_path: Path) -> None:
     for seed in (0, 1):
-        session(tmp_path / str(seed), tiny(f"seed={seed}")).run_stage("joint")
+        train(new_run(tmp_path / str(seed), tiny(f"seed={seed}")), "joint")
     a, b = (tmp_path / str(seed) for seed in (0, 1))
     assert losses(a, "joint") != losses(b, "joint")
     assert not same_tensors(a / "checkpoints/joint-000006", b / "checkpoints/joint-000006")
 
 
-def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(tmp_path: Path) -> None:
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    session(whole, tiny()).run_stage("joint")
-    first = session(killed, tiny())
+    train(new_run(whole, tiny()), "joint")
+    run = new_run(killed, tiny())
 
-    def die(stage: Stage, step: int) -> None:
+    def die(*_: Any) -> None:
         raise MemoryError
 
-    first.evaluate = die  # type: ignore[method-assign]  # at the last step, before it is saved
-    with pytest.raises(MemoryError):
-        first.run_stage("joint")
-    assert ckpt.list_checkpoints(killed / "checkpoints", "joint")[-1].name == "joint-000003"
-    session(killed, tiny(), run=first.run).run_stage("joint")
+    with monkeypatch.context() as patch:
+        patch.setattr("ul_train.train.Evaluation.__call__", die)  # at the last step, before it is saved
+        with pytest.raises(MemoryError):
+            train(run, "joint")
+    assert run.checkpoints("joint")[-1].name == "joint-000003"
+    train(run, "joint")
     assert losses(killed, "joint") == losses(whole, "joint")
     assert same_tensors(whole / "checkpoints/joint-000006", killed / "checkpoints/joint-000006")
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_a_clean_log(tmp_path: Path) -> None:
-    run = session(tmp_path, tiny()).run
+    run = new_run(tmp_path, tiny())
     (tmp_path / "log.jsonl").write_text('{"stage": "joint", "step": 1, "loss": 99}\n{"stage": "joi')
-    session(tmp_path, tiny(), run=run).run_stage("joint")
+    train(run, "joint")
     assert list(losses(tmp_path, "joint")) == [1, 2, 3, 4, 5, 6]
     assert losses(tmp_path, "joint")[1] != 99
 
 
 def test_a_finished_stage_is_left_alone_and_the_log_of_the_next_one_too(tmp_path: Path) -> None:
-    run = session(tmp_path, tiny()).run
-    session(tmp_path, tiny(), run=run).run_stage("joint")
+    run = new_run(tmp_path, tiny())
+    train(run, "joint")
     with pytest.raises(StoppedError):
-        session(tmp_path, tiny(), stop_at(2), run).run_stage("base")
+        train(run, "base", tick=stop_at(2))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")}
-    again = session(tmp_path, tiny(), run=run)
-    assert not again.run_stage("joint")
+    assert train(run, "joint") == [False]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")} == before
     assert list(losses(tmp_path, "base")) == [1, 2]
-    assert again.run_stage("base")
+    assert train(run, "base") == [True]
     assert list(losses(tmp_path, "base")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_stop_during_an_evaluation_saves_the_step_it_was_at(tmp_path: Path) -> None:
-    asked = False
-
-    def evaluate(stage: Stage, step: int) -> None:
-        nonlocal asked
-        asked = True
+    def evaluate(step: int) -> None:
         raise StoppedError("in the middle")
 
-    made = trainer(untrained_joint("run.eval_every=2"), tmp_path, lambda: asked)
-    made.evaluate = evaluate
     with pytest.raises(StoppedError, match="step 2 of 6"):
-        made.train()
+        trainer(untrained_joint("run.eval_every=2"), tmp_path).train(evaluate)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["joint-000002"]
 
 
 def test_the_base_of_another_encoder_is_not_trained_on(tmp_path: Path) -> None:
-    first = session(tmp_path, tiny())
-    first.run_stage("joint")
-    first.run_stage("base")
-    longer = tiny("joint.steps=8")
+    train(new_run(tmp_path, tiny()), "joint", "base")
+    longer = tiny("stages.joint.steps=8")
     run = Run.open(tmp_path)
-    run.check_recipe(longer, ["joint.steps"])
-    again = session(tmp_path, longer, run=run.adopt(longer))
-    again.run_stage("joint")
+    run.check_recipe(longer, ["stages.joint.steps"])
+    run = run.adopt(longer)
+    train(run, "joint")
     with pytest.raises(BadInputError, match=r"base-000006: learned the latents of another encoder.*remove.*base-\*"):
-        again.run_stage("base")
+        train(run, "base")
     with pytest.raises(BadInputError, match="another encoder"):
         Run.open(tmp_path).finished()
 
 
 def test_a_recipe_changed_with_allow_leaves_the_earlier_stage_usable(tmp_path: Path) -> None:
-    session(tmp_path, tiny()).run_stage("joint")
-    longer = tiny("base_stage.steps=7")
+    train(new_run(tmp_path, tiny()), "joint")
+    longer = tiny("stages.base.steps=7")
     run = Run.open(tmp_path)
-    run.check_recipe(longer, ["base_stage.steps"])
+    run.check_recipe(longer, ["stages.base.steps"])
     run = run.adopt(longer)
     assert run.config == longer
     assert Run.open(tmp_path) == run
-    session(tmp_path, longer, run=run).run_stage("base")
+    train(run, "base")
     assert Run.open(tmp_path).finished().step == 7
 
 
 def test_a_recipe_edited_by_hand_is_not_exported(tmp_path: Path) -> None:
-    made = session(tmp_path, tiny())
-    made.run_stage("joint")
-    made.run_stage("base")
+    train(new_run(tmp_path, tiny()), "joint", "base")
     Run.open(tmp_path).finished()
     text = (tmp_path / "config.toml").read_text()
     (tmp_path / "config.toml").write_text(text.replace("base_bias = 2.0", "base_bias = 1.0"))
@@ -216,7 +205,7 @@ def test_a_recipe_edited_by_hand_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_accumulation_over_two_micro_batches_is_nearly_the_whole_batch(tmp_path: Path) -> None:
-    whole, halves = (trainer(untrained_joint(f"joint.accumulate={count}"), tmp_path) for count in (1, 2))
+    whole, halves = (trainer(untrained_joint(f"stages.joint.accumulate={count}"), tmp_path) for count in (1, 2))
     for _ in range(2):
         a, b = whole.train_step(), halves.train_step()
         assert a.keys() == b.keys()
@@ -225,7 +214,7 @@ def test_accumulation_over_two_micro_batches_is_nearly_the_whole_batch(tmp_path:
 
 
 def test_a_step_draws_from_seed_stage_and_step_alone(tmp_path: Path) -> None:
-    made = trainer(untrained_base("image.flip=true", "base_stage.label_dropout=0.5"), tmp_path)
+    made = trainer(untrained_base("image.flip=true", "stages.base.label_dropout=0.5"), tmp_path)
     ids = np.arange(8)
     first = made.stage.batch(made.images, ids, 3)
     torch.rand(100)
@@ -237,7 +226,7 @@ def test_a_step_draws_from_seed_stage_and_step_alone(tmp_path: Path) -> None:
 
 
 def test_label_dropout_hides_that_share_of_the_labels(tmp_path: Path) -> None:
-    made = trainer(untrained_base("base_stage.label_dropout=0.25"), tmp_path)
+    made = trainer(untrained_base("stages.base.label_dropout=0.25"), tmp_path)
     labels = torch.cat([made.stage.batch(made.images, np.arange(40), step).label for step in range(50)])
     assert (labels == 2).float().mean() == pytest.approx(0.25, abs=0.03)
     assert set(labels.tolist()) == {0, 1, 2}
@@ -247,12 +236,12 @@ def test_dropout_is_not_a_function_of_the_noise(tmp_path: Path) -> None:
     made = trainer(untrained_joint(), tmp_path)
     torch.manual_seed(made._dropout_seed())
     kept = torch.rand(1000)
-    noise = torch.rand(1000, generator=step_generator(made.stage.config.seed, "joint", made.step))
+    noise = torch.rand(1000, generator=step_generator(made.stage.config.seed, Joint.number, made.step))
     assert abs(torch.corrcoef(torch.stack([kept, noise]))[0, 1]) < 0.15
 
 
 def test_the_averages_equal_their_closed_form(tmp_path: Path) -> None:
-    made = trainer(untrained_joint("joint.ema_decay=0.5"), tmp_path)
+    made = trainer(untrained_joint("stages.joint.ema_decay=0.5"), tmp_path)
     name = next(iter(made.parameters))
     history = [made.parameters[name].detach().double().clone()]
     for made.step in range(6):
@@ -269,14 +258,15 @@ def test_the_averages_equal_their_closed_form(tmp_path: Path) -> None:
 
 def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine() -> None:
     settings = tiny(
-        "joint.steps=100", "joint.warmup_steps=10", "joint.learning_rate=2e-3", "joint.final_learning_rate=0.1"
-    ).joint
+        *("stages.joint.steps=100", "stages.joint.warmup_steps=10"),
+        *("stages.joint.learning_rate=2e-3", "stages.joint.final_learning_rate=0.1"),
+    ).stages.joint
     cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(101)]
     rates = [learning_rate_at(step, settings) for step in range(101)]
     assert rates[:10] == pytest.approx([2e-3 * (step + 1) / 10 * cosine[step] for step in range(10)])
     assert rates[10:] == pytest.approx([2e-3 * value for value in cosine[10:]])
     assert rates[100] == pytest.approx(2e-4)
-    assert learning_rate_at(0, tiny("joint.warmup_steps=0").joint) == 1e-3
+    assert learning_rate_at(0, tiny("stages.joint.warmup_steps=0").stages.joint) == 1e-3
 
 
 def test_the_optimiser_gets_the_rate_of_its_step(tmp_path: Path) -> None:
@@ -292,7 +282,7 @@ def test_the_optimiser_gets_the_rate_of_its_step(tmp_path: Path) -> None:
 def poison_loss(made: Trainer, steps: set[int], value: float) -> None:
     loss = made.stage.loss
 
-    def poisoned(batch: Any, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def poisoned(batch: Any, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         total, figures = loss(batch, step)
         return (total * value if step in steps else total), figures
 
@@ -348,7 +338,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_the_last_checkpoint_stays(tmp_
 
 
 def test_the_log_stays_json_and_its_means_leave_out_what_was_not_finite(tmp_path: Path) -> None:
-    made = trainer(untrained_joint("run.log_every=2", "joint.steps=4"), tmp_path)
+    made = trainer(untrained_joint("run.log_every=2", "stages.joint.steps=4"), tmp_path)
     made.log.log_every = 2
     poison_loss(made, {1, 2, 3}, math.nan)
     with pytest.raises(NonFiniteError):
@@ -365,22 +355,24 @@ def test_the_log_stays_json_and_its_means_leave_out_what_was_not_finite(tmp_path
 # the latent
 
 
-def test_the_death_of_the_latent_is_watched_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("joint.learning_rate=2e-2", "joint.warmup_steps=0", "joint.steps=150", "objective.prior_ramp_steps=0")
-    made = session(tmp_path, tiny("objective.loss_factor=1e-6", "run.eval_every=150", *options))
-    made.run_stage("joint")
-    assert "warning: the latent has died" in capsys.readouterr().err
-    figures = made.report(4, 1)
-    assert figures.latent_died
-    assert "warning: the latent has died" in capsys.readouterr().err
+def test_the_death_of_the_latent_is_watched_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = [f"stages.joint.{each}" for each in ("learning_rate=2e-2", "warmup_steps=0", "steps=150")]
+    run = new_run(
+        tmp_path, tiny("objective.loss_factor=1e-6", "objective.prior_ramp_steps=0", "run.eval_every=150", *settings)
+    )
+    train(run, "joint")
+    assert "warning: the latent has died" in caplog.text
+    caplog.clear()
+    assert measured(run).latent_died
+    assert "warning: the latent has died" in caplog.text
     assert json.loads((tmp_path / "report.json").read_text())["latent_died"] is True
 
 
-def test_a_living_latent_is_not_said_to_have_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = session(tmp_path, tiny("run.eval_every=5"))
-    made.run_stage("joint")
-    assert "latent_died" not in made.report(4, 1).as_dict()
-    assert "died" not in capsys.readouterr().err
+def test_a_living_latent_is_not_said_to_have_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = new_run(tmp_path, tiny("run.eval_every=5"))
+    train(run, "joint")
+    assert "latent_died" not in measured(run).as_dict()
+    assert "died" not in caplog.text
 
 
 def test_splits_hold_both_classes() -> None:
@@ -389,6 +381,6 @@ def test_splits_hold_both_classes() -> None:
 
 def test_a_target_for_the_bits_changes_loss_factor_and_nothing_before_it_is_steered(tmp_path: Path) -> None:
     for name, options in (("plain", ("objective.prior_ramp_steps=1",)), ("steered", STEERED)):
-        session(tmp_path / name, tiny(*options)).run_stage("joint")
+        train(new_run(tmp_path / name, tiny(*options)), "joint")
     plain, steered = losses(tmp_path / "plain", "joint"), losses(tmp_path / "steered", "joint")
     assert [plain[step] == steered[step] for step in (1, 2, 3)] == [True, True, False]

@@ -1,7 +1,6 @@
 """Small images and runs of the preset `tiny`, in this process: seconds on one core."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,23 @@ import numpy as np
 import torch
 from command import Runner
 
-from ul_runtime.progress import never
+from ul_runtime.errors import StoppedError
+from ul_runtime.progress import Tick, silent
 from ul_train import checkpoint as ckpt
 from ul_train.cli import main
 from ul_train.config import Config, load_config
 from ul_train.data.imageset import ImageSet, Splits
+from ul_train.heldout import HeldoutFigures
 from ul_train.log import RunLog
+from ul_train.options import TrainOptions
 from ul_train.run import Run
-from ul_train.train import Session
+from ul_train.stages import stages_called
+from ul_train.train import report, train_stage
 
 CPU = torch.device("cpu")
 SHORT = [  # options of ul-train: four steps a stage
-    *("--set", "joint.steps=4", "--set", "base_stage.steps=4", "--set", "joint.batch_size=4"),
-    *("--set", "base_stage.batch_size=4", "--set", "run.checkpoint_every=2", "--set", "run.eval_every=100"),
+    *("--set", "stages.joint.steps=4", "--set", "stages.base.steps=4", "--set", "stages.joint.batch_size=4"),
+    *("--set", "stages.base.batch_size=4", "--set", "run.checkpoint_every=2", "--set", "run.eval_every=100"),
     *("--set", "run.eval_images=2", "--set", "run.log_every=1", "--report-images", "2"),
 ]
 
@@ -70,21 +73,37 @@ def write_npz(path: Path, num: int = 40, channels: int = 1) -> Path:
 
 def tiny(*overrides: str) -> Config:
     """The preset `tiny`, 6 steps a stage, a checkpoint every 3, logged at each step."""
-    short = ["joint.steps=6", "base_stage.steps=6", "run.checkpoint_every=3", "run.eval_every=100", "run.log_every=1"]
-    return load_config("tiny", [*short, "run.eval_images=4", "objective.prior_ramp_steps=4", *overrides])
+    steps = ["stages.joint.steps=6", "stages.base.steps=6", "objective.prior_ramp_steps=4"]
+    rhythm = ["run.checkpoint_every=3", "run.eval_every=100", "run.log_every=1", "run.eval_images=4"]
+    return load_config("tiny", [*steps, *rhythm, *overrides])
 
 
-def session(path: Path, config: Config, stop: Callable[[], bool] = never, run: Run | None = None) -> Session:
-    """A session on `splits()`; a new run unless `run` is given."""
-    data = splits()
-    run = run or Run.create(path, config, "blobs", None, data)
-    return Session(run, data, CPU, "fp32", False, stop, RunLog(path, config.run.log_every))
+def new_run(path: Path, config: Config) -> Run:
+    """A run on `splits()` that has not begun."""
+    return Run.create(path, config, "blobs", None, splits())
 
 
-def stop_at(step: int) -> Callable[[], bool]:
-    """A `stop` that is true from the `step`-th time it is asked for a whole step (evaluation not counted)."""
+def train(run: Run, *stages: str, tick: Tick = silent) -> list[bool]:
+    """Train these stages on `splits()`, from where their checkpoints stand; whether there was something to do."""
+    log = RunLog(run.path, run.config.run.log_every)
+    kinds = [kind for name in stages for kind in stages_called(name)]
+    return [train_stage(kind.of_run(run, CPU, "fp32"), run, splits(), log, TrainOptions(), tick) for kind in kinds]
+
+
+def measured(run: Run) -> HeldoutFigures:
+    """The held-out report of a run, of four images."""
+    return report(run, splits(), RunLog(run.path, 1), CPU, num_images=4, mean_of=1)
+
+
+def stop_at(step: int) -> Tick:
+    """A tick that raises StoppedError from the `step`-th step on (evaluation not counted)."""
     calls = iter(range(1, 10_000))
-    return lambda: next(calls) >= step
+
+    def tick(amount: float) -> None:
+        if next(calls) >= step:
+            raise StoppedError("stopped")
+
+    return tick
 
 
 def contents(path: Path) -> dict[str, bytes]:

@@ -175,7 +175,7 @@ def open_model(name: str, folder: Path, contenders: Sequence[str]) -> Model:
     made = {"encoder": make_encoder(config), "prior": make_base(config, len(classes)), "decoder": make_decoder(config)}
     networks = {key: randomise(network, seed).eval() for seed, (key, network) in enumerate(made.items())}
     info = Run.in_memory(config, classes).manifest(OPSET)
-    flops = account(config, len(classes)).sampling.flops_per_image
+    flops = account(config, len(classes))["sampling"]["flops_per_image"]
     opsets = dict.fromkeys(opset_of(contender) for contender in contenders if contender in ENGINES)
     bundles = {opset: float16_bundle(info, networks, opset, folder / f"{name}-{opset}") for opset in opsets}
     return Model(name, info, flops, networks, bundles)

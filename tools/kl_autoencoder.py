@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ul_runtime.cli.options import with_options
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError, run_command
-from ul_train.stages import Batch, Stage, base_stage, to_model
+from ul_train.stages import Base, Batch, Joint, Stage, to_model
 from ul_train.torch_backend import choose_device, choose_precision
 
 if TYPE_CHECKING:
@@ -35,10 +35,16 @@ LATENT_LOGSNR = 10.0  # where the base ends: latents are next to clean
 SCALE_IMAGES = 2048
 
 
-class AutoencoderStage(Stage):
+class AutoencoderStage(Joint):
     """Training of the autoencoder, in the place of stage joint and by the trainer of all stages."""
 
-    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def __init__(
+        self, config: "Config", autoencoder: nn.Module, steps: int, device: torch.device, precision: str
+    ) -> None:
+        Stage.__init__(self, config, {"autoencoder": autoencoder}, {}, device, precision)
+        self.settings = self.settings.model_copy(update={"steps": steps})  # the optimiser's are those of stage joint
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """|x - x_decoded| + KL_WEIGHT KL(q(z | x) || N(0, I)), summed over values, a mean over images."""
         posterior = self.compute["autoencoder"].encode(batch.x).latent_dist
         noise = batch.draws.eps_z
@@ -46,7 +52,7 @@ class AutoencoderStage(Stage):
         error = (batch.x - decoded.float()).abs().flatten(1).sum(1)
         kl = posterior.kl().float()
         loss = (error + KL_WEIGHT * kl).mean() / batch.x[0].numel()
-        return loss, {"absolute_error": error.mean().item() / batch.x[0].numel(), "kl_nats": kl.mean().item()}
+        return loss, {"absolute_error": error.mean() / batch.x[0].numel(), "kl_nats": kl.mean()}
 
 
 class Encode(nn.Module):
@@ -91,14 +97,6 @@ def make_autoencoder(config: "Config", channels: tuple[int, ...], blocks: int) -
     )
 
 
-def autoencoder_stage(
-    config: "Config", autoencoder: nn.Module, steps: int, device: torch.device, precision: str
-) -> AutoencoderStage:
-    """With the optimiser's settings of stage joint."""
-    settings = config.joint.model_copy(update={"steps": steps})
-    return AutoencoderStage("joint", config, settings, 0, device, precision, {"autoencoder": autoencoder})
-
-
 def flops_per_image(config: "Config", channels: tuple[int, ...], blocks: int) -> int:
     """Of one training step of the autoencoder, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -109,21 +107,20 @@ def flops_per_image(config: "Config", channels: tuple[int, ...], blocks: int) ->
     return counter.get_total_flops()
 
 
-def train(stage: Stage, splits: "Splits", run: Path, encoder: str | None = None) -> nn.Module:
+def train(stage: Stage, splits: "Splits", run: Path) -> nn.Module:
     """The averaged network of a stage, trained from where its checkpoints stand."""
-    from ul_runtime.progress import stop_on_signal
+    from ul_runtime.progress import check_stopped, stop_on_signal
     from ul_train import checkpoint as ckpt
     from ul_train.log import RunLog
     from ul_train.trainer import Trainer
 
-    with stop_on_signal() as stop:
-        log = RunLog(run, stage.config.run.log_every)
-        trainer = Trainer(stage, splits.train, run, log, stop, lambda stage, step: None, encoder)
+    with stop_on_signal():
+        trainer = Trainer(stage, splits.train, run, RunLog(run, stage.config.run.log_every))
         if found := ckpt.list_checkpoints(run / "checkpoints", stage.name):
             trainer.restore(found[-1])
         if trainer.step < stage.settings.steps:
             try:
-                trainer.train()
+                trainer.train(tick=check_stopped)
             except StoppedError:
                 raise StoppedError(f"{run}: stopped at step {trainer.step}, saved; run it again") from None
     (network,) = stage.ema.values()
@@ -149,7 +146,7 @@ def write(
     from ul_train.run import Run
 
     opset = 20
-    info = Run.in_memory(config, classes, "kl-autoencoder").manifest(opset, step=config.base_stage.steps)
+    info = Run.in_memory(config, classes, "kl-autoencoder").manifest(opset, step=config.stages.base.steps)
     files = export_graphs(networks, info, opset)
     comparison = Candidate(bundle, info, files, networks, threads).compare()
     comparison.check(config.name)
@@ -185,29 +182,28 @@ def compare(
     given, config = account(run.config, len(classes)), latent_diffusion(run.config)
     splits = open_splits(config.image, data, None, cache_dir(options.cache))
     widths = tuple(int(width) for width in channels.split(","))
-    step_flops = flops_per_image(config, widths, blocks) * config.joint.batch_size
-    steps = round(given.joint.flops_of_stage / step_flops)
+    step_flops = flops_per_image(config, widths, blocks) * config.stages.joint.batch_size
+    of_stage = {stage: given[stage]["flops_of_stage"] for stage in ("joint", "base")}
+    steps = round(of_stage["joint"] / step_flops)
     durable.make_directory(out)
     device = choose_device("auto")
     precision = choose_precision(config.run.precision, device)
-    first_stage = autoencoder_stage(config, make_autoencoder(config, widths, blocks), steps, device, precision)
+    first_stage = AutoencoderStage(config, make_autoencoder(config, widths, blocks), steps, device, precision)
     autoencoder = train(first_stage, splits, out)
     scale = unit_scale(autoencoder, splits)
     encoder, decoder = Encode(autoencoder, scale).eval(), Decode(autoencoder, scale).eval()
-    base = train(base_stage(config, len(classes), device, precision, {"encoder": encoder}), splits, out)
+    base = train(Base(config, device, precision, len(classes), {"encoder": encoder}), splits, out)
     write(out / "bundle", config, classes, {"encoder": encoder, "prior": base, "decoder": decoder}, options.threads)
     ask = options.words(eval_seeds)
     rows = {
-        "Unified Latents": figures(beside / "bundle", data, ask, given.joint.flops_of_stage, given.base.flops_of_stage),
-        "KL autoencoder, latent diffusion": figures(
-            out / "bundle", data, ask, steps * step_flops, given.base.flops_of_stage
-        ),
+        "Unified Latents": figures(beside / "bundle", data, ask, of_stage["joint"], of_stage["base"]),
+        "KL autoencoder, latent diffusion": figures(out / "bundle", data, ask, steps * step_flops, of_stage["base"]),
     }
     record = {
         "figures": rows,
         "autoencoder": {"channels": widths, "blocks": blocks, "steps": steps, "kl_weight": KL_WEIGHT, "scale": scale},
         "parameters": {
-            "encoder and decoder": given.networks["encoder"].parameters + given.networks["decoder"].parameters,
+            "encoder and decoder": sum(given["networks"][name]["parameters"] for name in ("encoder", "decoder")),
             "autoencoder": sum(parameter.numel() for parameter in autoencoder.parameters()),
         },
         **origin("python tools/kl_autoencoder.py", PACKAGES),

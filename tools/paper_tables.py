@@ -77,10 +77,10 @@ TABLES = {
 # What each run is given: the same images, networks and steps, and so but for the latent's channels the same FLOPs.
 BUDGET = {
     "quickstart": (
-        "joint.steps=700",
-        "joint.accumulate=2",
-        "base_stage.steps=500",
-        "base_stage.accumulate=2",
+        "stages.joint.steps=700",
+        "stages.joint.accumulate=2",
+        "stages.base.steps=500",
+        "stages.base.accumulate=2",
         "run.eval_every=700",
         "run.checkpoint_every=250",
     ),
@@ -180,14 +180,14 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
     """What ul-train report and ul-eval say of a run; kept in the run's folder."""
     from ul_export.evaluation.report import summary
     from ul_runtime import durable
-    from ul_train.sweep import run_main
+    from ul_train.sweep import run_script
 
     report = variants.measured(run, images, mean_of)
     file, bundle = run / "evaluated.json", run / "bundle"
     record = json.loads(file.read_bytes()) if file.is_file() else {}
     if record.get("asked") != ask:
         if not bundle.exists():
-            run_main("ul_export.cli", str(run), "--out", str(bundle))
+            run_script("ul-export", str(run), "--out", str(bundle))
         record = {"asked": ask, "figures": evaluated(bundle, variants.data, ask)}
         durable.atomic_write(file, json.dumps(record).encode())
     kept = ("bits_per_pixel", "psnr_db", "psnr_mean_db", "gaussian_psnr_db", "latent_std", "decoder_steps", "mean_of")
@@ -209,7 +209,7 @@ def flops(run: Path) -> dict[str, int]:
 
     trained = Run.open(run)
     figures = account(trained.config, len(trained.info.class_names))
-    return {"joint": figures.joint.flops_of_stage, "base": figures.base.flops_of_stage}
+    return {stage: figures[stage]["flops_of_stage"] for stage in ("joint", "base")}
 
 
 def averaged(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -31,9 +31,9 @@ class EvalOptions:
 
 def evaluated(bundle: Path, data: str, words: list[str]) -> dict[str, Any]:
     """The record of ul-eval."""
-    from ul_train.sweep import run_main
+    from ul_train.sweep import run_script
 
-    return json.loads(run_main("ul_export.evaluation.cli", str(bundle), "--data", data, *words, "--json"))
+    return json.loads(run_script("ul-eval", str(bundle), "--data", data, *words, "--json"))
 
 
 def write_results(

@@ -1,12 +1,12 @@
 """What a recipe costs before it runs: parameters, FLOPs, memory, disk and the latent's bits. No weight is allocated.
 
-Networks live on the meta device and go through the real losses, where torch counts their FLOPs (`metering.py`).
+Networks live on the meta device and go through the real losses of the stages, where torch counts their FLOPs.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ul_runtime.diffusion import NATS_PER_BIT
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_train import objective as ul
-from ul_train.config import Config, StageConfig
-from ul_train.model import make_base, make_decoder, make_encoder, make_prior
+from ul_train.config import Config, load_config, preset_names
+from ul_train.stages import STAGES, Base, Batch, Joint, Stage
 
 LOW_PRECISION = (F.linear, F.conv2d, F.scaled_dot_product_attention)  # what autocast runs in bfloat16
 NORMS = (F.layer_norm, F.group_norm, F.rms_norm)  # what autocast runs in float32
@@ -101,166 +101,101 @@ def _storage(tensor: Tensor) -> int:
 
 
 FLOAT32 = 4  # bytes: weights, gradients, optimiser state and averages at either precision
-JOINT, BASE = ("encoder", "prior", "decoder"), ("base",)  # the networks that each stage trains
-Networks = dict[str, nn.Module]
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+Figures: TypeAlias = dict[str, Any]
+_META = torch.device("meta")
 
 
-@dataclass(frozen=True)
-class NetworkAccount:
-    """One network."""
-
-    parameters: int
-    forward_flops: int  # one image, one call
-
-
-@dataclass(frozen=True)
-class StageAccount:
-    """One stage of training; bytes are those of one device. FLOPs of the optimiser itself are left out."""
-
-    batch_size: int
-    micro_batch: int  # images whose activations are held at once
-    flops_per_image: int  # forward and backward through the stage's loss
-    flops_per_step: int  # one optimiser step
-    flops_of_stage: int
-    weight_bytes: int  # of the networks that learn
-    frozen_bytes: int  # of networks kept for latents and previews
-    gradient_bytes: int
-    optimizer_bytes: int  # AdamW: two float32 a parameter
-    ema_bytes: int
-    weight_copy_bytes: int  # bfloat16 copies that autocast keeps for the backward pass
-    activation_bytes: int  # kept for the backward pass of a micro-batch, with a GPU's fused attention
-    memory_bytes: int  # sum of the above; kernels' workspace and the allocator's reserve come on top
-    checkpoint_bytes: int  # on disk, one checkpoint
+def account(config: Config, num_classes: int) -> Figures:
+    """The account of a recipe for data of `num_classes` classes (0: none), the same on every machine. As JSON."""
+    stages, networks = _stages_on_meta(config, num_classes)
+    sizes = _sizes(config, networks)
+    return {
+        "name": config.name,
+        "image_shape": config.image_shape,
+        "latent_shape": config.latent_shape,
+        "num_classes": num_classes,
+        "precision": stages[0].precision,  # what activations are counted in
+        "networks": sizes,
+        "parameters": sum(size["parameters"] for size in sizes.values()),
+        **{stage.name: _training(stage) for stage in stages},
+        "sampling": _sampling(config, sizes, num_classes),
+        "latent": _latent(config),
+        "prepared_bytes_per_million": math.prod(config.image_shape) * 1_000_000,  # disk for 1,000,000 images, uint8
+    }
 
 
-@dataclass(frozen=True)
-class SamplingAccount:
-    """Making one image with the recipe's default sampler."""
-
-    prior_calls: int
-    guided_calls: int  # of these, inside the guidance interval: with and without the label, twice the work
-    decoder_calls: int
-    flops_per_image: int
-
-
-@dataclass(frozen=True)
-class LatentAccount:
-    """The latent's capacity: the bits of a Gaussian latent of unit variance at the prior's least noise."""
-
-    num_values: int
-    bits_per_value: float
-    bits_per_image: float
-    bits_per_pixel: float
-    equal_logsnr: float | None  # of the image: where a nat costs the same in latent and decoder
-    meaning: str
+def _stages_on_meta(config: Config, num_classes: int) -> tuple[tuple[Stage, ...], dict[str, nn.Module]]:
+    """(the stages, all networks that they train by name)."""
+    precision = "fp32" if config.run.precision == "fp32" else "bf16"
+    with _META:
+        joint = Joint(config, _META, precision)
+        base = Base(config, _META, precision, num_classes, joint.ema)
+    return (joint, base), joint.modules | base.modules
 
 
-@dataclass(frozen=True)
-class Account:
-    """All figures of a recipe."""
-
-    name: str
-    image_shape: tuple[int, int, int]
-    latent_shape: tuple[int, int, int]
-    num_classes: int
-    precision: str  # bf16 or fp32: what activations are counted in
-    networks: dict[str, NetworkAccount]
-    parameters: int
-    joint: StageAccount
-    base: StageAccount
-    sampling: SamplingAccount
-    latent: LatentAccount
-    prepared_bytes_per_million: int  # disk for 1,000,000 prepared images, uint8
-
-
-def account(config: Config, num_classes: int) -> Account:
-    """The account of a recipe for data of `num_classes` classes (0: none), the same on every machine."""
-    bf16 = config.run.precision != "fp32"
-    with torch.device("meta"):
-        networks: Networks = {
-            "encoder": make_encoder(config),
-            "prior": make_prior(config),
-            "decoder": make_decoder(config),
-            "base": make_base(config, num_classes),
+def _sizes(config: Config, networks: Mapping[str, nn.Module]) -> dict[str, Figures]:
+    """Parameters of each network, and FLOPs of one call for one image."""
+    with _META:
+        x, z, logsnr = torch.empty(1, *config.image_shape), torch.empty(1, *config.latent_shape), torch.empty(1)
+        label = torch.zeros(1, dtype=torch.int64)
+    inputs = {"encoder": (x,), "prior": (z, logsnr), "decoder": (x, logsnr, z), "base": (z, logsnr, label)}
+    return {
+        name: {
+            "parameters": _count({name: network}),
+            "forward_flops": read(lambda: network(*inputs[name]), (), bf16=False, backward=False).flops,  # noqa: B023
         }
-        sizes = {name: NetworkAccount(_count(net), _forward(name, net, config)) for name, net in networks.items()}
-        joint = _stage(config, networks, JOINT, config.joint, bf16)
-        base = _stage(config, networks, BASE, config.base_stage, bf16)
-    return Account(
-        name=config.name,
-        image_shape=config.image_shape,
-        latent_shape=config.latent_shape,
-        num_classes=num_classes,
-        precision="bf16" if bf16 else "fp32",
-        networks=sizes,
-        parameters=sum(size.parameters for size in sizes.values()),
-        joint=joint,
-        base=base,
-        sampling=_sampling(config, sizes, num_classes),
-        latent=_latent(config),
-        prepared_bytes_per_million=math.prod(config.image_shape) * 1_000_000,
-    )
+        for name, network in networks.items()
+    }
 
 
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+def _count(networks: Mapping[str, nn.Module]) -> int:
+    return sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
 
 
-def _forward(name: str, network: nn.Module, config: Config) -> int:
-    """FLOPs of one call for one image."""
-    x, z, logsnr = torch.empty(1, *config.image_shape), torch.empty(1, *config.latent_shape), torch.empty(1)
-    inputs = {"encoder": (x,), "decoder": (x, logsnr, z)}.get(name, (z, logsnr, torch.zeros(1, dtype=torch.int64)))
-    return read(lambda: network(*inputs), (), bf16=False, backward=False).flops
-
-
-def _draws(config: Config, num: int) -> ul.Draws:
-    latent, image = (num, *config.latent_shape), (num, *config.image_shape)
-    return ul.Draws(torch.empty(num), torch.empty(latent), torch.empty(latent), torch.empty(num), torch.empty(image))
-
-
-def _loss(config: Config, networks: Networks, trained: tuple[str, ...], num: int) -> Tensor:
-    """The scalar that a stage minimises, for `num` images."""
-    x, draws, objective = torch.empty(num, *config.image_shape), _draws(config, num), config.make_objective()
-    if trained == JOINT:
-        encoder, prior, decoder = (networks[name] for name in JOINT)
-        nats_prior, nats_decoder = ul.joint_nats(prior, decoder, x, encoder(x), draws, objective)
-        return ul.total_loss(nats_prior, nats_decoder, math.prod(config.image_shape))
-    with torch.no_grad():
-        z_clean = networks["encoder"](x).float()
-    label = torch.zeros(num, dtype=torch.int64)
-    return ul.base_nats(networks["base"], z_clean, label, draws.eps_prior, draws.t_z, objective).mean()
-
-
-def _stage(
-    config: Config, networks: Networks, trained: tuple[str, ...], settings: StageConfig, bf16: bool
-) -> StageAccount:
+def _training(stage: Stage) -> Figures:
+    """One stage; bytes are those of one device. FLOPs of the optimiser itself are left out."""
+    config, settings = stage.config, stage.settings
     micro_batch = settings.batch_size // settings.accumulate
-    parameters = [parameter for network in networks.values() for parameter in network.parameters()]
-    reading = read(lambda: _loss(config, networks, trained, micro_batch), parameters, bf16=bf16, backward=True)
-    weights = FLOAT32 * sum(_count(networks[name]) for name in trained)
-    frozen = 0 if trained == JOINT else FLOAT32 * sum(_count(networks[name]) for name in JOINT)
-    optimizer = 2 * weights
-    held = weights + frozen + weights + optimizer + weights + reading.weight_copy_bytes + reading.activation_bytes
-    return StageAccount(
-        batch_size=settings.batch_size,
-        micro_batch=micro_batch,
-        flops_per_image=reading.flops // micro_batch,
-        flops_per_step=reading.flops * settings.accumulate,
-        flops_of_stage=reading.flops * settings.accumulate * settings.steps,
-        weight_bytes=weights,
-        frozen_bytes=frozen,
-        gradient_bytes=weights,
-        optimizer_bytes=optimizer,
-        ema_bytes=weights,
-        weight_copy_bytes=reading.weight_copy_bytes,
-        activation_bytes=reading.activation_bytes,
-        memory_bytes=held,
-        checkpoint_bytes=weights + weights + optimizer,
-    )
+    networks = [*stage.modules.values(), *stage.frozen.values()]
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    with _META:
+        batch = _batch(config, micro_batch)
+        ramped = config.objective.prior_ramp_steps
+        bf16 = stage.precision == "bf16"
+        reading = read(lambda: stage.loss(batch, ramped)[0], parameters, bf16=bf16, backward=True)
+    weights = FLOAT32 * _count(stage.modules)
+    held = {
+        "weight_bytes": weights,  # of the networks that learn
+        "frozen_bytes": FLOAT32 * _count(stage.frozen),  # of networks kept for latents and previews
+        "gradient_bytes": weights,
+        "optimizer_bytes": 2 * weights,  # AdamW: two float32 a parameter
+        "ema_bytes": weights,
+        "weight_copy_bytes": reading.weight_copy_bytes,  # bfloat16, kept by autocast for the backward pass
+        "activation_bytes": reading.activation_bytes,  # kept for the backward pass, with a GPU's fused attention
+    }
+    return {
+        "batch_size": settings.batch_size,
+        "micro_batch": micro_batch,  # images whose activations are held at once
+        "flops_per_image": reading.flops // micro_batch,  # forward and backward through the stage's loss
+        "flops_per_step": reading.flops * settings.accumulate,  # one optimiser step
+        "flops_of_stage": reading.flops * settings.accumulate * settings.steps,
+        **held,
+        "memory_bytes": sum(held.values()),  # kernels' workspace and the allocator's reserve come on top
+        "checkpoint_bytes": weights + weights + 2 * weights,  # on disk, one checkpoint
+    }
 
 
-def _sampling(config: Config, sizes: dict[str, NetworkAccount], num_classes: int) -> SamplingAccount:
+def _batch(config: Config, num: int) -> Batch:
+    latent, image = torch.empty(num, *config.latent_shape), torch.empty(num, *config.image_shape)
+    times = torch.empty(num)
+    draws = ul.Draws(times, latent, torch.empty_like(latent), torch.empty_like(times), torch.empty_like(image))
+    eps_clean = torch.empty_like(latent) if config.objective.learned_variance else None
+    return Batch(image, torch.zeros(num, dtype=torch.int64), draws, eps_clean)
+
+
+def _sampling(config: Config, sizes: Mapping[str, Figures], num_classes: int) -> Figures:
+    """Making one image with the recipe's default sampler."""
     sampling, (low, high) = config.sampling, config.sampling.guidance_interval
     objective = config.make_objective()
     (z_min, z_max), (x_min, x_max) = objective.schedule_z.ends, objective.schedule_x.ends
@@ -270,11 +205,17 @@ def _sampling(config: Config, sizes: dict[str, NetworkAccount], num_classes: int
     decoder_calls = len(sampler_table(*decoder, logsnr_min=x_min, logsnr_max=x_max, ends_clean=True))
     inside = int(((table[:, LOGSNR] >= low) & (table[:, LOGSNR] <= high)).sum())
     guided = inside if num_classes and sampling.guidance != 1.0 else 0
-    flops = (len(table) + guided) * sizes["base"].forward_flops + decoder_calls * sizes["decoder"].forward_flops
-    return SamplingAccount(len(table), guided, decoder_calls, flops)
+    base, decoder_flops = sizes["base"]["forward_flops"], sizes["decoder"]["forward_flops"]
+    return {
+        "prior_calls": len(table),
+        "guided_calls": guided,  # of these, with and without the label: twice the work
+        "decoder_calls": decoder_calls,
+        "flops_per_image": (len(table) + guided) * base + decoder_calls * decoder_flops,
+    }
 
 
-def _latent(config: Config) -> LatentAccount:
+def _latent(config: Config) -> Figures:
+    """The latent's capacity: the bits of a Gaussian latent of unit variance at the prior's least noise."""
     o, num_values = config.objective, math.prod(config.latent_shape)
     bits = 0.5 * float(np.logaddexp(0.0, o.latent_logsnr)) / NATS_PER_BIT  # 1/2 log2(1 + e^logsnr_0)
     equal = o.bias + math.log(o.loss_factor - 1.0) if o.loss_factor > 1.0 else None
@@ -288,19 +229,34 @@ def _latent(config: Config) -> LatentAccount:
             f"what an image shows at logsnr below {equal:.2f} (coarse) is cheaper in the latent, "
             "what it shows above (fine) in the decoder"
         )
-    return LatentAccount(
-        num_values=num_values,
-        bits_per_value=bits,
-        bits_per_image=bits * num_values,
-        bits_per_pixel=bits * num_values / config.image.size**2,
-        equal_logsnr=equal,
-        meaning=meaning,
-    )
+    return {
+        "num_values": num_values,
+        "bits_per_value": bits,
+        "bits_per_image": bits * num_values,
+        "bits_per_pixel": bits * num_values / config.image.size**2,
+        "equal_logsnr": equal,  # of the image: where a nat costs the same in latent and decoder
+        "meaning": meaning,
+    }
 
 
-def account_table(figures: Account) -> Group:
+def account_table(figures: Figures) -> Group:
     """The account for a terminal."""
-    return Group(_network_table(figures), _stage_table(figures), _facts_table(figures))
+    return Group(_network_table(figures), _stage_table(figures), _other_table(figures))
+
+
+def presets_table() -> Table:
+    """The recipes that come with the package, and what one image by each costs."""
+    table = Table("preset", "image, c x h x w", "latent")
+    for title in ("parameters", "FLOPs an image"):
+        table.add_column(title, justify="right")
+    for name in preset_names():
+        config = load_config(name, [])
+        num_classes = 10 if config.image.labels else 0
+        sizes = _sizes(config, _stages_on_meta(config, num_classes)[1])
+        flops = _sampling(config, sizes, num_classes)["flops_per_image"]
+        shapes = (" x ".join(map(str, shape)) for shape in (config.image_shape, config.latent_shape))
+        table.add_row(name, *shapes, f"{sum(size['parameters'] for size in sizes.values()):,}", si(flops, "FLOP"))
+    return table
 
 
 def si(value: float, unit: str) -> str:
@@ -311,53 +267,53 @@ def si(value: float, unit: str) -> str:
     return f"{value:.3g} {PREFIXES[power]}{unit}"
 
 
-def _network_table(figures: Account) -> Table:
-    table = Table("network", title=f"{figures.name}: networks", title_justify="left")
+def _network_table(figures: Figures) -> Table:
+    table = Table("network", title=f"{figures['name']}: networks", title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("forward, one image", justify="right")
-    for name, network in figures.networks.items():
-        table.add_row(name, f"{network.parameters:,}", si(network.forward_flops, "FLOP"))
-    table.add_row("all", f"{figures.parameters:,}", "")
+    for name, network in figures["networks"].items():
+        table.add_row(name, f"{network['parameters']:,}", si(network["forward_flops"], "FLOP"))
+    table.add_row("all", f"{figures['parameters']:,}", "")
     return table
 
 
-def _stage_table(figures: Account) -> Table:
+_STAGE_ROWS = (
+    ("an image", "flops_per_image", "FLOP"),
+    ("a step", "flops_per_step", "FLOP"),
+    ("the stage", "flops_of_stage", "FLOP"),
+    ("weights", "weight_bytes", "B"),
+    ("frozen networks", "frozen_bytes", "B"),
+    ("gradients", "gradient_bytes", "B"),
+    ("AdamW", "optimizer_bytes", "B"),
+    ("averaged weights (EMA)", "ema_bytes", "B"),
+    ("bfloat16 weights", "weight_copy_bytes", "B"),
+    ("activations, {precision}, GPU kernels", "activation_bytes", "B"),
+    ("memory in all, at least", "memory_bytes", "B"),
+    ("a checkpoint on disk", "checkpoint_bytes", "B"),
+)
+
+
+def _stage_table(figures: Figures) -> Table:
     table = Table("training", title="training", title_justify="left")
-    table.add_column("joint", justify="right")
-    table.add_column("base", justify="right")
-    stages = (figures.joint, figures.base)
-    table.add_row("images a step, at once", *(f"{s.batch_size}, {s.micro_batch}" for s in stages))
-    rows = (
-        ("an image", "flops_per_image", "FLOP"),
-        ("a step", "flops_per_step", "FLOP"),
-        ("the stage", "flops_of_stage", "FLOP"),
-        ("weights", "weight_bytes", "B"),
-        ("frozen networks", "frozen_bytes", "B"),
-        ("gradients", "gradient_bytes", "B"),
-        ("AdamW", "optimizer_bytes", "B"),
-        ("averaged weights (EMA)", "ema_bytes", "B"),
-        ("bfloat16 weights", "weight_copy_bytes", "B"),
-        (f"activations, {figures.precision}, GPU kernels", "activation_bytes", "B"),
-        ("memory in all, at least", "memory_bytes", "B"),
-        ("a checkpoint on disk", "checkpoint_bytes", "B"),
-    )
-    for title, name, unit in rows:
-        table.add_row(title, *(si(getattr(stage, name), unit) for stage in stages))
+    stages = {stage.name: figures[stage.name] for stage in STAGES}
+    for name in stages:
+        table.add_column(name, justify="right")
+    table.add_row("images a step, at once", *(f"{s['batch_size']}, {s['micro_batch']}" for s in stages.values()))
+    for title, name, unit in _STAGE_ROWS:
+        table.add_row(title.format(**figures), *(si(stage[name], unit) for stage in stages.values()))
     return table
 
 
-def _facts_table(figures: Account) -> Table:
-    sampling, latent = figures.sampling, figures.latent
-    shape = " x ".join(map(str, figures.latent_shape))
+def _other_table(figures: Figures) -> Table:
+    sampling, latent = figures["sampling"], figures["latent"]
     table = Table(title="sampling, latent, disk", title_justify="left", show_header=False)
-    calls = f"{sampling.prior_calls} calls of the base, {sampling.guided_calls} of them guided"
-    table.add_row(
-        "an image", f"{calls}, {sampling.decoder_calls} of the decoder: {si(sampling.flops_per_image, 'FLOP')}"
-    )
-    table.add_row("latent, c x h x w", f"{shape} = {latent.num_values:,} values")
-    per_pixel = f"{latent.bits_per_value:.2f} bits a value, {latent.bits_per_pixel:.3f} a pixel"
-    table.add_row("unit Gaussian latent", f"{per_pixel}, {latent.bits_per_image:,.0f} an image")
-    equal = "none" if latent.equal_logsnr is None else f"{latent.equal_logsnr:.2f}"
-    table.add_row("equal cost at logsnr", f"{equal}: {latent.meaning}")
-    table.add_row("1 million prepared images", si(figures.prepared_bytes_per_million, "B"))
+    calls = "{prior_calls} calls of the base, {guided_calls} of them guided, {decoder_calls} of the decoder"
+    table.add_row("an image", f"{calls.format(**sampling)}: {si(sampling['flops_per_image'], 'FLOP')}")
+    shape = " x ".join(map(str, figures["latent_shape"]))
+    table.add_row("latent, c x h x w", f"{shape} = {latent['num_values']:,} values")
+    bits = "{bits_per_value:.2f} bits a value, {bits_per_pixel:.3f} a pixel, {bits_per_image:,.0f} an image"
+    table.add_row("unit Gaussian latent", bits.format(**latent))
+    equal = "none" if latent["equal_logsnr"] is None else f"{latent['equal_logsnr']:.2f}"
+    table.add_row("equal cost at logsnr", f"{equal}: {latent['meaning']}")
+    table.add_row("1 million prepared images", si(figures["prepared_bytes_per_million"], "B"))
     return table

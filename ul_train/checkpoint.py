@@ -22,7 +22,7 @@ from ul_runtime import durable
 from ul_runtime.errors import BadInputError
 
 FORMAT, FORMAT_VERSION = "unified-latents-checkpoint", 1
-NAME = re.compile(r"(joint|base)-(\d{6,})")
+NAME = re.compile(r"([a-z]+)-(\d{6,})")  # stage, step
 UNFINISHED = re.compile(rf"\.({NAME.pattern})\.[0-9a-f]{{16}}\.tmp")
 _NO_HASH = "0" * 64
 _INSTEAD = "remove {} and resume from the checkpoint before"

@@ -6,6 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,13 @@ class SamplingConfig(Section):
         return self
 
 
+class StagesConfig(Section):
+    """Optimisation of each stage, by the name of its class in stages.py."""
+
+    joint: StageConfig
+    base: StageConfig
+
+
 class Config(Section):
     """A whole recipe."""
 
@@ -166,8 +174,7 @@ class Config(Section):
     decoder: DecoderConfig
     base: PriorConfig
     objective: ObjectiveConfig = ObjectiveConfig()
-    joint: StageConfig
-    base_stage: StageConfig
+    stages: StagesConfig
     run: RunConfig = RunConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -207,49 +214,47 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> "Config":
-        for name, widths, blocks in (
-            ("encoder", self.encoder.channels, self.encoder.blocks),
-            ("decoder", self.decoder.channels, self.decoder.blocks),
-            ("prior", self.prior.widths, self.prior.blocks),
-            ("base", self.base.widths, self.base.blocks),
-        ):
-            if len(widths) != len(blocks) or not widths:
-                raise ValueError(
-                    f"{name} has {len(widths)} widths and {len(blocks)} block counts; give one of each a stage"
-                )
-        if self.objective.reconstruction == "mse" and self.sampling.decoder_steps != 1:
-            raise ValueError(
-                f"objective.reconstruction is mse, whose decoder makes an image in one step, and "
-                f"sampling.decoder_steps is {self.sampling.decoder_steps}; give 1"
-            )
-        if self.image.size % self.downsampling:
-            raise ValueError(
-                f"image.size is {self.image.size}, the encoder downsamples by {self.downsampling}; give a multiple"
-            )
-        decoder_downsampling = self.decoder.patch * 2 ** len(self.decoder.channels)
-        if decoder_downsampling != self.downsampling:
-            raise ValueError(
-                f"decoder: its middle is at 1/{decoder_downsampling} of the image, the latent at "
-                f"1/{self.downsampling}; "
-                "give the decoder as many stages as the encoder has downsamplings after its patching"
-            )
-        for name, vit in (("prior", self.prior), ("base", self.base)):
-            if self.latent_size % 2 ** (len(vit.widths) - 1):
-                raise ValueError(
-                    f"{name} has {len(vit.widths)} levels, the latent is {self.latent_size} px; give fewer levels"
-                )
-            if any(width % vit.head_dim for width in vit.widths):
-                raise ValueError(f"{name}.widths {list(vit.widths)} must be multiples of head_dim {vit.head_dim}")
-        if self.decoder.width % self.decoder.head_dim:
-            raise ValueError(
-                f"decoder.width {self.decoder.width} must be a multiple of head_dim {self.decoder.head_dim}"
-            )
-        for name, stage in (("joint", self.joint), ("base_stage", self.base_stage)):
-            if stage.batch_size % stage.accumulate:
-                raise ValueError(
-                    f"{name}.batch_size {stage.batch_size} must be a multiple of accumulate {stage.accumulate}"
-                )
+        misfit = next(chain(_misfits_of_networks(self), _misfits_of_training(self)), None)
+        if misfit is not None:
+            raise ValueError(misfit)
         return self
+
+
+def _misfits_of_networks(config: Config) -> Iterator[str]:
+    encoder, decoder, vits = config.encoder, config.decoder, {"prior": config.prior, "base": config.base}
+    widths = {"encoder": encoder.channels, "decoder": decoder.channels} | {k: vit.widths for k, vit in vits.items()}
+    for name, given in widths.items():
+        blocks = getattr(config, name).blocks
+        if len(given) != len(blocks) or not given:
+            yield f"{name} has {len(given)} widths and {len(blocks)} block counts; give one of each a stage"
+    if config.image.size % config.downsampling:
+        yield f"image.size is {config.image.size}, the encoder downsamples by {config.downsampling}; give a multiple"
+    middle = decoder.patch * 2 ** len(decoder.channels)
+    if middle != config.downsampling:
+        yield (
+            f"decoder: its middle is at 1/{middle} of the image, the latent at 1/{config.downsampling}; "
+            "give the decoder as many stages as the encoder has downsamplings after its patching"
+        )
+    for name, vit in vits.items():
+        if config.latent_size % 2 ** (len(vit.widths) - 1):
+            yield f"{name} has {len(vit.widths)} levels, the latent is {config.latent_size} px; give fewer levels"
+        if any(width % vit.head_dim for width in vit.widths):
+            yield f"{name}.widths {list(vit.widths)} must be multiples of head_dim {vit.head_dim}"
+    if decoder.width % decoder.head_dim:
+        yield f"decoder.width {decoder.width} must be a multiple of head_dim {decoder.head_dim}"
+
+
+def _misfits_of_training(config: Config) -> Iterator[str]:
+    steps = config.sampling.decoder_steps
+    if config.objective.reconstruction == "mse" and steps != 1:
+        yield (
+            "objective.reconstruction is mse, whose decoder makes an image in one step, and "
+            f"sampling.decoder_steps is {steps}; give 1"
+        )
+    for name, stage in config.stages:
+        if stage.batch_size % stage.accumulate:
+            size, parts = stage.batch_size, stage.accumulate
+            yield f"stages.{name}.batch_size {size} must be a multiple of accumulate {parts}"
 
 
 def preset_names() -> list[str]:
@@ -265,9 +270,14 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: not TOML: {error}") from None
+    if not {"joint", "base_stage"}.isdisjoint(values) and "stages" not in values:  # a recipe of before [stages.*]
+        values["stages"] = {new: values.pop(old) for new, old in _EARLIER_NAMES.items() if old in values}
     for override in overrides:
         _apply_override(values, override)
     return validate(values, where)
+
+
+_EARLIER_NAMES = {"joint": "joint", "base": "base_stage"}  # stage -> section
 
 
 def _read_recipe(recipe: str) -> tuple[str, str]:
@@ -290,7 +300,7 @@ def _read_recipe(recipe: str) -> tuple[str, str]:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise UsageError(f"--set {override!r}: expected field=value, for example --set joint.steps=500")
+        raise UsageError(f"--set {override!r}: expected field=value, for example --set stages.joint.steps=500")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -335,30 +345,38 @@ def _key(item: Any) -> str:
 def _explain_unknown(key: str) -> str:
     section, _, field = key.rpartition(".")
     same_field = [known for known in _known_keys() if known.rpartition(".")[2] == field]  # in another section
-    near = difflib.get_close_matches(section, [known.rpartition(".")[0] for known in same_field], 1, cutoff=0.3)
-    hint = f"{near[0]}.{field}" if near else next(iter(difflib.get_close_matches(key, _known_keys(), 1, 0.7)), "")
+    if len(same_field) == 1:
+        hint = same_field[0]
+    elif near := difflib.get_close_matches(section, [known.rpartition(".")[0] for known in same_field], 1, cutoff=0.3):
+        hint = f"{near[0]}.{field}"
+    else:
+        hint = next(iter(difflib.get_close_matches(key, _known_keys(), 1, 0.7)), "")
     return f"there is no key {key}" + (f"; did you mean {hint}?" if hint else "")
 
 
-def _known_keys() -> list[str]:
+def _known_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
     """Every section and every field of a recipe, dotted."""
-    keys = list(Config.model_fields)
-    for name, entry in Config.model_fields.items():
+    keys: list[str] = []
+    for name, entry in section.model_fields.items():
+        keys.append(prefix + name)
         if isinstance(entry.annotation, type) and issubclass(entry.annotation, Section):
-            keys += [f"{name}.{field}" for field in entry.annotation.model_fields]
+            keys += _known_keys(entry.annotation, f"{prefix}{name}.")
     return keys
 
 
 def config_toml(config: Config) -> str:
     """The resolved recipe as TOML that loads back to the same Config; what is off (None) is left out."""
-    lines: list[str] = []
-    sections: list[str] = []
-    for key, value in config.model_dump(mode="json", exclude_none=True).items():
-        if isinstance(value, dict):
-            sections += ["", f"[{key}]", *(f"{name} = {_toml_value(item)}" for name, item in value.items())]
-        else:
-            lines.append(f"{key} = {_toml_value(value)}")
-    return "\n".join(lines + sections) + "\n"
+    return "\n".join(_toml_lines(config.model_dump(mode="json", exclude_none=True))) + "\n"
+
+
+def _toml_lines(table: dict[str, Any], prefix: str = "") -> list[str]:
+    sections = {key: value for key, value in table.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if key not in sections]
+    if prefix and lines:
+        lines = ["", f"[{prefix[:-1]}]", *lines]
+    for key, value in sections.items():
+        lines += _toml_lines(value, f"{prefix}{key}.")
+    return lines
 
 
 def _toml_value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a model does on held-out images: bits, reconstruction error, and the yardstick at that rate."""
+"""Held-out figures: bits, reconstruction error, and the Gaussian bound at that rate."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from ul_runtime.contact_sheet import contact_sheet_png
 from ul_runtime.diffusion import NATS_PER_BIT, alpha
 from ul_runtime.images import from_uint8
 from ul_runtime.pipeline import Encoded, Pipeline
-from ul_runtime.progress import UNWATCHED, Control
+from ul_runtime.progress import Tick, silent
 from ul_train.data.imageset import Images, ImageSet
 from ul_train.torch_backend import TorchBackend
 
@@ -59,6 +59,7 @@ def gaussian_psnr_db(eigenvalues: np.ndarray, bits: float) -> float:
 DEAD_BITS_PER_VALUE = 0.05  # below this rate a latent carries next to nothing
 MOST_DIMENSIONS = 4096  # of an image, for its covariance
 _OTHER_SEED = 1  # than that of the fixed noise
+_PAIRS = 32  # on a sheet of reconstructions
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,14 @@ class HeldoutFigures:
         known = {name: value for name, value in asdict(self).items() if value is not None and math.isfinite(value)}
         return known if self.latent_died else {name: known[name] for name in known if name != "latent_died"}
 
-    def obituary(self) -> str:
-        """What to say and do when the latent has died."""
+    @property
+    def in_short(self) -> str:
+        """Rate and distortion, as a title."""
+        return f"{self.bits_per_pixel:.4f} bits/pixel, PSNR {self.psnr_db:.2f} dB"
+
+    @property
+    def collapse_warning(self) -> str:
+        """What to say and do when the latent has died (posterior collapse)."""
         return (
             f"the latent has died: {self.bits_per_value:.4f} bits a value, standard deviation {self.latent_std:.3f}; "
             "raise objective.loss_factor, bias or prior_ramp_steps"
@@ -103,24 +110,30 @@ def measure(
     mean_of: int = 4,
     bits_samples: int = 16,
     eigenvalues: np.ndarray | None = None,
-    control: Control = UNWATCHED,
+    tick: Tick = silent,
 ) -> HeldoutFigures:
-    """Figures of the first `num_images` images, batch by batch. `pipeline.backend` must hold the prior of stage 1."""
+    """Figures of the first `num_images` images, batch by batch; each decode of an image is a tick.
+
+    `pipeline.backend` must hold the prior of stage 1.
+    """
     num_images = min(num_images, len(images))
     batch, bits, one, mean = pipeline.default_batch_size, 0.0, 0.0, 0.0
     sums = np.zeros(2)  # of the latent's values and their squares
     num_values = int(np.prod(pipeline.latent_shape))
-    quiet = Control(stop=control.stop)  # progress counts decodes
+
+    def look(amount: float) -> None:
+        tick(0)
+
     for first in range(0, num_images, batch):
         ids = np.arange(first, min(first + batch, num_images))
         x = from_uint8(images.batch(ids)[0])
         latent, bits_variance = _encode(pipeline, x, ids)
         bits += bits_variance
-        bits += float(pipeline.bits(latent.z_clean, indices=ids, num_samples=bits_samples, control=quiet).sum())
+        bits += float(pipeline.bits(latent.z_clean, indices=ids, num_samples=bits_samples, tick=look).sum())
         sums += latent.z_clean.sum(dtype=np.float64), np.square(latent.z_clean, dtype=np.float64).sum()
         total = np.zeros(x.shape, np.float64)
         for k in range(mean_of):
-            (decoded,) = pipeline.decode(latent.z_0, seed=k, indices=ids, batch_size=batch, control=control)
+            (decoded,) = pipeline.decode(latent.z_0, seed=k, indices=ids, batch_size=batch, tick=tick)
             total += decoded.x.clip(-1.0, 1.0)
             if k == 0:
                 one += float(np.square(total - x).sum())
@@ -157,8 +170,10 @@ def _encode(pipeline: Pipeline, x: np.ndarray, ids: np.ndarray) -> tuple[Encoded
     return Encoded(latent.z_clean + apart, latent.z_0 + np.float32(alpha(schedule.max)) * apart), nats / NATS_PER_BIT
 
 
-def yardstick(heldout: ImageSet, train: ImageSet, num_images: int) -> tuple[np.ndarray | None, str]:
-    """(covariance eigenvalues, of which images): of the images measured, or of the training images if those are few.
+def bound_eigenvalues(heldout: ImageSet, train: ImageSet, num_images: int) -> tuple[np.ndarray | None, str]:
+    """(covariance eigenvalues for the Gaussian bound, of which images).
+
+    Of the images measured, or of the training images if those are few.
 
     None where an image has more than MOST_DIMENSIONS values, or there are fewer than four images a dimension.
     """
@@ -174,12 +189,12 @@ def yardstick(heldout: ImageSet, train: ImageSet, num_images: int) -> tuple[np.n
     return None, f"not computed: fewer than {4 * size} images"
 
 
-def reconstruction_sheet(pipeline: Pipeline, images: ImageSet, title: str, num_images: int = 32) -> bytes:
+def reconstruction_sheet(pipeline: Pipeline, images: ImageSet, title: str, tick: Tick = silent) -> bytes:
     """PNG: originals, each beside its reconstruction."""
-    ids = np.arange(min(num_images, len(images)))
+    ids = np.arange(min(_PAIRS, len(images)))
     pixels = images.batch(ids)[0]
     latent = pipeline.encode(from_uint8(pixels), indices=ids)
-    decoded = [image for batch in pipeline.decode(latent.z_0, indices=ids) for image in batch.images]
+    decoded = [image for batch in pipeline.decode(latent.z_0, indices=ids, tick=tick) for image in batch.images]
     pairs = [
         side
         for original, other in zip(pixels.transpose(0, 2, 3, 1), decoded, strict=True)
@@ -188,10 +203,9 @@ def reconstruction_sheet(pipeline: Pipeline, images: ImageSet, title: str, num_i
     return contact_sheet_png(pairs, title, ("original", "decoded") * 4)
 
 
-def sample_sheet(pipeline: Pipeline, title: str, rows: int = 8, **settings: int) -> bytes:
-    """PNG: `rows` samples of each of the first ten classes, or 64 without classes."""
+def sample_sheet(pipeline: Pipeline, title: str, tick: Tick = silent) -> bytes:
+    """PNG: 8 samples of each of the first ten classes, or 64 without classes."""
     names = pipeline.manifest.classes[:10]
-    num = rows * len(names) if names else 64
-    labels = list(range(len(names))) if names else None
-    batches = pipeline.generate(num, labels=labels, **settings)  # type: ignore[arg-type]
+    num = 8 * len(names) if names else 64
+    batches = pipeline.generate(num, labels=list(range(len(names))) if names else None, tick=tick)
     return contact_sheet_png([image for batch in batches for image in batch.images], title, names)

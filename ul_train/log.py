@@ -1,10 +1,11 @@
-"""What a run says: progress on stderr, log.jsonl, TensorBoard events. All three from one stream of figures."""
+"""Figures of a run: progress on stderr, log.jsonl, TensorBoard events. All three from one stream of figures."""
 
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from io import BytesIO
@@ -16,6 +17,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ul_runtime import durable
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +61,6 @@ class RunLog:
 
     def __init__(self, run: Path, log_every: int) -> None:
         self.run, self.log_every = run, log_every
-        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self.sums: dict[str, list[float]] = {}
         self._writer: SummaryWriter | None = None
         self._bar: Progress | None = None  # on a terminal: a bar, and two rows of figures below it
@@ -83,7 +85,7 @@ class RunLog:
         self._bar, self._figures = bar, figures
         first_row = bar.add_task(name, total=steps, completed=first_step)
         self._tasks = first_row, figures.add_task(""), figures.add_task("", visible=False)
-        with Live(Group(bar, figures), console=self.console, refresh_per_second=4):
+        with Live(Group(bar, figures), console=Console(stderr=True), refresh_per_second=4):
             try:
                 yield
             finally:
@@ -107,7 +109,8 @@ class RunLog:
         elif now - self._last_line >= _LINE_EVERY_S or step == self._steps:
             self._last_line = now
             left = (self._steps - step) * (now - self._started) / (step - self._first_step)
-            self.say(f"{stage} {step}/{self._steps}  {on_screen(figures)}  {timedelta(seconds=round(left))} left")
+            took = timedelta(seconds=round(left))
+            logger.info(f"{stage} {step}/{self._steps}  {on_screen(figures)}  {took} left")
 
     def write(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """One JSON line, and one TensorBoard scalar a figure."""
@@ -121,17 +124,13 @@ class RunLog:
         self.write(stage, step, {f"heldout_{name}": value for name, value in figures.items()})
         text = f"held-out {on_screen(figures)}"
         if self._bar is None:
-            self.say(f"{stage} {step}/{self._steps}  {text}")
+            logger.info(f"{stage} {step}/{self._steps}  {text}")
         else:
             self._figures.update(self._tasks[2], description=f"{text} at step {step}", visible=True)
 
-    def say(self, text: str) -> None:
-        """One line on stderr, above the progress bar."""
-        self.console.print(text, soft_wrap=True)
-
     def warn(self, text: str) -> None:
         """A warning on stderr and in the log."""
-        self.say(f"warning: {text}")
+        logger.warning(f"warning: {text}")
         durable.append_line(self.run / "log.jsonl", json.dumps({"warning": text}))
 
     def close(self) -> None:
@@ -147,9 +146,8 @@ class RunLog:
         return self._writer
 
 
-def drop_lines_after(run: Path, stage: str, step: int) -> None:
-    """On resume: remove the log's lines of steps that will be done again, and of later stages."""
-    order = ("joint", "base")
+def drop_lines_after(run: Path, order: Sequence[str], stage: str, step: int) -> None:
+    """On resume: remove the log's lines of steps that will be done again, and of later stages (`order`: all stages)."""
     file = run / "log.jsonl"
     with suppress(FileNotFoundError):
         kept = []

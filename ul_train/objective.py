@@ -11,7 +11,7 @@ Networks predict v and get logsnr; any callable with their signature serves, an 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -135,48 +135,37 @@ def normal_nats(z_clean: Tensor, schedule: Schedule) -> Tensor:
     return kl_terminal(z_clean, logsnr_0)
 
 
+def seen_by_prior(z_clean: Tensor, objective: Objective) -> Tensor:
+    """What L_prior is of: z_clean, no stop-gradient; with a `normal_weight` (ablation) the prior only measures it."""
+    return z_clean if objective.normal_weight is None else z_clean.detach()
+
+
+def latent_cost(nats_prior: Tensor, z_clean: Tensor, objective: Objective) -> Tensor:
+    """What training pays for the latent, `b`: L_prior; with a `normal_weight` (ablation) that of a normal prior too."""
+    if objective.normal_weight is None:
+        return nats_prior
+    return nats_prior + objective.normal_weight * normal_nats(z_clean, objective.schedule_z)
+
+
 def ramp_gradient(z: Tensor, share: float) -> Tensor:
-    """z itself, with `share` of its gradient."""
+    """z itself, with `share` of its gradient: ramped to 1 at the start of training, for the prior's cost of the latent.
+
+    So the decoder can learn to use z_0 before the prior's cost empties it.
+    """
     return z if share >= 1.0 else z.detach() + share * (z - z.detach())
 
 
-def joint_nats(
-    prior: Callable[[Tensor, Tensor], Tensor],
-    decoder: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x: Tensor,
-    z_clean: Tensor,
-    draws: Draws,
-    objective: Objective,
-    prior_share: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(L_prior `b`, L_decoder `b`) of stage 1 for z_clean = E(x) in float32, no stop-gradient.
-
-    `prior_share` scales the gradient that L_prior sends into the encoder and nothing else: it is ramped to 1 at the
-    start of training, so that the decoder can learn to use z_0 before the prior's cost empties it. With a
-    `normal_weight` L_prior sends none: the prior learns the latents and measures their bits, no more.
-    """
-    priced = z_clean.detach() if objective.normal_weight is not None else ramp_gradient(z_clean, prior_share)
-    nats_prior = prior_nats(prior, priced, draws.eps_prior, draws.t_z, objective.schedule_z)
-    z_0 = noisy_latent(z_clean, draws.eps_z, objective.schedule_z)
-    return nats_prior, decoder_nats(decoder, x, z_0, draws.eps_x, draws.t_x, objective)
+Nats = TypeVar("Nats", Tensor, float)
 
 
-def total_loss(nats_prior: Tensor, nats_decoder: Tensor, num_image_values: int) -> Tensor:
-    """Mean over the batch of the summed nats, both terms divided by the same number of image values."""
-    return (nats_prior + nats_decoder).mean() / num_image_values
-
-
-def bits(nats: Tensor | float, per: int = 1) -> Tensor | float:
+def bits(nats: Nats, per: int = 1) -> Nats:
     """Nats to bits, per image (`per` = 1), per pixel (`per` = H W) or per latent value (`per` = h w c)."""
     return nats / (NATS_PER_BIT * per)
 
 
-STAGES = ("joint", "base", "evaluation")
-
-
-def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
-    """A CPU generator for one step of one stage."""
-    words = np.random.SeedSequence((seed, STAGES.index(stage), step)).generate_state(2, np.uint32)
+def step_generator(seed: int, stage: int, step: int) -> torch.Generator:
+    """A CPU generator for one step of the stage with this number."""
+    words = np.random.SeedSequence((seed, stage, step)).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 

@@ -145,7 +145,7 @@ class Run:
 
     def finished_joint(self) -> Path:
         """The last checkpoint of a completed stage 1; BadInputError without one."""
-        found, steps = self.checkpoints("joint"), self.config.joint.steps
+        found, steps = self.checkpoints("joint"), self.config.stages.joint.steps
         done = ckpt.read_state(found[-1])[0].step if found else 0
         if done < steps:
             raise BadInputError(

@@ -1,19 +1,245 @@
-"""The two stages of training: which networks learn, and the loss of one batch."""
+"""The stages of training: which networks learn, what they minimise, their averages. A further stage is a class here."""
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ul_train import objective
+from ul_runtime.errors import UsageError
+from ul_runtime.pipeline import Pipeline
+from ul_runtime.progress import Tick, silent
 from ul_train import objective as ul
 from ul_train.config import Config, StageConfig
 from ul_train.data.imageset import ImageSet
+from ul_train.heldout import measure, reconstruction_sheet, sample_sheet
+from ul_train.log import RunLog
 from ul_train.model import joint_networks, make_base
-from ul_train.torch_backend import Moments
+from ul_train.run import Run, load_ema
+
+
+@dataclass
+class Batch:
+    """One optimiser step's images and random numbers, on the device."""
+
+    x: Tensor  # b c h w in [-1, 1]
+    label: Tensor  # b
+    draws: ul.Draws
+    eps_clean: Tensor | None = None  # b cz h w: noise of an encoder with a learned variance
+
+    def part(self, index: int, count: int) -> "Batch":
+        """Micro-batch `index` of `count`."""
+        size = len(self.x) // count
+        at = slice(index * size, (index + 1) * size)
+        draws = ul.Draws(**{name: value[at] for name, value in vars(self.draws).items()})
+        return Batch(self.x[at], self.label[at], draws, None if self.eps_clean is None else self.eps_clean[at])
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 b c h w -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+class Stage(ABC):
+    """Networks that learn (`modules`), their averages (`ema`), and networks that stay as they are (`frozen`)."""
+
+    name: ClassVar[str]  # of its section in the recipe, its checkpoints, its figures
+    number: ClassVar[int]  # in the seeds of its random numbers; no two stages share one, and it never changes
+
+    num_classes = 0
+    encoder_checkpoint: str | None = None  # state hash of the joint checkpoint whose latents it learns
+    rate_control: "RateControl | None" = None
+
+    def __init__(
+        self,
+        config: Config,
+        modules: dict[str, nn.Module],
+        frozen: dict[str, nn.Module],
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        """`precision`: bf16 or fp32."""
+        self.config, self.modules, self.frozen = config, modules, frozen
+        self.device, self.precision = device, precision
+        self.settings: StageConfig = getattr(config.stages, self.name)
+        self.objective = config.make_objective()
+        for module in modules.values():
+            module.to(device).train()
+        self.ema = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
+        self.compute = dict(modules)  # what the loss calls: the modules, compiled on request
+
+    @classmethod
+    @abstractmethod
+    def of_run(cls, run: Run, device: torch.device, precision: str) -> "Stage":
+        """The stage of a run before its first step. BadInputError: it needs an earlier stage that is not finished."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(scalar to minimise, figures for the log) of a micro-batch."""
+
+    @property
+    @abstractmethod
+    def sampled(self) -> dict[str, nn.Module]:
+        """The networks `encoder`, `prior`, `decoder` that held-out figures and previews are made by."""
+
+    @abstractmethod
+    def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
+        """A contact sheet as PNG by the `sampled` networks; held-out figures go to the log."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name."""
+        return {f"{n}.{k}": p for n, module in self.modules.items() for k, p in module.named_parameters()}
+
+    def generator(self, step: int) -> torch.Generator:
+        """Of all random numbers of a step: a function of (seed, stage, step)."""
+        return ul.step_generator(self.config.seed, self.number, step)
+
+    def batch(self, images: ImageSet, ids: np.ndarray, step: int) -> Batch:
+        """The images of a step and everything random about it."""
+        pixels, labels = images.batch(ids)
+        x, label = to_model(torch.from_numpy(pixels)), torch.from_numpy(labels)
+        generator = self.generator(step)
+        draws = ul.draw_joint(len(x), self.config.latent_shape, self.config.image_shape, generator)
+        if self.config.image.flip:
+            x = ul.flip_some(x, generator)
+        if self.num_classes:
+            hidden = torch.rand(len(x), generator=generator) < self.settings.label_dropout
+            label = torch.where(hidden, self.num_classes, label)
+        draws = ul.Draws(**{name: value.to(self.device) for name, value in vars(draws).items()})
+        batch = Batch(x.to(self.device), label.to(self.device), draws)
+        if self.config.objective.learned_variance:
+            batch.eps_clean = torch.randn(draws.eps_z.shape, generator=generator).to(self.device)
+        return batch
+
+    def encode(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(z_clean in float32, nats `b` that a learned variance costs: ablation D) of a batch."""
+        if batch.eps_clean is None:
+            return encoder(batch.x).float(), torch.zeros(len(batch.x), device=self.device)
+        mean, log_variance = encoder.moments(batch.x)  # type: ignore[operator]
+        return ul.drawn_latent(mean.float(), log_variance.float(), batch.eps_clean, self.objective.schedule_z)
+
+
+class Joint(Stage):
+    """Stage 1: encoder, prior and decoder together, freshly initialised from the seed."""
+
+    name, number = "joint", 0
+
+    def __init__(self, config: Config, device: torch.device, precision: str) -> None:
+        torch.manual_seed(config.seed)
+        modules = joint_networks(config)
+        if device.type == "cpu":  # convolutions are a tenth faster in this layout
+            for module in modules.values():
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(config, modules, {}, device, precision)
+        o = config.objective
+        if o.target_bits_per_pixel is not None:
+            steps, least = self.settings.steps, LEAST[o.reconstruction or "diffusion"]
+            self.rate_control = RateControl(o.target_bits_per_pixel, steps, o.prior_ramp_steps, o.loss_factor, least)
+
+    @classmethod
+    def of_run(cls, run: Run, device: torch.device, precision: str) -> "Joint":
+        return cls(run.config, device, precision)
+
+    @property
+    def loss_factor(self) -> float:
+        """Of this step."""
+        return self.rate_control.loss_factor if self.rate_control else self.objective.loss_factor
+
+    def prior_share(self, step: int) -> float:
+        """Of the prior's gradient that reaches the encoder: first the decoder must learn to use z_0."""
+        ramp = self.config.objective.prior_ramp_steps
+        return min(1.0, step / ramp) if ramp else 1.0
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of L_prior + L_decoder over the batch, both divided by the number of image values."""
+        objective = replace(self.objective, loss_factor=self.loss_factor)
+        draws, share = batch.draws, self.prior_share(step)
+        z_clean, nats_variance = self.encode(self.compute["encoder"], batch)
+        z_ramped = ul.ramp_gradient(z_clean, share)
+        z_seen = ul.seen_by_prior(z_ramped, objective)
+        nats_prior = ul.prior_nats(self.compute["prior"], z_seen, draws.eps_prior, draws.t_z, objective.schedule_z)
+        nats_prior = nats_prior + ul.ramp_gradient(nats_variance, share)
+        z_0 = ul.noisy_latent(z_clean, draws.eps_z, objective.schedule_z)
+        nats_decoder = ul.decoder_nats(self.compute["decoder"], batch.x, z_0, draws.eps_x, draws.t_x, objective)
+        loss = ul.latent_cost(nats_prior, z_ramped, objective) + nats_decoder
+        return loss.mean() / batch.x[0].numel(), {
+            "prior_nats": nats_prior.mean(),
+            "decoder_nats": nats_decoder.mean(),
+            "bits_per_pixel": ul.bits(nats_prior.mean().double(), self.config.image.size**2),
+            "latent_std": z_clean.detach().std(),
+        }
+
+    @property
+    def sampled(self) -> dict[str, nn.Module]:
+        return self.ema
+
+    def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
+        """Held-out images beside their reconstructions."""
+        num_images = self.config.run.eval_images
+        figures = measure(pipeline, heldout, num_images, mean_of=1, bits_samples=4, tick=tick)
+        log.evaluation(self.name, step, figures.as_dict())
+        if figures.latent_died and step > self.config.objective.prior_ramp_steps:
+            log.warn(figures.collapse_warning)
+        return reconstruction_sheet(pipeline, heldout, f"step {step}: {figures.in_short}", tick)
+
+
+class Base(Stage):
+    """Stage 2: the prior that makes images, on the latents of stage 1, whose averaged networks stay `frozen`."""
+
+    name, number = "base", 1
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        precision: str,
+        num_classes: int,
+        frozen: dict[str, nn.Module],
+        encoder_checkpoint: str | None = None,
+    ) -> None:
+        torch.manual_seed(config.seed + 1)
+        super().__init__(config, {"base": make_base(config, num_classes)}, frozen, device, precision)
+        self.num_classes, self.encoder_checkpoint = num_classes, encoder_checkpoint
+
+    @classmethod
+    def of_run(cls, run: Run, device: torch.device, precision: str) -> "Base":
+        frozen = joint_networks(run.config)
+        joint = load_ema(run.finished_joint(), frozen, device)
+        return cls(run.config, device, precision, len(run.info.class_names), frozen, joint.state_hash)
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of the weighted denoising loss over the batch and the latent's values."""
+        draws = batch.draws
+        with torch.no_grad():
+            z_clean, _ = self.encode(self.frozen["encoder"], batch)
+        nats = ul.base_nats(self.compute["base"], z_clean, batch.label, draws.eps_prior, draws.t_z, self.objective)
+        return nats.mean() / z_clean[0].numel(), {"base_nats": nats.mean()}
+
+    @property
+    def sampled(self) -> dict[str, nn.Module]:
+        return {"encoder": self.frozen["encoder"], "prior": self.ema["base"], "decoder": self.frozen["decoder"]}
+
+    def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
+        """Samples of each class."""
+        return sample_sheet(pipeline, f"samples at step {step}", tick)
+
+
+STAGES: tuple[type[Stage], ...] = (Joint, Base)  # in the order of training
+
+
+def stages_called(name: str) -> tuple[type[Stage], ...]:
+    """The stage of this name, or `all`. UsageError."""
+    found = tuple(stage for stage in STAGES if name in (stage.name, "all"))
+    if not found:
+        *names, last = (*(stage.name for stage in STAGES), "all")
+        raise UsageError(f"--stage {name}: expected {', '.join(names)} or {last}")
+    return found
+
 
 _PROPORTIONAL = 3.0  # e-folds of loss_factor for bits that are one e-fold off
 _INTEGRAL = 20.0  # the same, gathered in a whole run
@@ -79,144 +305,6 @@ def missed(bits_per_pixel: float, target: float | None) -> str | None:
         f"the latent costs {bits_per_pixel:.3f} bits/pixel, the target was {target:g}: train longer, or give another "
         "target; the log has loss_factor, which may have come to its end"
     )
-
-
-@dataclass
-class Batch:
-    """One optimiser step's images and random numbers, on the device."""
-
-    x: Tensor  # b c h w in [-1, 1]
-    label: Tensor  # b
-    draws: ul.Draws
-    eps_clean: Tensor | None = None  # b cz h w: noise of an encoder with a learned variance
-
-    def part(self, index: int, count: int) -> "Batch":
-        """Micro-batch `index` of `count`."""
-        size = len(self.x) // count
-        at = slice(index * size, (index + 1) * size)
-        draws = ul.Draws(**{name: value[at] for name, value in vars(self.draws).items()})
-        return Batch(self.x[at], self.label[at], draws, None if self.eps_clean is None else self.eps_clean[at])
-
-
-def to_model(images: Tensor) -> Tensor:
-    """uint8 b c h w -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1.0
-
-
-@dataclass
-class Stage:
-    """Networks that learn (`modules`), their averages (`ema`), and networks that stay as they are (`frozen`)."""
-
-    name: str
-    config: Config
-    settings: StageConfig
-    num_classes: int
-    device: torch.device
-    precision: str  # bf16 or fp32
-    modules: dict[str, nn.Module]
-    frozen: dict[str, nn.Module] = field(default_factory=dict)
-    rate_control: RateControl | None = None
-
-    def __post_init__(self) -> None:
-        self.objective = self.config.make_objective()
-        for module in self.modules.values():
-            module.to(self.device).train()
-        self.ema = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in self.modules.items()}
-        self.compute = dict(self.modules)  # what the loss calls: the modules, compiled on request
-
-    @property
-    def loss_factor(self) -> float:
-        """Of this step."""
-        return self.rate_control.loss_factor if self.rate_control else self.objective.loss_factor
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """All that is trained, by name."""
-        return {f"{n}.{k}": p for n, module in self.modules.items() for k, p in module.named_parameters()}
-
-    def batch(self, images: ImageSet, ids: np.ndarray, step: int) -> Batch:
-        """The images of a step and everything random about it: a function of (seed, stage, step)."""
-        pixels, labels = images.batch(ids)
-        x, label = to_model(torch.from_numpy(pixels)), torch.from_numpy(labels)
-        generator = objective.step_generator(self.config.seed, self.name, step)
-        draws = objective.draw_joint(len(x), self.config.latent_shape, self.config.image_shape, generator)
-        if self.config.image.flip:
-            x = objective.flip_some(x, generator)
-        if self.num_classes:
-            hidden = torch.rand(len(x), generator=generator) < self.settings.label_dropout
-            label = torch.where(hidden, self.num_classes, label)
-        draws = ul.Draws(**{name: value.to(self.device) for name, value in vars(draws).items()})
-        batch = Batch(x.to(self.device), label.to(self.device), draws)
-        if self.config.objective.learned_variance:
-            batch.eps_clean = torch.randn(draws.eps_z.shape, generator=generator).to(self.device)
-        return batch
-
-    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        """(scalar to minimise, figures for the log) of a micro-batch."""
-        return self._joint_loss(batch, step) if self.name == "joint" else self._base_loss(batch)
-
-    def _joint_loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        ramp = self.config.objective.prior_ramp_steps
-        share = min(1.0, step / ramp) if ramp else 1.0
-        z_clean, nats_variance = self._encode(self.compute["encoder"], batch)
-        nats_prior, nats_decoder = ul.joint_nats(
-            self.compute["prior"],
-            self.compute["decoder"],
-            batch.x,
-            z_clean,
-            batch.draws,
-            replace(self.objective, loss_factor=self.loss_factor),
-            prior_share=share,
-        )
-        nats_prior = nats_prior + ul.ramp_gradient(nats_variance, share)
-        cost = nats_prior
-        if (weight := self.objective.normal_weight) is not None:
-            cost = cost + weight * ul.normal_nats(ul.ramp_gradient(z_clean, share), self.objective.schedule_z)
-        return ul.total_loss(cost, nats_decoder, batch.x[0].numel()), {
-            "prior_nats": nats_prior.mean().item(),
-            "decoder_nats": nats_decoder.mean().item(),
-            "bits_per_pixel": float(ul.bits(nats_prior.mean().item(), self.config.image.size**2)),
-            "latent_std": z_clean.std().item(),
-        }
-
-    def _encode(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(z_clean, nats `b` that a learned variance costs) of a batch."""
-        if batch.eps_clean is None:
-            return encoder(batch.x).float(), torch.zeros(len(batch.x), device=self.device)
-        mean, log_variance = Moments(encoder)(batch.x)
-        return ul.drawn_latent(mean.float(), log_variance.float(), batch.eps_clean, self.objective.schedule_z)
-
-    def _base_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad():
-            z_clean, _ = self._encode(self.frozen["encoder"], batch)
-        nats = ul.base_nats(
-            self.compute["base"], z_clean, batch.label, batch.draws.eps_prior, batch.draws.t_z, self.objective
-        )
-        return nats.mean() / z_clean[0].numel(), {"base_nats": nats.mean().item()}
-
-
-def joint_stage(config: Config, device: torch.device, precision: str) -> Stage:
-    """Encoder, prior and decoder, freshly initialised from the seed."""
-    torch.manual_seed(config.seed)
-    modules = joint_networks(config)
-    if device.type == "cpu":  # convolutions are a tenth faster in this layout
-        for module in modules.values():
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    stage = Stage("joint", config, config.joint, 0, device, precision, modules)
-    o = config.objective
-    if o.target_bits_per_pixel is not None:
-        steps, least = config.joint.steps, LEAST[o.reconstruction or "diffusion"]
-        stage.rate_control = RateControl(o.target_bits_per_pixel, steps, o.prior_ramp_steps, o.loss_factor, least)
-    return stage
-
-
-def base_stage(
-    config: Config, num_classes: int, device: torch.device, precision: str, joint_ema: dict[str, nn.Module]
-) -> Stage:
-    """The base, freshly initialised; `joint_ema` (the averaged networks of stage 1) stays frozen."""
-    torch.manual_seed(config.seed + 1)
-    modules: dict[str, nn.Module] = {"base": make_base(config, num_classes)}
-    return Stage("base", config, config.base_stage, num_classes, device, precision, modules, joint_ema)
 
 
 def ema_decay_at(step: int, decay: float) -> float:

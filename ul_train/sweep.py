@@ -1,6 +1,8 @@
 """ul-train sweep: one short training of stage joint for each loss factor, and the rate-distortion curve they make."""
 
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +16,14 @@ from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.machine import commit, versions
 from ul_runtime.progress import stop_on_signal
-from ul_train.config import Config
+from ul_train.config import Config, load_config
 from ul_train.data.prepare import open_splits
-from ul_train.heldout import gaussian_psnr_db, yardstick
+from ul_train.heldout import bound_eigenvalues, gaussian_psnr_db
 from ul_train.log import figure_png, name_points
+from ul_train.options import SweepOptions
 from ul_train.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def option_words(given: Mapping[str, object]) -> list[str]:
@@ -32,10 +37,13 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> lis
     return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
 
 
-def run_main(module: str, *words: str, name: str | None = None) -> str:
-    """`main` of a module as a command in a process of its own, said on stderr as `name`; see run_to_end."""
-    print(name or module, *words, file=sys.stderr, flush=True)
-    return run_to_end([sys.executable, "-c", f"from {module} import main; main()", *words])
+def run_script(name: str, *words: str) -> str:
+    """A console script that is installed beside this Python, in a process of its own; see run_to_end. UsageError."""
+    program = shutil.which(name, path=str(Path(sys.executable).parent))
+    if program is None:
+        raise UsageError(f"{name} is not installed beside {sys.executable}; pip install unified-latents there")
+    logger.info(" ".join((name, *words)))
+    return run_to_end([program, *words])
 
 
 def run_to_end(program: Sequence[str]) -> str:
@@ -74,7 +82,7 @@ class Variants:
         changes = [word for override in overrides for word in ("--set", override)]
         going_on = ["--resume"] if (run / "run.json").is_file() else []
         options = ["--out", str(run), "--stage", stage, "--report-images", str(_REPORT_IMAGES)]
-        _ul_train(self.recipe, "--data", self.data, *options, *changes, *self.shared, *going_on)
+        run_script("ul-train", self.recipe, "--data", self.data, *options, *changes, *self.shared, *going_on)
         return run
 
     def measured(self, run: Path, images: int, mean_of: int) -> dict[str, Any]:
@@ -83,14 +91,10 @@ class Variants:
         record = json.loads(file.read_bytes()) if file.is_file() else {}
         if record.get("asked") != asked:
             options = ["--images", str(images), "--mean-of", str(mean_of)]
-            _ul_train("report", str(run), "--data", self.data, *options, *self.shared)
+            run_script("ul-train", "report", str(run), "--data", self.data, *options, *self.shared)
             record = {"asked": asked, "figures": json.loads((run / "report.json").read_bytes())}
             durable.atomic_write(file, json.dumps(record).encode())
         return dict(record["figures"])
-
-
-def _ul_train(*words: str) -> None:
-    run_main("ul_train.cli", *words, name="ul-train")
 
 
 FILES = ("results.json", "table.md", "plot.png")
@@ -106,19 +110,6 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """What is asked for: `images` held-out images, `mean_of` decodes of each."""
-
-    out: Path
-    factors: Sequence[float]
-    overrides: Sequence[str]
-    images: int
-    mean_of: int
-    heldout: str | None
-    cache: Path
-
-
 def parse_factors(text: str) -> list[float]:
     """Positive numbers between commas, none twice; UsageError."""
     try:
@@ -130,31 +121,36 @@ def parse_factors(text: str) -> list[float]:
     return factors
 
 
-def sweep(variants: Variants, options: SweepOptions, command: str) -> dict[str, Any]:
+def sweep(recipe: str, options: SweepOptions, command: str) -> dict[str, Any]:
     """Train and measure every loss factor; writes FILES into `options.out` and returns what results.json holds."""
-    for override in options.overrides:
-        if (field := override.partition("=")[0].strip()) in _STEERED:
-            raise UsageError(f"--set {field}: a sweep sets it for each run; give --loss-factors")
-    durable.make_directory(options.out)
-    durable.check_output_directory(options.out, (*FILES, "runs"))
-    rows = []
-    for factor in options.factors:
-        run = variants.train(f"loss-factor-{factor:g}", [*options.overrides, f"objective.loss_factor={factor}"])
+    data, out = options.data, options.out
+    if data is None or out is None:
+        raise UsageError(f"{'--out' if data else '--data'} is missing; see ul-train sweep --help")
+    factors = parse_factors(options.loss_factors)
+    load_config(recipe, options.set)  # a mistake in it is said at once
+    for override in options.set:
+        if (name := override.partition("=")[0].strip()) in _STEERED:
+            raise UsageError(f"--set {name}: a sweep sets it for each run; give --loss-factors")
+    durable.make_directory(out)
+    durable.check_output_directory(out, (*FILES, "runs"))
+    shared = {"--heldout": options.heldout, "--threads": options.threads, "--cache": options.cache}
+    variants, rows = Variants(recipe, data, out / "runs", option_words(shared)), []
+    for factor in factors:
+        run = variants.train(f"loss-factor-{factor:g}", [*options.set, f"objective.loss_factor={factor}"])
         rows.append({"loss_factor": factor, **variants.measured(run, options.images, options.mean_of)})
     trained = Run.open(run)
-    config = trained.config
     record = {
         "command": command,
         "figures": rows,
-        "config": config.model_dump(mode="json", exclude={"objective": {"loss_factor"}}),
+        "config": trained.config.model_dump(mode="json", exclude={"objective": {"loss_factor"}}),
         "data_fingerprint": trained.info.data_fingerprint,
         "versions": versions(_PACKAGES),
         "commit": commit(),
-        "gaussian_curve": _gaussian_curve(config, variants.data, options, rows),
+        "gaussian_curve": _gaussian_curve(trained.config, data, options, rows),
     }
-    durable.write_json(options.out / "results.json", record)
-    durable.atomic_write(options.out / "table.md", sweep_table(record).encode())
-    durable.atomic_write(options.out / "plot.png", _plot(record))
+    durable.write_json(out / "results.json", record)
+    durable.atomic_write(out / "table.md", sweep_table(record).encode())
+    durable.atomic_write(out / "plot.png", _plot(record))
     return record
 
 
@@ -162,8 +158,8 @@ def _gaussian_curve(
     config: Config, data: str, options: SweepOptions, rows: list[dict[str, Any]]
 ) -> list[tuple[float, float]]:
     """(bits per pixel, PSNR) of the Gaussian rate-distortion function around the rates measured; [] if not computed."""
-    splits = open_splits(config.image, data, options.heldout, options.cache)
-    eigenvalues, _ = yardstick(splits.heldout, splits.train, rows[0]["num_images"])
+    splits = open_splits(config.image, data, options.heldout, options.cache_folder)
+    eigenvalues, _ = bound_eigenvalues(splits.heldout, splits.train, rows[0]["num_images"])
     if eigenvalues is None:
         return []
     rates = [row["bits_per_pixel"] for row in rows]

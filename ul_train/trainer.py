@@ -1,21 +1,22 @@
-"""The training loop of either stage: seeded by (seed, step), guarded against non-finite updates, resumable."""
+"""The training loop of every stage: seeded by (seed, step), guarded against non-finite updates, resumable."""
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError
+from ul_runtime.progress import Tick, silent
 from ul_train import checkpoint as ckpt
 from ul_train.config import StageConfig, config_hash
 from ul_train.data.imageset import ImageSet, sample_ids
 from ul_train.log import RunLog
-from ul_train.objective import step_generator
 from ul_train.stages import Stage, ema_decay_at, update_ema
 
+Hook: TypeAlias = Callable[[int], None]  # given the steps done
 MOST_BAD_STEPS = 3  # non-finite steps in a row before training stops
 
 
@@ -27,23 +28,18 @@ def learning_rate_at(step: int, settings: StageConfig) -> float:
     return settings.learning_rate * warm * decay
 
 
+def _nothing(step: int) -> None:
+    """The hook of training that nobody looks into."""
+
+
 @dataclass
 class Trainer:
-    """One stage on one data set, writing into one run directory.
-
-    `evaluate(stage, step)` is called now and then, and may raise StoppedError when `stop()` is true.
-    `check(stage, step)` is called every `check_every` steps (None = never) once the checkpoint of that step is saved.
-    """
+    """One stage on one data set, writing into one run directory."""
 
     stage: Stage
     images: ImageSet
     run: Path
     log: RunLog
-    stop: Callable[[], bool]
-    evaluate: Callable[[Stage, int], None]
-    encoder_checkpoint: str | None = None
-    check_every: int | None = None
-    check: Callable[[Stage, int], None] = lambda stage, step: None
     step: int = 0
     counters: dict[str, int] = field(default_factory=lambda: {"skipped": 0, "skipped_in_a_row": 0})
 
@@ -58,29 +54,38 @@ class Trainer:
             fused=True,
         )
 
-    def train(self) -> None:
-        """Train to the last step. StoppedError (75) on a signal, NonFiniteError (76) after three bad steps in a row."""
+    def train(
+        self, evaluate: Hook = _nothing, check: Hook = _nothing, check_every: int | None = None, tick: Tick = silent
+    ) -> None:
+        """Train to the last step, which is a tick each. StoppedError (75) of `tick`, with a checkpoint of that step.
+
+        `evaluate` may raise StoppedError too; `check` is called once the checkpoint of its step is saved.
+        NonFiniteError (76) after three bad steps in a row.
+        """
         settings, run = self.stage.settings, self.stage.config.run
         with self.log.stage(self.stage.name, settings.steps, settings.batch_size, self.step):
             while self.step < settings.steps:
                 figures = self.train_step()
                 self.step += 1
                 self.log.step(self.stage.name, self.step, figures)
-                last = self.step == settings.steps
-                if last or (self.step % run.eval_every == 0 and not self.stop()):
-                    with suppress(StoppedError):  # asked to stop in the middle of it: save, then stop
-                        self.evaluate(self.stage, self.step)
-                stopping = self.stop()
-                checking = self.check_every is not None and self.step % self.check_every == 0
-                if last or stopping or checking or self.step % run.checkpoint_every == 0:
+                last, stopped = self.step == settings.steps, False
+                try:
+                    if not last:
+                        tick(1)
+                    if last or self.step % run.eval_every == 0:
+                        evaluate(self.step)
+                except StoppedError:  # perhaps in the middle of the evaluation: save, then stop
+                    stopped = True
+                checking = check_every is not None and self.step % check_every == 0
+                if last or stopped or checking or self.step % run.checkpoint_every == 0:
                     self.save()
-                if stopping and not last:
+                if stopped and not last:
                     raise StoppedError(
                         f"stopped at step {self.step} of {settings.steps} of stage {self.stage.name}, saved; "
                         f"go on with ul-train {self.run} --resume"
                     )
                 if checking:
-                    self.check(self.stage, self.step)
+                    check(self.step)
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step, or none when loss or gradient is not finite: the weights never take such an update."""
@@ -93,8 +98,8 @@ class Trainer:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
                 loss, part = self.stage.loss(batch.part(index, settings.accumulate), self.step)
             (loss / settings.accumulate).backward()
-            part["loss"] = loss.item()
-            figures = {name: figures.get(name, 0.0) + value / settings.accumulate for name, value in part.items()}
+            for name, value in {**part, "loss": loss}.items():
+                figures[name] = figures.get(name, 0.0) + value.item() / settings.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip).item()
         figures["gradient_norm"] = norm
         figures["learning_rate"] = learning_rate_at(self.step, settings)
@@ -110,7 +115,7 @@ class Trainer:
 
     def _dropout_seed(self) -> int:
         """The seed next to that of the step's noise: the same one would tie the dropped values to the noise."""
-        return step_generator(self.stage.config.seed, self.stage.name, self.step).initial_seed() ^ 1
+        return self.stage.generator(self.step).initial_seed() ^ 1
 
     def _update(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -144,7 +149,7 @@ class Trainer:
             data_fingerprint=self.images.fingerprint,
             counters=self.counters,
             rate_control=self.stage.rate_control.state() if self.stage.rate_control else {},
-            encoder_checkpoint=self.encoder_checkpoint,
+            encoder_checkpoint=self.stage.encoder_checkpoint,
         )
         optimizer = ckpt.optimizer_tensors(self.optimizer, list(self.parameters))
         weights, ema = ckpt.tensors_of(self.stage.modules), ckpt.tensors_of(self.stage.ema)
@@ -154,7 +159,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of this stage. BadInputError: damaged, or the base of another encoder."""
         saved = ckpt.load_checkpoint(path)
-        if saved.state.encoder_checkpoint != self.encoder_checkpoint:
+        if saved.state.encoder_checkpoint != self.stage.encoder_checkpoint:
             raise BadInputError(
                 f"{path}: learned the latents of another encoder than the run's last one of stage joint; "
                 f"remove the checkpoints {saved.state.stage}-* to train it again"

@@ -1,0 +1,88 @@
+"""What ul-train, ul-train report and ul-train sweep can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ul_runtime.machine import cache_dir
+from ul_runtime.option import option
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how many threads."""
+
+    data: str | None = option(
+        None, "Images: folder (class = sub-folder), IDX folder, .npz, hf:NAME, WebDataset shards.", metavar="SOURCE"
+    )
+    heldout: str | None = option(None, "Held-out images.", metavar="SOURCE", shown="the source's own, or 5 %")
+    cache: Path | None = option(
+        None, "Where prepared images are kept.", metavar="DIR", shown="$UL_CACHE or the user's cache"
+    )
+    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core", min=1)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where prepared images are kept."""
+        return cache_dir(self.cache)
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """What changes a recipe."""
+
+    set: list[str] = option([], "Change a field of the recipe; repeatable.", metavar="FIELD=VALUE")
+    target_bits_per_pixel: float | None = option(
+        None,
+        "Steer loss_factor to this rate: short for --set objective.target_bits_per_pixel=BITS.",
+        metavar="BITS",
+    )
+
+    @property
+    def overrides(self) -> list[str]:
+        """--set, and what is short for it."""
+        target = self.target_bits_per_pixel
+        return self.set if target is None else [*self.set, f"objective.target_bits_per_pixel={target}"]
+
+
+@dataclass(frozen=True)
+class TrainOptions(DataOptions):
+    """What is trained, where, and what is looked at on the way."""
+
+    out: Path | None = option(None, "Run directory to write.", metavar="DIR")
+    stage: str = option("all", "Which stage to train.", metavar="joint|base|all")
+    resume: bool = option(False, "Go on from the last checkpoint in --out.", "--resume")
+    allow: list[str] = option([], "A recipe field that --resume may change; repeatable.", metavar="FIELD")
+    device: str = option("auto", "Where to compute.", metavar="auto|cpu|cuda[:N]")
+    compile: bool = option(False, "Compile the networks: a minute first, then faster.", "--compile")
+    report_images: int = option(512, "Held-out images in the final report.", metavar="COUNT", min=1)
+    export_check: int | None = option(
+        None, "Every so many steps, check that the networks export (ul-export --check).", metavar="STEPS", min=1
+    )
+
+
+@dataclass(frozen=True)
+class MeasureOptions(DataOptions):
+    """How a finished stage 1 is measured."""
+
+    images: int = option(1000, "How many held-out images.", metavar="COUNT", min=1)
+    mean_of: int = option(16, "Decodes averaged for the distortion.", metavar="COUNT", min=1)
+
+
+@dataclass(frozen=True)
+class ReportOptions(MeasureOptions):
+    """Of a run."""
+
+    decoder_steps: int | None = option(None, "Decoder steps.", metavar="COUNT", shown="the recipe's", min=1)
+    device: str = option("auto", "Where to compute.", metavar="auto|cpu|cuda[:N]")
+    precision: str = option(
+        "fp32", "What the networks compute in; bf16 is faster where it is native.", metavar="fp32|bf16"
+    )
+
+
+@dataclass(frozen=True)
+class SweepOptions(MeasureOptions):
+    """Of one recipe at several loss factors."""
+
+    out: Path | None = option(None, "Folder for results.json, table.md and plot.png; runs go below.", metavar="DIR")
+    loss_factors: str = option("1.5,2,3", "In the order of training.", metavar="A,B,...")
+    set: list[str] = option([], "Change a field of the recipe; repeatable.", metavar="FIELD=VALUE")
