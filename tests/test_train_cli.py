@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from command import Runner
 from disk import Disk
 from PIL import Image
@@ -80,9 +81,11 @@ def test_a_terminal_shows_a_bar_with_its_figures_below_and_messages_above(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
-    log = RunLog(tmp_path, 1)
+    monkeypatch.setattr("sys.argv", ["ul-train"])
+    log, app = RunLog(tmp_path, 1), typer.Typer()
 
-    def train(**_: Any) -> None:
+    @app.command()
+    def train() -> None:
         with log.stage("joint", 3, 8, 0):
             losses = {"prior_nats": 70.123, "decoder_nats": 150.0, "latent_std": 1.0}
             log.step("joint", 1, losses | {"bits_per_pixel": 0.4})
@@ -90,7 +93,7 @@ def test_a_terminal_shows_a_bar_with_its_figures_below_and_messages_above(
             logging.getLogger("ul_train.train").info("a message")
 
     with pytest.raises(SystemExit):
-        run_command(train, "ul-train")
+        run_command(app, "ul-train")
     log.close()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     for text in ("1/3, left:", "prior 70.12 nats  decoder 150 nats  0.4 bits/pixel", "a message\n"):
