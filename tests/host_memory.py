@@ -62,6 +62,9 @@ class HostMemory:
 
         self.submit(work)
 
+    def array(self, address: int, size: int) -> np.ndarray:
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
     def clear(self, address: int, size: int) -> None:
         self.submit(lambda: ctypes.memset(address, 0, size))  # type: ignore[arg-type, return-value]
 

@@ -193,7 +193,7 @@ def test_auto_takes_a_gpu_and_its_step_is_the_cpus(pipeline, bundle):
 def test_two_runs_of_one_captured_step_with_other_inputs_differ():
     if not torch.cuda.is_available():
         pytest.skip("torch finds no NVIDIA GPU")
-    memory = TorchMemory(torch.device("cuda"))
+    memory = TorchMemory()
     at = memory.allocate(64)
     to = memory.allocate(64)
     replay = memory.capture(lambda: memory.copy(to, at, 64))

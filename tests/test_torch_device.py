@@ -1,16 +1,20 @@
 """A run sampled by torch as it is: the loop on a device is the host's, and the pictures are those of its bundle."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from exported_run import PLAIN, Exported, exported_run
+from host_memory import HostMemory
 
 import ul_runtime
 from ul_export.verify import FP32, image_psnr_db
 from ul_runtime.cli import generate
-from ul_runtime.errors import BadInputError, ULError, UsageError
+from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.pipeline import Pipeline
-from ul_train.torch_backend import TorchMemory
+from ul_train.run import Run
+from ul_train.torch_backend import TorchDeviceBackend
 
 LOOPS = (
     {"steps": 5, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)},
@@ -42,11 +46,29 @@ def test_pictures_are_those_of_the_bundle(exported, options):
     assert np.abs(pictures(run, 2, seed=5, **options) - pictures(run, 2, seed=6, **options)).max() > 0.01
 
 
-def test_the_loop_on_the_device_is_the_hosts_byte_for_byte(exported):
-    run = ul_runtime.load(exported.run, backend="torch", threads=1)
-    host = Pipeline(run.manifest, exported.torch_backend())
+def on_device(exported: Exported, memory: HostMemory, *, captured: bool = False, **options: Any) -> TorchDeviceBackend:
+    """Torch's networks behind the loop of a device, whose memory is the host's."""
+    trained = Run.open(exported.run).finished()
+    backend = TorchDeviceBackend(trained.networks, trained.manifest(), memory, **options)
+    if captured:
+        backend.loop.captures = True
+        backend.loop.bind = memory.recording(backend.loop.bind)
+    return backend
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loop_on_a_device_is_the_hosts_byte_for_byte(exported, precision, captured):
+    run = ul_runtime.load(exported.run, backend="torch", threads=1, precision=precision)
+    memory = HostMemory()
+    there = Pipeline(run.manifest, on_device(exported, memory, captured=captured, precision=precision))
     for options in LOOPS:
-        assert pictures(run, 4, **options).tobytes() == pictures(host, 4, **options).tobytes()
+        expected = pictures(run, 4, **options)
+        assert pictures(there, 4, **options).tobytes() == expected.tobytes()
+        (bare,) = there.generate(4, keep_x=False, **options)
+        (kept,) = run.generate(4, **options)
+        assert bare.images.tobytes() == kept.images.tobytes()
+    assert (memory.replays > 0) == captured
 
 
 def test_pictures_in_uint8_are_the_hosts_without_x(exported):
@@ -100,26 +122,11 @@ def test_a_gpu_that_is_not_there_is_an_error(exported):
         ul_runtime.load(exported.run, backend="torch", device=3)
 
 
-def test_memory_copies_rows_and_parts_and_a_cpu_captures_nothing():
-    memory = TorchMemory(torch.device("cpu"))
-    source = np.arange(24, dtype=np.uint8)
-    there, other = memory.allocate(24), memory.allocate(24)
-    memory.upload(there, source)
-    memory.upload(other, np.zeros(24, np.uint8))
-    memory.copy(other + 1, there + 2, 3, rows=4, to_pitch=6, pitch=5)
-    given = np.empty(24, np.uint8)
-    memory.download(other, given)
-    expected = np.zeros(24, np.uint8)
-    for row in range(4):
-        expected[1 + 6 * row : 4 + 6 * row] = source[2 + 5 * row : 5 + 5 * row]
-    assert np.array_equal(given, expected)
-    with pytest.raises(ULError, match="has no CUDA graphs"):
-        memory.capture(lambda: None)
-
-
 def test_a_guides_prior_is_asked_on_the_device(exported):
+    memory = HostMemory()
+    guide, main = (on_device(exported, memory) for _ in range(2))
+    assert main.shares_order(guide)
     run = ul_runtime.load(exported.run, guide=exported.run, backend="torch", threads=1)
-    assert run.backend.shares_order(run.guide.backend)
+    there = Pipeline(run.manifest, main, Pipeline(run.manifest, guide))
     options = {"steps": 5, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)}
-    host = Pipeline(run.manifest, exported.torch_backend(), Pipeline(run.manifest, exported.torch_backend()))
-    assert pictures(run, 4, **options).tobytes() == pictures(host, 4, **options).tobytes()
+    assert pictures(there, 4, **options).tobytes() == pictures(run, 4, **options).tobytes()

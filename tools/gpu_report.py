@@ -307,11 +307,14 @@ def _by_torch(model: Model, contender: str, device: Any) -> Made:
     from ul_export.bench.peers import UserLoop
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.settings import Overrides, resolve_settings
-    from ul_train.torch_backend import TorchDeviceBackend, TorchMemory, in_precision
+    from ul_train.torch_backend import TorchDeviceBackend, in_precision, torch_backend
 
     assert model.networks is not None
     if contender in ("torch-graphs", "torch-no-graphs"):
-        backend = TorchDeviceBackend(model.networks, model.info, TorchMemory(device), precision="bf16")
+        memory = memory_on(device)
+        if memory is None:
+            return Made("bf16", _images(Pipeline(model.info, torch_backend(model.networks, device, "bf16"))))
+        backend = TorchDeviceBackend(model.networks, model.info, memory, precision="bf16")
         backend.loop.captures &= contender == "torch-graphs"
         return Made("bf16", _images(Pipeline(model.info, backend)), backend.loop)
     networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
@@ -323,6 +326,13 @@ def _by_torch(model: Model, contender: str, device: Any) -> Made:
         }
     loop = UserLoop(model.info, settings, networks["prior"], networks["decoder"], "bf16", device)
     return Made("bf16", loop.images)
+
+
+def memory_on(device: Any) -> Any:
+    """Where the loop on a device works; None on a CPU, where the host runs it."""
+    from ul_train.torch_backend import TorchMemory
+
+    return TorchMemory(device.index or 0) if device.type == "cuda" else None
 
 
 def _images(pipeline: Any) -> Callable[[int], "np.ndarray"]:

@@ -110,7 +110,7 @@ def _rms(array: np.ndarray) -> float:
 
 def _gpu() -> tuple[Finding, list[Gpu]]:
     if not has_bindings():
-        return Finding("NVIDIA GPUs", None, "cuda-bindings is not installed", _install("gpu")), []
+        return Finding("NVIDIA GPUs", None, "cuda-core is not installed", _install("gpu")), []
     try:
         found = gpus()
     except UsageError as error:

@@ -81,8 +81,8 @@ class Gpu:
 
 
 def has_bindings() -> bool:
-    """Whether cuda-bindings is installed."""
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    """Whether cuda-core and cuda-bindings are installed."""
+    return find_spec("cuda") is not None and None not in (find_spec("cuda.core"), find_spec("cuda.bindings"))
 
 
 def driver_version() -> str | None:
@@ -119,7 +119,7 @@ def gpus() -> list[Gpu]:
 
 def _require_bindings() -> None:
     if not has_bindings():
-        raise UsageError("cuda-bindings is not installed; pip install 'unified-latents[gpu]'")
+        raise UsageError("cuda-core is not installed; pip install 'unified-latents[gpu]'")
 
 
 _ROOT = Path(__file__).parent.parent

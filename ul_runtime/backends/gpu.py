@@ -1,11 +1,10 @@
-"""What the loop needs of a device, and the CUDA device, by NVIDIA's own bindings."""
+"""What the loop needs of a device, and the CUDA device, by NVIDIA's own cuda.core."""
 
 import ctypes
 import gc
 import threading
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -21,37 +20,6 @@ KERNEL = "normals"
 _THREADS = 256  # of a block, four values each
 _MOST_BLOCKS = 65535  # in the second dimension of a grid
 _WORD = 0xFFFFFFFF
-_TYPES = (*[ctypes.c_void_p] * 3, *[ctypes.c_uint] * 4)
-
-
-class NoiseKernel:
-    """The kernel on the current device. `table` is the address there of noise.quantile_table()."""
-
-    def __init__(self, table: int) -> None:
-        """ULError: the driver does not take it."""
-        from cuda.bindings import driver
-
-        self._driver, self._table = driver, table
-        module = self._do(driver.cuModuleLoadData(PTX_FILE.read_bytes() + b"\0"))
-        self._kernel = self._do(driver.cuModuleGetFunction(module, KERNEL.encode()))
-
-    def enqueue(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int, order: int) -> None:
-        """See Memory.normals; `order` is the CUDA stream. ULError."""
-        blocks = -(-size // (4 * _THREADS))
-        if blocks > _MOST_BLOCKS:
-            raise ULError(f"noise of {size} values an image; a GPU makes at most {4 * _THREADS * _MOST_BLOCKS}")
-        values = (to, self._table, indices, seed & _WORD, seed >> 32, stream, size)
-        self._do(
-            self._driver.cuLaunchKernel(self._kernel, rows, blocks, 1, _THREADS, 1, 1, 0, order, (values, _TYPES), 0)
-        )
-
-    def _do(self, result: tuple[Any, ...]) -> Any:
-        error, *values = result
-        if error != self._driver.CUresult.CUDA_SUCCESS:
-            raise ULError(f"noise on an NVIDIA GPU: {error.name}; ul-doctor says what works here")
-        return values[0] if values else None
-
-
 RLock: TypeAlias = AbstractContextManager[bool]  # of threading.RLock()
 _CAPTURING = threading.RLock()
 
@@ -88,6 +56,9 @@ class Memory(Protocol):
 
     def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
         """`rows` pieces of `size` bytes each, `to_pitch` and `pitch` bytes apart, within the device."""
+
+    def array(self, address: int, size: int) -> Any:
+        """So many bytes there, as what torch.from_dlpack takes."""
 
     def clear(self, address: int, size: int) -> None:
         """Make so many bytes zero."""
@@ -134,108 +105,133 @@ class CudaMemory:
         """UsageError: no bindings, or no such GPU."""
         if device >= (found := len(gpus())):
             raise UsageError(f"there is no NVIDIA GPU {device} here, but {found}, counted from 0; ul-doctor lists them")
-        from cuda.bindings import runtime
+        from cuda import core
 
-        self._cuda = runtime
-        self.number = device
-        self.use()
-        self.stream = int(self._do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
-        self.lock = threading.RLock()
-        self._noise: NoiseKernel | None = None
-        self._held: set[int] = set()
-        weakref.finalize(self, _give_back, runtime, device, self.stream, self._held).atexit = False
+        self._core, self.number, self.lock = core, device, threading.RLock()
+        self._noise: Any = None  # the kernel, and its table
+        self._held: dict[int, Any] = {}
+        with self._errors():
+            self.use()
+            mine = core.Device(device)
+            self._queue = mine.create_stream(options=core.StreamOptions(nonblocking=True))
+            # of its own: the device's pool would keep what is freed from engines, which allocate otherwise
+            self._pool = core.DeviceMemoryResource(mine, options=core.DeviceMemoryResourceOptions())
+        self.stream = int(self._queue.handle)
 
     def use(self) -> None:
         """See Memory. The current device is a thread's own, and other pipelines and libraries change it."""
-        self._do(self._cuda.cudaSetDevice(self.number))
+        with self._errors():
+            self._core.Device(self.number).set_current()
 
     def allocate(self, size: int) -> int:
         """See Memory."""
-        address = int(self._do(self._cuda.cudaMalloc(size)))
-        self._held.add(address)
-        return address
+        with self._errors():
+            buffer = self._pool.allocate(size, stream=self._queue)
+        self._held[int(buffer.handle)] = buffer
+        return int(buffer.handle)
 
     def free(self, address: int) -> None:
         """See Memory."""
-        self._held.discard(address)
-        self._do(self._cuda.cudaFree(address))
+        with self._errors():
+            self._held.pop(address).close()
+
+    def array(self, address: int, size: int) -> Any:
+        """See Memory."""
+        return self._core.Buffer.from_handle(address, size)
 
     def upload(self, address: int, array: np.ndarray) -> None:
         """See Memory."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._do(self._cuda.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self.stream))
+        self.copy(address, array.ctypes.data, array.nbytes)
 
     def download(self, address: int, array: np.ndarray) -> None:
         """See Memory."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._do(self._cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
+        self.copy(array.ctypes.data, address, array.nbytes)
 
     def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
         """See Memory."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        if rows == 1:
-            self._do(self._cuda.cudaMemcpyAsync(to, source, size, kind, self.stream))
-        else:
-            self._do(self._cuda.cudaMemcpy2DAsync(to, to_pitch, source, pitch, size, rows, kind, self.stream))
+        with self._errors():
+            if rows == 1:
+                self.array(to, size).copy_from(self.array(source, size), stream=self._queue)
+            else:
+                self._copy_rows(to, source, size, rows, to_pitch, pitch)
+
+    def _copy_rows(self, to: int, source: int, size: int, rows: int, to_pitch: int, pitch: int) -> None:
+        from cuda.bindings import runtime
+
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        (error,) = runtime.cudaMemcpy2DAsync(to, to_pitch, source, pitch, size, rows, kind, self.stream)
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise ULError(f"NVIDIA GPU {self.number}: {error.name}; ul-doctor says what works here")
 
     def clear(self, address: int, size: int) -> None:
         """See Memory."""
-        self._do(self._cuda.cudaMemsetAsync(address, 0, size, self.stream))
+        with self._errors():
+            self.array(address, size).fill(0, stream=self._queue)
 
     def normals(self, to: int, seed: int, indices: int, rows: int, stream: int, size: int) -> None:
         """See Memory. ULError: the driver does not take the kernel."""
-        if self._noise is None:
-            table = np.stack(quantile_table())
-            at = self.allocate(table.nbytes)  # as long as this memory
-            self.upload(at, table)
-            self.wait()
-            self._noise = NoiseKernel(at)
-        self._noise.enqueue(to, seed, indices, rows, stream, size, self.stream)
+        blocks = -(-size // (4 * _THREADS))
+        if blocks > _MOST_BLOCKS:
+            raise ULError(f"noise of {size} values an image; a GPU makes at most {4 * _THREADS * _MOST_BLOCKS}")
+        with self._errors():
+            if self._noise is None:
+                self._noise = self._load_noise()
+            kernel, table = self._noise
+            config = self._core.LaunchConfig(grid=(rows, blocks), block=_THREADS)
+            words = map(ctypes.c_uint, (seed & _WORD, seed >> 32, stream, size))  # an int would be an address
+            self._core.launch(self._queue, config, kernel, to, table, indices, *words)
+
+    def _load_noise(self) -> tuple[Any, int]:
+        """The kernel, and the address of noise.quantile_table(), both as long as this memory."""
+        kernel = self._core.ObjectCode.from_ptx(PTX_FILE.read_bytes()).get_kernel(KERNEL)
+        table = np.stack(quantile_table())
+        at = self.allocate(table.nbytes)
+        self.upload(at, table)
+        self.wait()
+        return kernel, at
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Memory. ULError: something that `work` does cannot be captured."""
-        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._do(self._cuda.cudaStreamBeginCapture(self.stream, mode))
-        try:
-            with no_collection():
-                work()
-        finally:
-            ended = self._cuda.cudaStreamEndCapture(self.stream)  # or the stream takes no work any more
-        graph = self._do(ended)
-        executable = self._do(self._cuda.cudaGraphInstantiate(graph, 0))
-        self._do(self._cuda.cudaGraphDestroy(graph))
+        with self._errors():
+            builder, failed = self._queue.create_graph_builder(), True
+            builder.begin_building("thread_local")
+            try:
+                with no_collection():
+                    work()
+                failed = False
+            finally:  # or the stream takes no work any more
+                with suppress(_cuda_error()) if failed else nullcontext():
+                    builder.end_building()
+            graph = builder.complete()
 
         def replay() -> None:
-            self._do(self._cuda.cudaGraphLaunch(executable, self.stream))
+            with self._errors():
+                graph.launch(self._queue)
 
-        weakref.finalize(replay, self._cuda.cudaGraphExecDestroy, executable)
         return replay
 
     def wait(self) -> None:
         """See Memory."""
-        self._do(self._cuda.cudaStreamSynchronize(self.stream))
+        with self._errors():
+            self._queue.sync()
 
-    def _do(self, result: tuple[Any, ...]) -> Any:
-        """The value of a call of the runtime; its error as ours."""
-        error, *values = result
-        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            raise OutOfMemoryError(f"NVIDIA GPU {self.number} has no memory left; give a smaller --batch-size")
-        if error != self._cuda.cudaError_t.cudaSuccess:
-            raise ULError(f"NVIDIA GPU {self.number}: {error.name}; ul-doctor says what works here")
-        return values[0] if values else None
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """CUDA's errors as ours."""
+        try:
+            yield
+        except _cuda_error() as error:
+            if "OUT_OF_MEMORY" in str(error):
+                what = f"NVIDIA GPU {self.number} has no memory left; give a smaller --batch-size"
+                raise OutOfMemoryError(what) from error
+            why = str(error).partition(":")[0]
+            raise ULError(f"NVIDIA GPU {self.number}: {why}; ul-doctor says what works here") from error
 
 
-def _give_back(runtime: Any, device: int, stream: int, held: set[int]) -> None:
-    """Of a memory that nobody uses any more; wherever that is noticed, the current device stays what it is.
+def _cuda_error() -> type[Exception]:
+    from cuda.core._utils.cuda_utils import CUDAError  # which has no public name
 
-    The stream stays: what is torn down after this may still name it.
-    """
-    _, current = runtime.cudaGetDevice()
-    runtime.cudaSetDevice(device)
-    runtime.cudaStreamSynchronize(stream)
-    for address in held:
-        runtime.cudaFree(address)
-    runtime.cudaSetDevice(current)
+    return CUDAError
 
 
 @contextmanager
