@@ -290,16 +290,20 @@ def test_a_signal_is_handled_after_backends_were_opened_and_dropped(analytic_bun
     code = """
 import os, signal, sys
 import ul_runtime
-from ul_runtime.progress import stop_on_signal
+from ul_runtime.errors import StoppedError
+from ul_runtime.progress import check_stopped, stop_on_signal
 for _ in range(2):
     first, second = (ul_runtime.load(sys.argv[1], backend="openvino", threads=1) for _ in range(2))
     for pipeline in (first, second):
         next(pipeline.generate(1))
     del first, pipeline
     del second
-with stop_on_signal() as stop:
+with stop_on_signal():
     os.kill(os.getpid(), signal.SIGINT)
-    print(stop())
+    try:
+        check_stopped()
+    except StoppedError:
+        print(True)
 """
     done = subprocess.run([sys.executable, "-c", code, analytic_bundle], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -15,7 +15,7 @@ from ul_runtime import noise
 from ul_runtime.backends import Backend
 from ul_runtime.batches import Draw, Images, in_batches
 from ul_runtime.diffusion import NATS_PER_BIT, Schedule, alpha, diffuse, diffusion_term, kl_terminal, sigma
-from ul_runtime.errors import StoppedError, UsageError
+from ul_runtime.errors import UsageError
 from ul_runtime.loop import (
     Guidance,
     Inputs,
@@ -30,7 +30,7 @@ from ul_runtime.loop import (
     unguided,
 )
 from ul_runtime.manifest import BundleInfo, LogsnrRange
-from ul_runtime.progress import UNWATCHED, Control, Tick, silent
+from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import sampler_table
 from ul_runtime.settings import (
     SEEDS,
@@ -129,7 +129,6 @@ class Pipeline:
         batch_size: int | None = None,
         keep_x: bool = True,
         tick: Tick = silent,
-        control: Control = UNWATCHED,
         **overrides: Unpack[Overrides],
     ) -> Iterator[Images]:
         """Batches of the first `images` images, or of the images with these indices.
@@ -150,7 +149,7 @@ class Pipeline:
         check_effective(settings, overrides, has_guide=self.guide is not None)
         cycle = np.array(label_cycle(labels, self.manifest.classes), np.int64)
         calls = len(self.prior_table(settings.prior)) + len(self.decoder_table(settings.decoder))
-        of_calls = _of_calls(_watched(tick, control), calls)
+        of_calls = _of_calls(tick, calls)
 
         def draw(by: Pipeline, part: np.ndarray, batch: int) -> Images:
             at = indices[part]
@@ -172,7 +171,6 @@ class Pipeline:
         batch_size: int | None = None,
         keep_x: bool = True,
         tick: Tick = silent,
-        control: Control = UNWATCHED,
         **overrides: Unpack[Overrides],
     ) -> Iterator[Images]:
         """Batches of images decoded from z_0 `n c h w`; `labels` `n` only travel with them.
@@ -189,7 +187,7 @@ class Pipeline:
             raise UsageError(f"{len(z_0)} latents need as many indices and labels; got {len(at)} indices")
         sampler = self.settings(**overrides).decoder
         label = np.full(len(at), self.num_classes) if labels is None else np.asarray(labels)
-        of_calls = _of_calls(_watched(tick, control), len(self.decoder_table(sampler)) * mean_of)
+        of_calls = _of_calls(tick, len(self.decoder_table(sampler)) * mean_of)
 
         def draw(by: Pipeline, part: np.ndarray, batch: int) -> Images:
             given, samplers = z_0[part], [sampler] * len(part)
@@ -222,7 +220,6 @@ class Pipeline:
         indices: Sequence[int] | np.ndarray | None = None,
         num_samples: int = 16,
         tick: Tick = silent,
-        control: Control = UNWATCHED,
     ) -> np.ndarray:
         """Bits of each latent z_clean `b c h w`, float64 `b`: an estimate from `num_samples` noise levels an image.
 
@@ -238,7 +235,7 @@ class Pipeline:
         schedule = Schedule("linear", ends.min, ends.max)
         latent = z_clean.astype(np.float64)
         nats = kl_terminal(latent, ends.min)
-        of_calls = _of_calls(_watched(tick, control), num_samples)
+        of_calls = _of_calls(tick, num_samples)
         for k in range(num_samples):
             of_calls(0)
             t = (k + (at + 1) * _GOLDEN % 1.0) / num_samples  # one stratum a sample, shifted from image to image
@@ -356,18 +353,6 @@ def _seeds(seed: int, count: int) -> np.ndarray:
 def _of_calls(tick: Tick, calls: int) -> Tick:
     """The tick of single calls of a network, `calls` an image, where `tick` is of images."""
     return lambda images: tick(images / calls)
-
-
-def _watched(tick: Tick, control: Control) -> Tick:
-    """Until all callers speak of ticks."""
-
-    def of_control(images: float) -> None:
-        if control.stop():
-            raise StoppedError("stopped; run the same command again to go on")
-        if images:
-            control.progress(images)
-
-    return of_control if tick is silent else tick
 
 
 def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

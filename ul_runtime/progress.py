@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import TypeAlias
 
@@ -20,18 +19,8 @@ _QUIET_S = 2.0  # nothing is shown for work that is shorter
 _LINE_EVERY_S = 10.0
 
 
-def never() -> bool:
-    """The `stop` of work that nobody stops."""
-    return False
-
-
 def silent(amount: float) -> None:
     """The tick of work that nobody watches or stops."""
-
-
-def print_line(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -63,7 +52,8 @@ def _lines(what: str, total: int, unit: str) -> Iterator[Tick]:
             last = now
             rate = done / (now - start)
             left = (total - done) / rate if rate else 0.0
-            print_line(f"{what} {done:.0f} of {total} {unit}, {rate:.2f} {unit}/s, {left:.0f} s left")
+            text = f"{what} {done:.0f} of {total} {unit}, {rate:.2f} {unit}/s, {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
 
     yield show
 
@@ -97,35 +87,6 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Tick]:
         bar.stop()
 
 
-def _ignore(images: float) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Control:
-    """`stop` is asked before each step (True: StoppedError); `progress` gets the share of images just done."""
-
-    stop: Callable[[], bool] = never
-    progress: Callable[[float], None] = _ignore
-
-    @classmethod
-    def of(cls, tick: Tick) -> "Control":
-        """Until all callers speak of ticks."""
-        return cls(progress=tick)
-
-    def tick(self, amount: float) -> None:
-        """As a tick."""
-        self.check()
-        self.progress(amount)
-
-    def check(self) -> None:
-        """StoppedError if asked to stop."""
-        if self.stop():
-            raise StoppedError("stopped; nothing was written")
-
-
-UNWATCHED = Control()
-
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _watching = _asked = False  # within `stop_on_signal`; a signal came there
 
@@ -144,19 +105,19 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[None]:
     """Within the block, every tick of `progress` raises StoppedError after the first signal; a second ends the process.
 
-    Yields what tells whether a signal came. Within another such block it changes nothing.
+    Within another such block it changes nothing.
     """
     global _watching, _asked
     if _watching:
-        yield lambda: _asked
+        yield
         return
     before = {each: signal.signal(each, _on_signal) for each in _STOPPING}
     _watching = True
     try:
-        yield lambda: _asked
+        yield
     finally:
         _watching = _asked = False
         for each, old in before.items():

@@ -15,7 +15,7 @@ import numpy as np
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.machine import commit, versions
-from ul_runtime.progress import stop_on_signal
+from ul_runtime.progress import check_stopped, stop_on_signal
 from ul_train.config import Config, load_config
 from ul_train.data.prepare import open_splits
 from ul_train.heldout import bound_eigenvalues, gaussian_psnr_db
@@ -51,10 +51,10 @@ def run_to_end(program: Sequence[str]) -> str:
 
     A signal is left to the command, which saves what it has; then StoppedError.
     """
-    with stop_on_signal() as stop, subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+    with stop_on_signal(), subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         said, _ = process.communicate()
-        stopped = stop()
-    if stopped or process.returncode == StoppedError.exit_code:
+        check_stopped()
+    if process.returncode == StoppedError.exit_code:
         raise StoppedError("stopped; run the same command again to go on")
     if process.returncode:
         sys.exit(process.returncode)  # it has said why
