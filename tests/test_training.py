@@ -1,6 +1,7 @@
 """Training: it learns, it resumes bit for bit, its averages and rates are their formulas, and NaN never gets in."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -190,6 +191,17 @@ def test_a_recipe_changed_with_allow_leaves_the_earlier_stage_usable(tmp_path: P
     assert Run.open(tmp_path) == run
     train(run, "base")
     assert Run.open(tmp_path).finished().step == 7
+
+
+def test_a_run_with_its_recipe_in_the_earlier_form_goes_on_and_its_checkpoints_stay_known(tmp_path: Path) -> None:
+    file, config = tmp_path / "config.toml", tiny()
+    new_run(tmp_path, config)
+    text = file.read_text()
+    file.write_text(text.replace("[stages.joint]", "[joint]").replace("[stages.base]", "[base_stage]"))
+    run, digest = Run.open(tmp_path), hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (run.config, run.manifest().provenance.config_sha256) == (config, digest)
+    assert run.adopt(config).info.earlier_recipes == (digest,)
+    assert file.read_text() == text
 
 
 def test_a_recipe_edited_by_hand_is_not_exported(tmp_path: Path) -> None:

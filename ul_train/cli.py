@@ -10,7 +10,7 @@ import typer
 
 from ul_runtime.cli.options import AsJson, print_figures, with_options
 from ul_runtime.errors import BadInputError, UsageError, require_packages, run_command
-from ul_train.options import RecipeOptions, ReportOptions, SweepOptions, TrainOptions
+from ul_train.options import ReportOptions, SweepOptions, TrainOptions
 
 if TYPE_CHECKING:
     from ul_train.config import Config
@@ -40,7 +40,6 @@ def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="Preset name, TOML file, or a run directory to --resume.")
     ],
-    changes: RecipeOptions,
     options: TrainOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and the resolved recipe; write nothing.")
@@ -57,7 +56,7 @@ def train(
     from ul_train.stages import stages_called
 
     run = _run_called(recipe, options)
-    config = load_config(str(run / "config.toml") if run else recipe, changes.overrides)
+    config = load_config(str(run / "config.toml") if run else recipe, options.overrides)
     stages_called(options.stage)  # a mistake in it is said at once
     if dry_run:
         return _dry_run(config, json_)

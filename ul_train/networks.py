@@ -368,6 +368,3 @@ class DecoderUViT(nn.Module):
             h = self.up[i](torch.cat([h, skips[i]], dim=1), cond)
         h = F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)
         return h + self.carry(cond)[:, 0, :, None, None] * x_t  # b c H W
-
-
-__all__ = ["DecoderUViT", "Encoder", "LatentViT"]

@@ -31,10 +31,32 @@ class RecipeOptions:
     """What changes a recipe."""
 
     set: list[str] = option([], "Change a field of the recipe; repeatable.", metavar="FIELD=VALUE")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """What computes."""
+
+    device: str = option("auto", "Where to compute.", metavar="auto|cpu|cuda[:N]")
+
+
+@dataclass(frozen=True)
+class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
+    """What is trained, where, and what is looked at on the way."""
+
+    out: Path | None = option(None, "Run directory to write.", metavar="DIR")
     target_bits_per_pixel: float | None = option(
         None,
         "Steer loss_factor to this rate: short for --set objective.target_bits_per_pixel=BITS.",
         metavar="BITS",
+    )
+    stage: str = option("all", "Which stage to train.", metavar="joint|base|all")
+    resume: bool = option(False, "Go on from the last checkpoint in --out.", "--resume")
+    allow: list[str] = option([], "A recipe field that --resume may change; repeatable.", metavar="FIELD")
+    compile: bool = option(False, "Compile the networks: a minute first, then faster.", "--compile")
+    report_images: int = option(512, "Held-out images in the final report.", metavar="COUNT", min=1)
+    export_check: int | None = option(
+        None, "Every so many steps, check that the networks export (ul-export --check).", metavar="STEPS", min=1
     )
 
     @property
@@ -42,22 +64,6 @@ class RecipeOptions:
         """--set, and what is short for it."""
         target = self.target_bits_per_pixel
         return self.set if target is None else [*self.set, f"objective.target_bits_per_pixel={target}"]
-
-
-@dataclass(frozen=True)
-class TrainOptions(DataOptions):
-    """What is trained, where, and what is looked at on the way."""
-
-    out: Path | None = option(None, "Run directory to write.", metavar="DIR")
-    stage: str = option("all", "Which stage to train.", metavar="joint|base|all")
-    resume: bool = option(False, "Go on from the last checkpoint in --out.", "--resume")
-    allow: list[str] = option([], "A recipe field that --resume may change; repeatable.", metavar="FIELD")
-    device: str = option("auto", "Where to compute.", metavar="auto|cpu|cuda[:N]")
-    compile: bool = option(False, "Compile the networks: a minute first, then faster.", "--compile")
-    report_images: int = option(512, "Held-out images in the final report.", metavar="COUNT", min=1)
-    export_check: int | None = option(
-        None, "Every so many steps, check that the networks export (ul-export --check).", metavar="STEPS", min=1
-    )
 
 
 @dataclass(frozen=True)
@@ -69,20 +75,18 @@ class MeasureOptions(DataOptions):
 
 
 @dataclass(frozen=True)
-class ReportOptions(MeasureOptions):
+class ReportOptions(DeviceOptions, MeasureOptions):
     """Of a run."""
 
     decoder_steps: int | None = option(None, "Decoder steps.", metavar="COUNT", shown="the recipe's", min=1)
-    device: str = option("auto", "Where to compute.", metavar="auto|cpu|cuda[:N]")
     precision: str = option(
         "fp32", "What the networks compute in; bf16 is faster where it is native.", metavar="fp32|bf16"
     )
 
 
 @dataclass(frozen=True)
-class SweepOptions(MeasureOptions):
+class SweepOptions(RecipeOptions, MeasureOptions):
     """Of one recipe at several loss factors."""
 
     out: Path | None = option(None, "Folder for results.json, table.md and plot.png; runs go below.", metavar="DIR")
     loss_factors: str = option("1.5,2,3", "In the order of training.", metavar="A,B,...")
-    set: list[str] = option([], "Change a field of the recipe; repeatable.", metavar="FIELD=VALUE")
