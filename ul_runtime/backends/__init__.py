@@ -114,7 +114,7 @@ def cannot_load(bundle: "Bundle", graph_name: str, error: Exception, advice: str
     return BadInputError(f"{bundle.path}: graph {graph_name} cannot be loaded: {one_line(error)}; {advice}")
 
 
-def one_line(error: Exception, most: int = 300) -> str:
+def one_line(error: object, most: int = 300) -> str:
     """The start of an engine's message."""
     text = " ".join(str(error).split())
     return text if len(text) <= most else text[:most] + "..."

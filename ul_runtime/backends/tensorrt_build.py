@@ -4,12 +4,13 @@ Node names begin with the path of the torch module that they came from, so an er
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from ul_runtime.backends import one_line
 from ul_runtime.errors import BadInputError, StoppedError, ULError, UsageError
 from ul_runtime.manifest import Tensor
 from ul_runtime.progress import Tick, silent
@@ -23,33 +24,16 @@ class Kind:
     module: str
     extra: str  # of pip install 'unified-latents[...]'
     oldest: tuple[int, ...]
-    builds_ahead: bool  # for architectures that it is told, on a machine without a GPU
-    keeps_timings: bool  # chooses kernels by measuring them, and can be given earlier measurements
-    compiles_late: bool  # compiles kernels when an engine first runs, and can be given what it compiled before
-    user_allocation: bool  # has to be told that an engine may allocate nothing as it runs, without which no capture
+    builds_ahead: bool = False  # for architectures that it is told, on a machine without a GPU
+    keeps_timings: bool = False  # chooses kernels by measuring them, and can be given earlier measurements
+    compiles_late: bool = False  # compiles kernels when an engine first runs, and can be given what it compiled before
+    user_allocation: bool = False  # is told that an engine may allocate nothing as it runs, else there is no capture
 
 
+_LATE = {"builds_ahead": True, "compiles_late": True, "user_allocation": True}
 KINDS = {
-    "tensorrt": Kind(
-        "TensorRT",
-        "tensorrt",
-        "tensorrt",
-        (10, 12),
-        False,
-        keeps_timings=True,
-        compiles_late=False,
-        user_allocation=False,
-    ),
-    "tensorrt-rtx": Kind(
-        "TensorRT-RTX",
-        "tensorrt_rtx",
-        "tensorrt-rtx",
-        (1, 7),
-        True,
-        keeps_timings=False,
-        compiles_late=True,
-        user_allocation=True,
-    ),
+    "tensorrt": Kind("TensorRT", "tensorrt", "tensorrt", (10, 12), keeps_timings=True),
+    "tensorrt-rtx": Kind("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", (1, 7), **_LATE),
 }
 
 
@@ -218,7 +202,7 @@ def build_engine(library: Library, plan: Plan, tick: Tick = silent) -> bytes:
     at = f"node {node}" if node else "no single node is at fault"
     wanted = f" for {', '.join(plan.targets)}" if plan.targets else ""
     raise BadInputError(
-        f"{plan.where}: {plan.name}: {library.title} cannot build it{wanted}: {at}: {_short(why)}; "
+        f"{plan.where}: {plan.name}: {library.title} cannot build it{wanted}: {at}: {one_line(why, 400)}; "
         "export with another --opset or precision, or use another backend"
     )
 
@@ -300,7 +284,7 @@ def _reason(error: Any) -> str:
     """Why the parser refused: its text where it has one, and the kind of error."""
     kind = error.code().name.lower().replace("_", " ")
     text = str(error.desc())
-    return kind if text in ("", "false") else f"{kind}: {_short(text)}"
+    return kind if text in ("", "false") else f"{kind}: {one_line(text, 400)}"
 
 
 def _node_names(library: Library, plan: Plan) -> list[str]:
@@ -352,8 +336,8 @@ def _monitor(library: Library, tick: Tick) -> Any:
 class _Phases:
     """The share of a build that is done, from its nested phases; told as increments that never go back."""
 
-    def __init__(self, progress: Callable[[float], None]) -> None:
-        self._progress = progress
+    def __init__(self, tick: Tick) -> None:
+        self._tick = tick
         self._told = 0.0
         self._open: dict[str, tuple[str | None, int, int]] = {}  # phase -> (parent, steps, steps done)
 
@@ -363,36 +347,28 @@ class _Phases:
 
     def step(self, name: str, step: int) -> None:
         """Step `step`, from 0, is complete."""
-        if name in self._open:
-            parent, steps, _ = self._open[name]
-            self._open[name] = parent, steps, step + 1
-            self._tell(name)
+        if name not in self._open:
+            return
+        parent, steps, _ = self._open[name]
+        self._open[name] = parent, steps, step + 1
+        share, outer = 0.0, name
+        while outer in self._open:
+            above, steps, done = self._open[outer]
+            share = min(1.0, (done + share) / steps)
+            if above is None:
+                return self._tell(share)
+            outer = above
 
     def finish(self, name: str) -> None:
         """The phase is over; of the outermost: all is done."""
         parent, _, _ = self._open.pop(name, (name, 1, 0))
         if parent is None:
-            self._say(1.0)
+            self._tell(1.0)
 
-    def _tell(self, name: str) -> None:
-        share = 0.0
-        while name in self._open:
-            parent, steps, done = self._open[name]
-            share = min(1.0, (done + share) / steps)
-            if parent is None:
-                self._say(share)
-                return
-            name = parent
-
-    def _say(self, share: float) -> None:
+    def _tell(self, share: float) -> None:
         if share > self._told:
-            self._progress(share - self._told)
+            self._tick(share - self._told)
             self._told = share
-
-
-def _short(text: str, most: int = 400) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def refit_engine(library: Library, engine: bytes, onnx: bytes, where: str) -> bytes:
