@@ -22,7 +22,16 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save
 
 from ul_runtime.bundle import Bundle, write_bundle
-from ul_runtime.manifest import GRAPH_NAMES, BundleInfo, GraphName, ImageFormat, LatentFormat, Shape, interface
+from ul_runtime.manifest import (
+    GRAPH_NAMES,
+    BundleInfo,
+    GraphName,
+    ImageFormat,
+    LatentFormat,
+    Shape,
+    dtype_of,
+    interface,
+)
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, SIGMA, A, S
 
 OPSET = 18
@@ -32,8 +41,9 @@ WEIGHT_FILES = {
     "encoder": "encoder.safetensors",
     "prior_step": "prior.safetensors",
     "decoder_step": "decoder.safetensors",
+    "pixels": "pixels.safetensors",
 }
-_DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+_DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "uint8": TensorProto.UINT8}
 
 
 class GraphBuilder:
@@ -92,6 +102,7 @@ class GraphBuilder:
         terms = [(A, state), (B_0, "pred"), (B_1, self.past(0)), (B_2, self.past(1)), (S, "noise")]
         scaled = [self("Mul", self.column(column), term) for column, term in terms]
         self.total(*scaled, output=f"{state}_next")
+        self("Concat", self.spread("pred", 1), self.spread(self.past(0), 1), output="history_next", axis=1)
 
 
 def _encoder(g: GraphBuilder, factor: int) -> None:
@@ -125,9 +136,15 @@ def _decoder(g: GraphBuilder, factor: int) -> None:
     g.update("x")
 
 
+def _pixels(g: GraphBuilder, factor: int) -> None:
+    one = g.number(1.0)
+    levels = g("Mul", g("Add", g("Clip", "x", g.number(-1.0), one), one), g.number(127.5))
+    g("Cast", g("Transpose", g("Round", levels), perm=[0, 2, 3, 1]), output="images", to=TensorProto.UINT8)
+    g("ReduceSum", g("Abs", "x"), g.integers(1, 2, 3), output="sum", keepdims=0)
+
+
 def _infos(shapes: dict[str, Shape]) -> list[onnx.ValueInfoProto]:
-    dtypes = {name: "int64" if name == "label" else "float32" for name in shapes}
-    return [helper.make_tensor_value_info(name, _DTYPES[dtypes[name]], list(shape)) for name, shape in shapes.items()]
+    return [helper.make_tensor_value_info(name, _DTYPES[dtype_of(name)], list(shape)) for name, shape in shapes.items()]
 
 
 def external_initializers(weights: bytes, file: str) -> list[onnx.TensorProto]:
@@ -146,7 +163,7 @@ def external_initializers(weights: bytes, file: str) -> list[onnx.TensorProto]:
 
 def _onnx(graph: GraphName, image: ImageFormat, latent: LatentFormat, weights: bytes) -> bytes:
     builder = GraphBuilder()
-    build = {"encoder": _encoder, "prior_step": _prior, "decoder_step": _decoder}[graph]
+    build = {"encoder": _encoder, "prior_step": _prior, "decoder_step": _decoder, "pixels": _pixels}[graph]
     build(builder, image.size // latent.size)
     inputs, outputs = interface(graph, image, latent)
     initializers = external_initializers(weights, WEIGHT_FILES[graph])
@@ -171,14 +188,12 @@ def _weights(
         "decoder_step": save(
             {"kernel": back[..., None, None] * block, "variance": np.array([image_std**2], np.float32)}
         ),
+        "pixels": save({}),
     }
 
 
 def _tensors(shapes: dict[str, Shape]) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "dtype": "int64" if name == "label" else "float32", "shape": shape}
-        for name, shape in shapes.items()
-    ]
+    return [{"name": name, "dtype": dtype_of(name), "shape": shape} for name, shape in shapes.items()]
 
 
 def write_analytic_bundle(

@@ -38,7 +38,7 @@ class Steps(HostBackend):
 
     def run(self, graph_name, inputs):
         state, pred = self.step(inputs["z"], inputs["history"], inputs["noise"], inputs["row"])
-        return {"z_next": state, "pred": pred}
+        return {"z_next": state, "pred": pred, "history_next": np.stack([pred, inputs["history"][:, 0]], axis=1)}
 
 
 def run_steps(

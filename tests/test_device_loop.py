@@ -1,16 +1,15 @@
 """The loop on a device equals the loop on the host, byte for byte, captured or not: here over ONNX Runtime's CPU."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from exported_run import PLAIN, exported_run
 from host_memory import HostMemory
 from mixed_batch import MIXED, draw
-from pixels_graph import pixels_onnx
 from safetensors.numpy import load, save
 
 from ul_runtime.backends import gpu_loop
@@ -99,18 +98,19 @@ def test_what_is_not_finite_is_known_without_x(bundle):
         next(batches)
 
 
-def test_the_graph_of_the_pixels_is_what_onnx_builds():
-    assert pixels_onnx() == gpu_loop.ONNX
-    x = np.random.default_rng(0).normal(0, 1, (5, 3, 8, 8)).astype(np.float32)
-    x[:, 0, 0, :7] = np.float32([-2, -1, 1, 2, 0.5 / 127.5, 1.5 / 127.5, -0.0])
-    session = onnxruntime.InferenceSession(gpu_loop.ONNX, providers=["CPUExecutionProvider"])
-    images, total = session.run(None, {"x": x})
-    assert images.tobytes() == to_uint8(x).tobytes()
-    assert np.isfinite(total).all()
+def test_the_graph_of_the_pixels_is_the_conversion_of_the_host(bundle):
+    backend = on_host(bundle).backend
+    x = np.random.default_rng(0).normal(0, 1, (5, *on_host(bundle).image_shape)).astype(np.float32)
+    halves = (np.arange(-1, 256) + 0.5) / 127.5 - 1.0
+    x[:, 0].flat[:264] = np.float32([*halves, -2, -1, 1, 2, 1e30, -1e30, -0.0])
+    out = backend.run("pixels", {"x": x})
+    assert out["images"].dtype == np.uint8
+    assert out["images"].tobytes() == to_uint8(x).tobytes()
+    assert np.isfinite(out["sum"]).all()
     for value in (np.nan, np.inf, -np.inf):
         broken = x.copy()
-        broken[2, 1, 3, 4] = value
-        assert np.isfinite(session.run(None, {"x": broken})[1]).tolist() == [True, True, False, True, True]
+        broken[2, 0, 3, 4] = value
+        assert np.isfinite(backend.run("pixels", {"x": broken})["sum"]).tolist() == [True, True, False, True, True]
 
 
 GUIDED = {"steps": 6, "seed": 4, "guidance": 2.0, "guidance_interval": (-3.0, 1.5), "guidance_rescale": 0.3}
@@ -183,13 +183,12 @@ def test_a_change_of_the_order_of_history_is_seen(bundle, monkeypatch):
     """Negative control: two steps back matter to ab3."""
     options = {"steps": 6, "sampler": "ab3", "guidance": 1.0}
     right = pictures(device(bundle, HostMemory()), **options)
-    copy = HostMemory.copy
 
-    def without_rows(self: HostMemory, to: int, source: int, size: int, **pitches: int) -> None:
-        if pitches.get("to_pitch") != pitches.get("pitch") or not pitches:
-            copy(self, to, source, size, **pitches)
+    def without_history(memory: HostMemory, state: str, addresses: dict[str, int], shapes: Any) -> Callable[[], None]:
+        size = 4 * int(np.prod(shapes[state]))
+        return lambda: memory.copy(addresses[state], addresses[f"{state}_next"], size)
 
-    monkeypatch.setattr(HostMemory, "copy", without_rows)
+    monkeypatch.setattr(gpu_loop, "_shift", without_history)
     assert np.abs(pictures(device(bundle, HostMemory()), **options) - right).max() > 1e-3
 
 

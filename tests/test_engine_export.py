@@ -27,14 +27,14 @@ def test_engines_are_built_once_and_the_reason_of_each_build_is_said(analytic_bu
     first = command(main, analytic_bundle, *options)
     assert first.code == 0, first
     figures = json.loads(first.out)
-    assert (figures["engines_built"], figures["engines_for"]) == (3, "sm89")
-    assert first.err.count("there is none yet") == 3
+    assert (figures["engines_built"], figures["engines_for"]) == (4, "sm89")
+    assert first.err.count("there is none yet") == 4
     again = command(main, analytic_bundle, *options)
     assert json.loads(again.out) == figures | {"engines_built": 0}
     assert "building an engine" not in again.err
     other = command(main, analytic_bundle, *options, "--target", "sm120")
-    assert json.loads(other.out)["engines_built"] == 3
-    assert other.err.count("it was built for other architectures (sm89, now sm89,sm120)") == 3
+    assert json.loads(other.out)["engines_built"] == 4
+    assert other.err.count("it was built for other architectures (sm89, now sm89,sm120)") == 4
 
 
 def test_a_stop_says_what_is_kept(analytic_bundle, tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_a_stop_says_what_is_kept(analytic_bundle, tmp_path, monkeypatch):
         yield tick
 
     monkeypatch.setattr("ul_export.engines.progress", after_the_first)
-    with pytest.raises(StoppedError, match=r"1 of 3 engines are in .*engines; run the same command again to go on"):
+    with pytest.raises(StoppedError, match=r"1 of 4 engines are in .*engines; run the same command again to go on"):
         build_engines(engines, analytic_bundle)
     assert len(list(engines.cache.entries())) == 1
 
@@ -102,12 +102,12 @@ def test_a_link_to_a_folder_of_ones_own_is_that_folder(analytic_bundle, tmp_path
 
 def test_a_stop_after_an_export_says_that_the_bundle_is_whole_and_how_to_go_on():
     def stopped(bundle):
-        raise StoppedError("stopped; 1 of 3 engines are in engines; run the same command again to go on")
+        raise StoppedError("stopped; 1 of 4 engines are in engines; run the same command again to go on")
 
     with pytest.raises(StoppedError) as caught:
         _build_of(Path("b.bundle"), stopped)
     assert str(caught.value) == (
-        "stopped; 1 of 3 engines are in engines; the bundle b.bundle is whole: "
+        "stopped; 1 of 4 engines are in engines; the bundle b.bundle is whole: "
         "go on with ul-export b.bundle --tensorrt and the options for engines that you gave"
     )
 

@@ -17,7 +17,7 @@ from ul_export.verify import BATCH_SIZES, CHECK_BATCHES, FP32_GRAPH, compare_out
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
-from ul_runtime.manifest import GRAPH_NAMES
+from ul_runtime.manifest import GRAPH_NAMES, NETWORK_GRAPHS
 from ul_runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def random_inputs(bundle: Bundle, graph: str, batch: int, branches: int) -> dict
 
 def test_every_graph_passes_the_checker_and_has_the_interface_of_the_manifest(exported):
     manifest = Bundle.open(exported.bundle).manifest
-    names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
+    names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64", onnx.TensorProto.UINT8: "uint8"}
     for name, model in models(exported.bundle).items():
         onnx.checker.check_model(str(exported.bundle / f"{name}.onnx"), full_check=True)
         assert not model.graph.value_info  # bytes that nobody needs
@@ -134,7 +134,7 @@ def test_weights_are_in_the_safetensors_files_and_only_there(exported):
         outside = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
         inside = [t for t in model.graph.initializer if t.name not in outside]
         assert outside == weights
-        assert weights
+        assert bool(weights) == (graph != "pixels")
         assert max(len(t.raw_data) for t in inside) <= 256
         assert not any(t.float_data or t.int64_data for t in inside)
 
@@ -176,7 +176,7 @@ def test_the_manifest_tells_the_provenance_and_the_measured_differences(exported
     first = {f"batch {batch}, guidance {weight}" for batch in BATCH_SIZES for weight in guidance}
     paths = first | {f"batch 16, guidance {weight}, seed {seed}" for weight in guidance for seed in (1, 2, 3)}
     assert set(parity) == paths | {"any coefficients"}
-    assert set(parity["any coefficients"]["largest_difference"]) == set(GRAPH_NAMES)
+    assert set(parity["any coefficients"]["largest_difference"]) == set(NETWORK_GRAPHS)
     assert 0 < exported.figures["worst_graph_difference"] < 1e-4
     assert exported.figures["worst_image_psnr_db"] > 60
     assert any("base step 20 of 20" in line for line in exported.said)

@@ -90,7 +90,9 @@ def test_the_comparison_finds_the_last_bit_of_one_value_and_says_where(tool, ana
     assert [case["differing"] for case in result["cases"]] == [0, 3, 0, 3]
     first = result["cases"][1]["first"]
     assert first["what"] == "pred of decoder_step"
-    assert first["array"] == 5  # of the prior's two steps: z_next and pred each; then the decoder's x_next
+    assert (
+        first["array"] == 7
+    )  # of the prior's two steps: z_next, pred and history_next each; then the decoder's x_next
     assert 0 < first["largest_difference"] < 1e-6
 
 

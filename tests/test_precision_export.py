@@ -33,7 +33,7 @@ from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.images import from_uint8
 from ul_runtime.loading import load
-from ul_runtime.manifest import GRAPH_NAMES
+from ul_runtime.manifest import GRAPH_NAMES, NETWORK_GRAPHS
 
 pytestmark = pytest.mark.slow
 LARGE = 3000.0
@@ -117,7 +117,7 @@ def test_an_overflow_on_the_real_path_alone_is_pinned_with_exactly_the_nodes_it_
 
 
 def test_without_calibration_on_the_real_path_the_comparison_fails_and_names_the_node(planted, command, monkeypatch):
-    monkeypatch.setattr(Calibration, "largest", {graph: {} for graph in GRAPH_NAMES})
+    monkeypatch.setattr(Calibration, "largest", {graph: {} for graph in NETWORK_GRAPHS})
     monkeypatch.setattr("ul_export.precision.search.MOST_ROUNDS", 0)
     out = planted.run.parent / "unproved"
     words = ("--fp16", "--out", out, "--threads", 1, "--calibrate", planted.run.parent / "images.npz")
@@ -131,7 +131,7 @@ def test_without_calibration_on_the_real_path_the_comparison_fails_and_names_the
 def test_where_the_tolerance_asks_for_it_the_nodes_that_add_most_are_pinned_and_no_more(plain, caplog):
     calibration = plain.calibration
     loose = reduce(calibration, FP16)
-    assert loose.pinned == {graph: {} for graph in GRAPH_NAMES}
+    assert loose.pinned == {graph: {} for graph in NETWORK_GRAPHS}
     share = max(calls[0].share for calls in loose.comparison.worst_calls.values())
     graph = FP16.tolerances.graph
     tight = Tolerance(0.9 * share * graph.absolute, 0.9 * share * graph.relative)
@@ -200,7 +200,7 @@ def test_the_node_that_adds_the_error_is_first_among_the_node_errors(plain):
     none = node_errors(model, model, calibration.info, "prior_step", inputs)
     assert max(each.error for each in none) == 0.0
     graph, nodes = worst_nodes(calibration, reduced)
-    assert graph in GRAPH_NAMES
+    assert graph in NETWORK_GRAPHS
     assert 0 < nodes[0].grown < 1e-2
 
 
@@ -238,7 +238,7 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
         words = ("--tensorrt", "--target", "sm89", "--engines", tmp_path / "engines", "--json")
         assert json.loads(command(main, out, *words).out)["engines_built"] == len(GRAPH_NAMES)
     parity = bundle.manifest.parity[kind]
-    assert set(parity["pinned"]) == set(GRAPH_NAMES)
+    assert set(parity["pinned"]) == set(NETWORK_GRAPHS)
     assert (
         len(parity["batch 16, guidance 1.5, seed 3"]["drift"]["prior_step"]) == bundle.manifest.defaults.prior.num_steps
     )

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from ul_runtime.diffusion import alpha, sigma, x_from_v
+from ul_runtime.images import to_uint8
 from ul_runtime.samplers import B_0, B_1, B_2, SAMPLERS, A, S, sampler_table
 from ul_train.networks import DecoderUViT, LatentViT
-from ul_train.step_graphs import DecoderStep, PriorStep, clean_value, rescale_std, update
+from ul_train.step_graphs import DecoderStep, Pixels, PriorStep, clean_value, rescale_std, update
 
 BATCH, NO_LABEL = 3, 4
 
@@ -50,7 +51,7 @@ def state_inputs(shape: tuple[int, ...] = (2, 4, 4)) -> dict[str, Tensor]:
 
 def prior_step(
     network: nn.Module, label: Tensor, weight: Tensor, guide: Tensor | None = None, **off: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The step on `state_inputs`; `guide_weight` and `rescale` of all images, else 0."""
     given = state_inputs()
     state = given["state"], given["history"], given["noise"], given["row"]
@@ -86,7 +87,7 @@ def test_clean_value_is_the_conversion_of_the_noise_process():
 
 def test_prior_step_returns_the_update_by_its_own_prediction():
     given, label = state_inputs(), torch.tensor([0, 1, 2])
-    z_next, pred = prior_step(prior_network(), label[:, None], torch.ones(BATCH, 1))
+    z_next, pred, _ = prior_step(prior_network(), label[:, None], torch.ones(BATCH, 1))
     assert torch.allclose(z_next, update(**given, pred=pred), rtol=1e-6)
 
 
@@ -119,7 +120,7 @@ def test_branches_keep_to_their_own_example():
     label = torch.tensor([[0, NO_LABEL], [1, NO_LABEL], [2, NO_LABEL]])
     weight = torch.tensor([[1.0, 0.0], [1.5, -0.5], [4.0, -3.0]])
     given = state_inputs()
-    _, pred = prior_step(LabelledGaussian(), label, weight)
+    _, pred, _ = prior_step(LabelledGaussian(), label, weight)
     shift = 0.1 * (weight * label).sum(1)
     plain = gaussian_v(0.5)(given["state"], given["row"][:, 0])
     expected = clean_value(given["state"], plain + shift[:, None, None, None], given["row"])
@@ -149,7 +150,7 @@ def before_guides(network: nn.Module, label: Tensor, weight: Tensor) -> tuple[Te
 def test_a_guide_without_weight_does_not_change_a_bit(guide, weight):
     network, label = prior_network(), torch.tensor([[0, NO_LABEL], [3, NO_LABEL], [2, NO_LABEL]])[:, : len(weight)]
     weights = torch.tensor([weight]).expand(BATCH, len(weight))
-    results = prior_step(network, label, weights, torch.full_like(state_inputs()["state"], guide))
+    results = prior_step(network, label, weights, torch.full_like(state_inputs()["state"], guide))[:2]
     for result, expected in zip(results, before_guides(network, label, weights), strict=True):
         assert bits(result) == bits(expected)
 
@@ -182,7 +183,7 @@ def test_a_guide_and_rescale_are_their_formulas(w, phi):
     network, label = prior_network(), torch.tensor([0, 3, 2])
     guide = torch.randn(BATCH, 2, 4, 4, generator=torch.Generator().manual_seed(3))
     weight = torch.full((BATCH, 1), w)
-    z_next, pred = prior_step(network, label[:, None], weight, guide, guide_weight=1.0 - w, rescale=phi)
+    z_next, pred, _ = prior_step(network, label[:, None], weight, guide, guide_weight=1.0 - w, rescale=phi)
     alone = branch(network, label).double().numpy()
     expected = reference(alone, guide.double().numpy(), (w, 1.0 - w), phi)
     assert np.allclose(pred.numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -219,7 +220,7 @@ def test_decoder_step_predicts_with_z_0_and_returns_the_update():
     torch.manual_seed(0)
     network = randomised(DecoderUViT(1, 8, 2, 2, (16,), (1,), width=32, num_middle_blocks=1, head_dim=16))
     given, z_0 = state_inputs((1, 8, 8)), torch.randn(BATCH, 2, 2, 2)
-    x_next, pred = DecoderStep(network)(given["state"], given["history"], given["noise"], given["row"], z_0)
+    x_next, pred, _ = DecoderStep(network)(given["state"], given["history"], given["noise"], given["row"], z_0)
     v_pred = network(given["state"], given["row"][:, 0], z_0)
     assert torch.allclose(pred, clean_value(given["state"], v_pred, given["row"]), rtol=1e-5, atol=1e-6)
     assert torch.allclose(x_next, update(**given, pred=pred), rtol=1e-6)
@@ -235,7 +236,7 @@ def test_a_whole_walk_of_the_step_module_is_the_closed_form_of_gaussian_latents(
     no_guidance = torch.zeros(2, 1, 2, 2), torch.zeros(2), torch.zeros(2)
 
     def step(*arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        z_next, pred = module(*(torch.from_numpy(array) for array in arrays), label, weight, *no_guidance)
+        z_next, pred, _ = module(*(torch.from_numpy(array) for array in arrays), label, weight, *no_guidance)
         return z_next.numpy(), pred.numpy()
 
     result = run_steps(step, table, start.astype(np.float32), lambda k: noises[k].astype(np.float32))
@@ -255,3 +256,17 @@ def test_both_steps_export_with_any_batch_size_and_number_of_branches():
         part = [value[:rows, :columns] if k in (4, 5) else value[:rows] for k, value in enumerate(arguments)]
         for result, expected in zip(program(*part), module(*part), strict=True):
             assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_next_history_is_this_prediction_and_the_one_before():
+    given, label = state_inputs(), torch.tensor([[0], [1], [2]])
+    _, pred, history = prior_step(prior_network(), label, torch.ones(BATCH, 1))
+    assert torch.equal(history, torch.stack([pred, given["history"][:, 0]], dim=1))
+    assert not torch.equal(history[:, 1], given["history"][:, 1])
+
+
+def test_pixels_are_rounded_as_by_numpy_and_channels_come_last():
+    x = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    images, total = Pixels()(x)
+    assert images.numpy().tobytes() == to_uint8(x.numpy()).tobytes()
+    assert torch.allclose(total, x.abs().sum(dim=(1, 2, 3)))

@@ -11,12 +11,11 @@ from onnx import TensorProto, helper
 
 from ul_export.precision.lower import PRECISIONS
 from ul_export.precision.reduce import with_their_weights
-from ul_runtime.backends import gpu_loop
 from ul_runtime.backends import tensorrt_build as libraries
 from ul_runtime.backends.tensorrt_build import Plan, Profile, Timings, _Phases, build_engine
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
-from ul_runtime.manifest import GRAPH_NAMES, ImageFormat, TensorFormat
+from ul_runtime.manifest import GRAPH_NAMES, TensorFormat
 from ul_runtime.onnx_weights import with_weights
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
@@ -78,11 +77,6 @@ def test_measurements_of_kernels_can_be_given_and_come_back(library):
     assert build_engine(library, plan) == engine
     plan.timings.data = b"of another library"
     assert build_engine(library, plan) == engine
-
-
-def test_the_graph_that_makes_pixels_builds(library):
-    tensors = gpu_loop.PixelGraph.of(ImageFormat(channels=3, size=16, background="#ffffff", fit="crop")).inputs
-    assert build_engine(library, Plan("bundle", gpu_loop.PIXELS, gpu_loop.ONNX, tensors, Profile(16, 4), TARGETS))
 
 
 def test_an_operator_that_the_library_does_not_have_is_named_with_its_module(library):

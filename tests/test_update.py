@@ -21,7 +21,7 @@ from ul_export.precision.lower import PRECISIONS
 from ul_export.update import replace_weights
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError
-from ul_runtime.manifest import GRAPH_NAMES
+from ul_runtime.manifest import GRAPH_NAMES, NETWORK_GRAPHS
 from ul_train.run import Run
 
 KINDS = {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8",), "weights in fp16": ("--weights", "fp16")}
@@ -58,7 +58,7 @@ def test_an_updated_bundle_has_the_weights_of_an_export_of_the_newer_run(kind, r
     assert "precision.html" not in updated.manifest.files
     if kind in ("fp16", "int8"):
         own, of_export = updated.manifest.parity[kind], exported.manifest.parity[kind]
-        assert own["flops_share"].keys() == own["pinned"].keys() == set(GRAPH_NAMES)
+        assert own["flops_share"].keys() == own["pinned"].keys() == set(NETWORK_GRAPHS)
         assert own["on_this_machine"].keys() == of_export["on_this_machine"].keys()
         assert own["images"].keys() == of_export["images"].keys() == {"largest_difference"}
         assert "lowered_image_psnr_db" in result.out

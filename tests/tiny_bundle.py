@@ -7,15 +7,19 @@ import numpy as np
 from safetensors.numpy import save
 
 from ul_runtime.bundle import Bundle, write_bundle
-from ul_runtime.manifest import GRAPH_NAMES, BundleInfo, ImageFormat, LatentFormat, interface
+from ul_runtime.manifest import GRAPH_NAMES, BundleInfo, ImageFormat, LatentFormat, dtype_of, interface
 
 IMAGE, LATENT = ImageFormat(channels=3, size=16), LatentFormat(channels=4, size=2)
-WEIGHTS = {"encoder": "encoder.safetensors", "prior_step": "prior.safetensors", "decoder_step": "decoder.safetensors"}
+WEIGHTS = {
+    "encoder": "encoder.safetensors",
+    "prior_step": "prior.safetensors",
+    "decoder_step": "decoder.safetensors",
+    "pixels": "pixels.safetensors",
+}
 
 
 def tensors(shapes: dict[str, Any]) -> list[dict[str, Any]]:
-    dtypes = {name: "int64" if name == "label" else "float32" for name in shapes}
-    return [{"name": name, "dtype": dtypes[name], "shape": list(shape)} for name, shape in shapes.items()]
+    return [{"name": name, "dtype": dtype_of(name), "shape": list(shape)} for name, shape in shapes.items()]
 
 
 def info_fields() -> dict[str, Any]:

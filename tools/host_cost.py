@@ -121,7 +121,7 @@ def host_cost(
 
 def over_no_device(preset: str) -> "Pipeline":
     """The pipeline of a preset, over a device that takes no time."""
-    from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, graphs_of
+    from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop
     from ul_runtime.pipeline import Pipeline
     from ul_train.config import load_config
     from ul_train.run import Run
@@ -129,7 +129,7 @@ def over_no_device(preset: str) -> "Pipeline":
     info = Run.in_memory(load_config(preset, []), tuple(f"class {n}" for n in range(10))).manifest()
     backend: Any = DeviceBackend()
     backend.name, backend.precision, backend.threads = "none", "fp16", None
-    backend.loop = DeviceLoop(NoTime(), graphs_of(info), lambda *_: NoEngine(), print)
+    backend.loop = DeviceLoop(NoTime(), info.graphs, lambda *_: NoEngine(), print)
     return Pipeline(info, backend)
 
 

@@ -27,9 +27,9 @@ from ul_export.onnx_model import (
 )
 from ul_runtime.backends import one_line
 from ul_runtime.errors import ULError
-from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, interface
+from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, dtype_of, interface
 from ul_train.networks import SelfAttention
-from ul_train.step_graphs import DecoderStep, PriorStep
+from ul_train.step_graphs import DecoderStep, Pixels, PriorStep
 
 _TRANSPOSED = ".T"
 _AGAIN = re.compile(r"~\d+$")  # another initializer of the same parameter, in another shape
@@ -85,11 +85,12 @@ class StepGraph:
 
 
 def step_graphs(networks: dict[str, nn.Module], image: ImageFormat, latent: LatentFormat) -> list[StepGraph]:
-    """The three graphs of a bundle over `encoder`, `prior` and `decoder`, in evaluation mode."""
+    """The graphs of a bundle over `encoder`, `prior` and `decoder`, in evaluation mode."""
     modules: dict[GraphName, nn.Module] = {
         "encoder": networks["encoder"],
         "prior_step": PriorStep(networks["prior"]),
         "decoder_step": DecoderStep(networks["decoder"]),
+        "pixels": Pixels(),
     }
     dims = {"b": 3, "g": 2}
     graphs = []
@@ -98,10 +99,7 @@ def step_graphs(networks: dict[str, nn.Module], image: ImageFormat, latent: Late
             key: [dims[d] if isinstance(d, str) else d for d in shape]
             for key, shape in interface(name, image, latent)[0].items()
         }
-        inputs = {
-            key: torch.zeros(shape, dtype=torch.int64) if key == "label" else torch.zeros(shape)
-            for key, shape in shapes.items()
-        }
+        inputs = {key: torch.zeros(shape, dtype=getattr(torch, dtype_of(key))) for key, shape in shapes.items()}
         graphs.append(StepGraph(name, module.eval(), inputs))
     return graphs
 

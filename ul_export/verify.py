@@ -233,6 +233,13 @@ def compare_backends(
     return comparison
 
 
+def compare_pixels(comparison: Comparison, actual: Backend, shape: tuple[int, ...]) -> None:
+    """A failure unless the graph `pixels` makes the bytes of the runtime's own conversion, of x `2 c h w`."""
+    x = np.random.default_rng(0).normal(0.0, 1.0, (2, *shape)).astype(np.float32)
+    if not np.array_equal(actual.run("pixels", {"x": x})["images"], to_uint8(x)):
+        comparison.failures.append("pixels: images differ from round((clip(x, -1, 1) + 1) * 127.5)")
+
+
 @dataclass(frozen=True)
 class _Path:
     """A batch of images to sample."""
@@ -288,7 +295,7 @@ def drift(expected: Sequence[Call], given: Sequence[Call]) -> dict[str, list[flo
     """Root-mean-square difference of the state after each step, of both loops."""
     steps: dict[str, list[float]] = {}
     for (graph, _, outputs), (_, _, others) in zip(expected, given, strict=True):
-        (state,) = (name for name in outputs if name.endswith("_next"))
+        (state,) = (name for name in outputs if name in ("z_next", "x_next"))
         gap = outputs[state].astype(np.float64) - others[state]
         steps.setdefault(graph, []).append(float(f"{np.sqrt(np.square(gap).mean()):.4g}"))
     return steps

@@ -112,7 +112,7 @@ def _run(backend: Runs, loop: Loop, before: np.ndarray | None, tick: Tick) -> np
             guide = loop.guide.backend.run(loop.graph, step | loop.guide.condition)["pred"]
             condition = condition | {"guide": guide}
         out = backend.run(loop.graph, step | condition)
-        state, history = out[f"{loop.state}_next"], np.stack([out["pred"], history[:, 0]], axis=1)
+        state, history = out[f"{loop.state}_next"], out["history_next"]
         tick(len(state))
     return state
 

@@ -6,9 +6,9 @@ Shapes are those of the step graphs: `b` (batch) and `g` (guidance branches) dyn
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Protocol, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,7 @@ from ul_runtime.errors import BadInputError, UntrustedError, UsageError
 from ul_runtime.samplers import parse_grid, parse_sampler
 
 FORMAT: Final = "unified-latents-bundle"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_DEPTH = 16
@@ -37,8 +37,9 @@ HISTORY = 2
 # Formats that run code when opened: never in a bundle, whatever the manifest says.
 CODE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".engine", ".plan", ".so", ".py")
 
-GraphName = Literal["encoder", "prior_step", "decoder_step"]
-GRAPH_NAMES: tuple[GraphName, ...] = ("encoder", "prior_step", "decoder_step")
+GraphName = Literal["encoder", "prior_step", "decoder_step", "pixels"]
+NETWORK_GRAPHS: tuple[GraphName, ...] = ("encoder", "prior_step", "decoder_step")
+GRAPH_NAMES: tuple[GraphName, ...] = (*NETWORK_GRAPHS, "pixels")
 Shape = tuple[int | str, ...]
 
 FileName = Annotated[str, Field(pattern=f"^{FILE_NAME.pattern}$")]
@@ -130,12 +131,12 @@ class TensorFormat(_Part):
     """A graph input or output; a string in `shape` is a dynamic dimension."""
 
     name: Text
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float32", "int64", "uint8"]
     shape: Annotated[tuple[Dimension, ...], Field(max_length=8), FailFast()]
 
 
 class Graph(_Part):
-    """An ONNX graph without weights, and the safetensors file that holds its initializers.
+    """An ONNX graph without weights, and the safetensors file that holds its initializers, if only a few or none.
 
     `float32_file`: the same graph over the same weights computing in float32, where `precision` is another: for
     processors without that arithmetic, and to make an image again that was not finite.
@@ -174,7 +175,7 @@ class BundleInfo(_Part):
     """All that an exporter says about a bundle; `write_bundle` adds the hashes."""
 
     format: Literal["unified-latents-bundle"] = FORMAT
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     name: Text
     image: ImageFormat
     latent: LatentFormat
@@ -224,11 +225,13 @@ class Manifest(BundleInfo):
 
 
 def interface(graph: GraphName, image: ImageFormat, latent: LatentFormat) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Tensor names and shapes (inputs, outputs) that a step graph of these formats has."""
+    """Tensor names and shapes (inputs, outputs) that a graph of these formats has."""
     x: Shape = ("b", image.channels, image.size, image.size)
     z: Shape = ("b", latent.channels, latent.size, latent.size)
     if graph == "encoder":
         return {"x": x}, {"z_clean": z}
+    if graph == "pixels":
+        return {"x": x}, {"images": ("b", image.size, image.size, image.channels), "sum": ("b",)}
     state: str
     state, shape = ("z", z) if graph == "prior_step" else ("x", x)
     inputs: dict[str, Shape] = {state: shape, "history": ("b", HISTORY, *shape[1:]), "noise": shape}
@@ -237,7 +240,12 @@ def interface(graph: GraphName, image: ImageFormat, latent: LatentFormat) -> tup
         inputs |= {"label": ("b", "g"), "weight": ("b", "g"), "guide": shape, "guide_weight": ("b",), "rescale": ("b",)}
     else:
         inputs["z_0"] = z
-    return inputs, {f"{state}_next": shape, "pred": shape}
+    return inputs, {f"{state}_next": shape, "pred": shape, "history_next": inputs["history"]}
+
+
+def dtype_of(tensor: str) -> Literal["float32", "int64", "uint8"]:
+    """The element type of the graphs' tensor of this name."""
+    return "int64" if tensor == "label" else "uint8" if tensor == "images" else "float32"
 
 
 def _check_tensors(where: str, tensors: tuple[TensorFormat, ...], expected: dict[str, Shape]) -> None:
@@ -245,7 +253,7 @@ def _check_tensors(where: str, tensors: tuple[TensorFormat, ...], expected: dict
     if sorted(names) != sorted(expected):
         raise ValueError(f"{where}: names are {', '.join(names)}; expected {', '.join(expected)}")
     for tensor in tensors:
-        want, dtype = expected[tensor.name], "int64" if tensor.name == "label" else "float32"
+        want, dtype = expected[tensor.name], dtype_of(tensor.name)
         same = len(want) == len(tensor.shape) and all(
             isinstance(given, str) if isinstance(wanted, str) else given == wanted
             for given, wanted in zip(tensor.shape, want, strict=True)
@@ -338,7 +346,9 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         message = f"format_version {version}, this program reads {FORMAT_VERSION}; upgrade unified-latents"
         raise BadInputError(f"{where}: {message}")
     if isinstance(version, int) and version < FORMAT_VERSION:
-        message = f"format_version {version}, this program reads {FORMAT_VERSION}; export again with ul-export"
+        message = (
+            f"format_version {version}, this program reads {FORMAT_VERSION}; export again with this version's ul-export"
+        )
         raise BadInputError(f"{where}: {message}")
     _check_names(value, where)
     try:
@@ -361,31 +371,3 @@ def manifest_bytes(info: BundleInfo, files: Mapping[str, FileEntry]) -> bytes:
     data = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
     parse_manifest(data)
     return data
-
-
-class Tensor(Protocol):
-    """An input or output; see TensorFormat."""
-
-    @property
-    def name(self) -> str:
-        """As the graph calls it."""
-
-    @property
-    def dtype(self) -> str:
-        """As numpy calls it."""
-
-    @property
-    def shape(self) -> tuple[int | str, ...]:
-        """A string is a dynamic dimension, b or g."""
-
-
-class Interface(Protocol):
-    """What goes into a graph and comes out."""
-
-    @property
-    def inputs(self) -> Sequence[Tensor]:
-        """In no order that matters."""
-
-    @property
-    def outputs(self) -> Sequence[Tensor]:
-        """Likewise."""

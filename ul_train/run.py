@@ -29,6 +29,7 @@ from ul_runtime.manifest import (
     PriorDefaults,
     Provenance,
     TensorFormat,
+    dtype_of,
     interface,
     is_bundle,
 )
@@ -294,14 +295,14 @@ def _sampling_defaults(config: Config, has_classes: bool) -> Defaults:
     )
 
 
-_WEIGHTS = {"encoder": "encoder.safetensors", "prior_step": "prior.safetensors", "decoder_step": "decoder.safetensors"}
+_NETWORKS = {"encoder": "encoder", "prior_step": "prior", "decoder_step": "decoder", "pixels": "pixels"}
 
 
 def _graph(name: GraphName, image: ImageFormat, latent: LatentFormat, opset: int) -> Graph:
     inputs, outputs = interface(name, image, latent)
     return Graph(
         file=f"{name}.onnx",
-        weights=_WEIGHTS[name],
+        weights=f"{_NETWORKS[name]}.safetensors",
         precision="fp32",
         opset=opset,
         inputs=_tensors(inputs),
@@ -310,7 +311,4 @@ def _graph(name: GraphName, image: ImageFormat, latent: LatentFormat, opset: int
 
 
 def _tensors(shapes: dict[str, tuple[int | str, ...]]) -> tuple[TensorFormat, ...]:
-    return tuple(
-        TensorFormat(name=name, dtype="int64" if name == "label" else "float32", shape=shape)
-        for name, shape in shapes.items()
-    )
+    return tuple(TensorFormat(name=name, dtype=dtype_of(name), shape=shape) for name, shape in shapes.items())

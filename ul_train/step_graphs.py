@@ -1,6 +1,6 @@
-"""The step graphs as torch modules: what ul_export writes as ONNX, and what training previews run.
+"""The graphs of a bundle as torch modules: what ul_export writes as ONNX, and what training previews run.
 
-    (state, history, noise, row, condition) -> (next state, prediction)
+    (state, history, noise, row, condition) -> (next state, prediction, next history)
 
 Network, guidance, conversion of v to the clean value and the linear update of ul_runtime.samplers in one graph;
 which sampler, how many steps, which grid and which guidance are data. All inputs and outputs are float32.
@@ -17,6 +17,11 @@ def update(state: Tensor, pred: Tensor, history: Tensor, noise: Tensor, row: Ten
     c = row[:, :, None, None, None]
     earlier = c[:, samplers.B_1] * history[:, 0] + c[:, samplers.B_2] * history[:, 1]
     return c[:, samplers.A] * state + c[:, samplers.B_0] * pred + earlier + c[:, samplers.S] * noise
+
+
+def shifted(history: Tensor, pred: Tensor) -> Tensor:
+    """The next call's history `b 2 c h w`: this prediction, and the one before it."""
+    return torch.cat([pred[:, None], history[:, :1]], dim=1)
 
 
 def clean_value(state: Tensor, v_pred: Tensor, row: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ class PriorStep(nn.Module):
         guide: Tensor,
         guide_weight: Tensor,
         rescale: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         b, c, h, w = z.shape
         g = label.shape[1]
         branches = z[:, None].expand(b, g, c, h, w).reshape(b * g, c, h, w)
@@ -83,7 +88,7 @@ class PriorStep(nn.Module):
         pred = clean_value(z, (weight[:, :, None, None, None] * v_pred).sum(dim=1), row)
         pred = toward_guide(pred, guide, guide_weight, row[:, samplers.ALPHA, None, None, None] * z)
         pred = rescale_std(pred, clean_value(z, v_pred[:, 0], row), rescale)
-        return update(z, pred, history, noise, row), pred
+        return update(z, pred, history, noise, row), pred, shifted(history, pred)
 
 
 class DecoderStep(nn.Module):
@@ -93,7 +98,17 @@ class DecoderStep(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, history: Tensor, noise: Tensor, row: Tensor, z_0: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, history: Tensor, noise: Tensor, row: Tensor, z_0: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         v_pred = self.network(x, row[:, samplers.LOGSNR], z_0).float()
         pred = clean_value(x, v_pred, row)
-        return update(x, pred, history, noise, row), pred
+        return update(x, pred, history, noise, row), pred, shifted(history, pred)
+
+
+class Pixels(nn.Module):
+    """Images uint8 `b h w c` of x `b c h w`, and the sum of its magnitudes, `b`: finite where all of x is."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        levels = ((x.clamp(-1.0, 1.0) + 1.0) * 127.5).round()
+        return levels.permute(0, 2, 3, 1).to(torch.uint8), x.abs().sum(dim=(1, 2, 3))

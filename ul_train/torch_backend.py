@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ul_runtime.backends import PRECISIONS, Backend, HostBackend, one_line
 from ul_runtime.backends.gpu import CudaMemory, Memory, no_collection
-from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine, graphs_of
+from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
 from ul_runtime.machine import MachineOptions
-from ul_runtime.manifest import BundleInfo
+from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
 from ul_train.model import weights_sha256
 from ul_train.run import Run
-from ul_train.step_graphs import DecoderStep, PriorStep
+from ul_train.step_graphs import DecoderStep, Pixels, PriorStep
 
 
 def choose_device(name: str) -> torch.device:
@@ -88,11 +88,13 @@ class TorchBackend(HostBackend):
             "encoder": encoder,
             "prior_step": PriorStep(prior),
             "decoder_step": DecoderStep(decoder),
+            "pixels": Pixels(),
         }
         self.outputs = {
             "encoder": ("z_clean",),
-            "prior_step": ("z_next", "pred"),
-            "decoder_step": ("x_next", "pred"),
+            "prior_step": ("z_next", "pred", "history_next"),
+            "decoder_step": ("x_next", "pred", "history_next"),
+            "pixels": ("images", "sum"),
         }
         if getattr(encoder, "learned_variance", False):  # what no bundle has: it encodes by the mean
             self.graphs["moments"] = Moments(encoder)
@@ -113,7 +115,8 @@ class TorchBackend(HostBackend):
             graph.train()
         results = results if isinstance(results, tuple) else (results,)
         return {
-            name: value.float().cpu().numpy() for name, value in zip(self.outputs[graph_name], results, strict=True)
+            name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+            for name, value in zip(self.outputs[graph_name], results, strict=True)
         }
 
 
@@ -189,13 +192,13 @@ class TorchDeviceBackend(DeviceBackend):
         require_graphs: bool = False,
     ) -> None:
         """`networks`: encoder, prior (the base), decoder; they go to the device of `memory`."""
-        self._memory, self._graphs, self.precision = memory, graphs_of(described), precision
+        self._memory, self._graphs, self.precision = memory, described.graphs, precision
         on_gpu = isinstance(memory, TorchMemory)
         device = torch.device("cuda", memory.number) if on_gpu else torch.device("cpu")
         self._modules = torch_backend(networks, device, precision)
         self.loop = DeviceLoop(memory, self._graphs, self._bind, captures=on_gpu, require_graphs=require_graphs)
 
-    def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
+    def _bind(self, graph: GraphName, dims: Dims, addresses: dict[str, int]) -> Engine:
         entry = self._graphs[graph]
         tensors = {}
         for tensor in (*entry.inputs, *entry.outputs):
@@ -204,8 +207,8 @@ class TorchDeviceBackend(DeviceBackend):
             there = self._memory.array(addresses[tensor.name], int(np.prod(shape)) * kind.itemsize)
             tensors[tensor.name] = torch.from_dlpack(there).view(kind).view(shape)
         inputs = {tensor.name: tensors[tensor.name] for tensor in entry.inputs}
-        outputs = [tensors[name] for name in self._modules.outputs.get(graph, ("images", "sum"))]
-        module = self._modules.graphs.get(graph, Pixels())
+        outputs = [tensors[name] for name in self._modules.outputs[graph]]
+        module = self._modules.graphs[graph]
         return _BoundModule(module, inputs, outputs, self._memory, self.precision)
 
 
@@ -216,15 +219,6 @@ def torch_backend(networks: dict[str, nn.Module], device: torch.device, precisio
     backend = TorchBackend(there["encoder"], there["prior"], there["decoder"], device, precision)
     backend.threads = threads  # the bytes of an image depend on it
     return backend
-
-
-class Pixels(nn.Module):
-    """The graph of ul_runtime.backends.gpu_loop."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, sum)."""
-        images = x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-        return images.permute(0, 2, 3, 1), x.abs().sum(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True)

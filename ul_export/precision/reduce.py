@@ -13,7 +13,7 @@ from ul_export.precision.lower import Precision, by_design
 from ul_export.precision.report import html_report, precision_report
 from ul_export.precision.search import Calibration, Reduced, reduce, worst_nodes
 from ul_runtime.errors import BadInputError, ULError
-from ul_runtime.manifest import BundleInfo, Graph, GraphName
+from ul_runtime.manifest import NETWORK_GRAPHS, BundleInfo, Graph, GraphName
 
 _LOG = logging.getLogger(__name__)
 LEAST_SHARE = 0.5  # of a graph's FLOPs in the precision that was asked for
@@ -48,8 +48,9 @@ def reduced_bundle(
                 f"{info.name}: {name} would compute {share:.0%} of its FLOPs in {kind}, to equal float32 within the "
                 f"tolerance; at least {LEAST_SHARE:.0%} are expected, no bundle was written: export in float32"
             )
-    written: dict[str, bytes] = {}
-    graphs = {}
+    pixels = info.graphs["pixels"]
+    written = {file: files[file] for file in (pixels.file, pixels.weights)}
+    graphs = {"pixels": pixels}
     for name in reduced.models:
         entry = info.graphs[name].model_copy(update={"precision": kind, "float32_file": f"{name}.float32.onnx"})
         graphs[name] = entry
@@ -61,10 +62,10 @@ def reduced_bundle(
 
 
 def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[GraphName, ir.Model]:
-    """The graphs of a bundle's files, weights inside."""
+    """The networks' graphs of a bundle's files, weights inside."""
     return {
-        name: join_weights(files[graph.file], files[graph.weights], graph.weights)
-        for name, graph in info.graphs.items()
+        name: join_weights(files[info.graphs[name].file], files[info.graphs[name].weights], info.graphs[name].weights)
+        for name in NETWORK_GRAPHS
     }
 
 

@@ -20,7 +20,6 @@ from ul_runtime.backends import (
     bundle_precision,
     check_threads,
     cpu_precision,
-    gpu_loop,
     has_float32,
 )
 from ul_runtime.backends.gpu_loop import DeviceBackend
@@ -256,7 +255,7 @@ def check_step(backend: Backend, bundle: "Bundle") -> float:
         worst = max(worst, difference)
     if isinstance(backend, DeviceBackend) and bundle.holds("decoder_step"):
         image = bundle.manifest.image
-        backend.loop.run(gpu_loop.PIXELS, {"x": np.zeros((2, image.channels, image.size, image.size), np.float32)})
+        backend.loop.run("pixels", {"x": np.zeros((2, image.channels, image.size, image.size), np.float32)})
     return worst
 
 

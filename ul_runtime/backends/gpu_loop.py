@@ -18,62 +18,10 @@ from numpy.typing import DTypeLike
 from ul_runtime.backends.gpu import Memory, Scratch
 from ul_runtime.errors import OutOfMemoryError, ULError
 from ul_runtime.loop import NO_NOISE, Guide, Inputs, Loop, run_on_host
-from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, Interface, Tensor
+from ul_runtime.manifest import Graph, GraphName, TensorFormat
 from ul_runtime.progress import Tick
 
 _LOG = logging.getLogger(__name__)
-PIXELS = "pixels"
-# round((clip(x, -1, 1) + 1) * 127.5) as uint8, channels last; and the sum of the magnitudes of x, finite where x is.
-# What tests/pixels_graph.py builds, which a test compares.
-ONNX = (
-    b"\x08\x08\x12\x00:\x86\x04\n#\n\x01x\n\x03low\n\x04high\x12\x07clipped\x1a\x04cl"
-    b'ip"\x04Clip\n$\n\x07clipped\n\x04high\x12\x07shifted\x1a\x05'
-    b'shift"\x03Add\n$\n\x07shifted\n\x05scale\x12\x06scaled'
-    b'\x1a\x05scale"\x03Mul\n\x1d\n\x06scaled\x12\x05whole\x1a\x05round'
-    b'"\x05Round\n:\n\x05whole\x12\x04last\x1a\rchannels_las'
-    b't"\tTranspose*\x11\n\x04perm@\x00@\x02@\x03@\x01\xa0\x01\x07\n&\n\x04l'
-    b'ast\x12\x06images\x1a\x05uint8"\x04Cast*\t\n\x02to\x18\x02\xa0\x01\x02\n'
-    b'\x1e\n\x01x\x12\tmagnitude\x1a\tmagnitude"\x03Abs\n7\n\tm'
-    b'agnitude\n\x04axes\x12\x03sum\x1a\x03sum"\tReduceSum*'
-    b"\x0f\n\x08keepdims\x18\x00\xa0\x01\x02\x12\x06pixels*\r\x10\x01B\x03lowJ\x04\x00"
-    b"\x00\x80\xbf*\x0e\x10\x01B\x04highJ\x04\x00\x00\x80?*\x0f\x10\x01B\x05scaleJ\x04\x00\x00\xffB"
-    b"*$\x08\x03\x10\x07B\x04axesJ\x18\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x00\x00"
-    b"\x00\x00Z\x1f\n\x01x\x12\x1a\n\x18\x08\x01\x12\x14\n\x03\x12\x01b\n\x03\x12\x01c\n\x03\x12\x01h\n\x03\x12\x01wb"
-    b"$\n\x06images\x12\x1a\n\x18\x08\x02\x12\x14\n\x03\x12\x01b\n\x03\x12\x01h\n\x03\x12\x01w\n\x03\x12\x01"
-    b"cb\x12\n\x03sum\x12\x0b\n\t\x08\x01\x12\x05\n\x03\x12\x01bB\x04\n\x00\x10\x12"
-)
-
-
-@dataclass(frozen=True)
-class PixelTensor:
-    """As TensorFormat."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class PixelGraph:
-    """x `b c h w` float32 -> images `b h w c` uint8, sum `b` float32: NaN or Inf where x is not finite."""
-
-    inputs: tuple[PixelTensor, ...]
-    outputs: tuple[PixelTensor, ...]
-
-    @classmethod
-    def of(cls, image: ImageFormat) -> "PixelGraph":
-        """For images of this format."""
-        size, channels = image.size, image.channels
-        x = PixelTensor("x", "float32", ("b", channels, size, size))
-        images = PixelTensor("images", "uint8", ("b", size, size, channels))
-        return cls((x,), (images, PixelTensor("sum", "float32", ("b",))))
-
-
-def graphs_of(manifest: BundleInfo) -> dict[str, Interface]:
-    """All graphs that a device runs for a bundle: its own and, as PIXELS, this one."""
-    graphs: dict[str, Interface] = {str(name): graph for name, graph in manifest.graphs.items()}
-    return graphs | {PIXELS: PixelGraph.of(manifest.image)}
-
 
 Dims = dict[str, int]  # size of each dynamic dimension
 
@@ -86,7 +34,7 @@ class Engine(Protocol):
 
 
 # (graph, sizes, tensor name -> address) -> the graph bound to these addresses
-Bind = Callable[[str, Dims, dict[str, int]], Engine]
+Bind = Callable[[GraphName, Dims, dict[str, int]], Engine]
 
 
 def bucket_of(batch: int) -> int:
@@ -109,14 +57,14 @@ class Bound:
 
 @dataclass
 class DeviceSteps:
-    """The graphs of one bundle, and PIXELS, which `graphs` holds as well, bound as they are asked for.
+    """The graphs of one bundle, bound as they are asked for.
 
     `captures`: whether steps are captured here; engines that do it themselves want False. A capture that fails is
     logged, and its step enqueued as before, or with `require_graphs` ends the work. `captured` counts the others.
     """
 
     memory: Memory
-    graphs: Mapping[str, Interface]
+    graphs: Mapping[GraphName, Graph]
     bind: Bind
     captures: bool = True
     require_graphs: bool = False
@@ -129,7 +77,7 @@ class DeviceSteps:
         """Engines take from `scratch` what they need on their way."""
         self.scratch = Scratch(self.memory)
 
-    def run(self, graph: str, inputs: Inputs) -> Inputs:
+    def run(self, graph: GraphName, inputs: Inputs) -> Inputs:
         """One call of a graph: its outputs by name. Errors are those of the engine."""
         with self.memory.lock:
             try:
@@ -138,7 +86,7 @@ class DeviceSteps:
                 self.release()
                 raise
 
-    def _run(self, graph: str, inputs: Inputs) -> Inputs:
+    def _run(self, graph: GraphName, inputs: Inputs) -> Inputs:
         self.memory.use()
         batch = len(next(iter(inputs.values())))
         bound = self.bound_for(graph, None, bucket_of(batch), inputs)
@@ -178,7 +126,7 @@ class DeviceSteps:
             self.scratch.release()
             self.on_release()
 
-    def bound_for(self, graph: str, state: str | None, bucket: int, inputs: Inputs) -> Bound:
+    def bound_for(self, graph: GraphName, state: str | None, bucket: int, inputs: Inputs) -> Bound:
         """The graph bound for these sizes; with a `state`, its step ends by making outputs the next inputs."""
         dims: Dims = {"b": bucket}
         for tensor in self.graphs[graph].inputs:
@@ -189,7 +137,7 @@ class DeviceSteps:
             self.bound[key] = self._make(graph, state, dims)
         return self.bound[key]
 
-    def _make(self, name: str, state: str | None, dims: Dims) -> Bound:
+    def _make(self, name: GraphName, state: str | None, dims: Dims) -> Bound:
         tensors = [*self.graphs[name].inputs, *self.graphs[name].outputs]
         shapes = {tensor.name: _shape(tensor, dims) for tensor in tensors}
         addresses: dict[str, int] = {}
@@ -237,20 +185,16 @@ class DeviceSteps:
 def _shift(
     memory: Memory, state: str, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]
 ) -> Callable[[], None]:
-    """What makes the outputs of a step the inputs of the next: state, and history = [pred, history[:, 0]]."""
-    batch = shapes[state][0]
-    one = size_of(shapes[state][1:], np.float32)  # of one image
-    history, both = addresses["history"], 2 * one
+    """What makes the outputs of a step the inputs of the next: state and history."""
 
     def shift() -> None:
-        memory.copy(history + one, history, one, rows=batch, to_pitch=both, pitch=both)
-        memory.copy(history, addresses["pred"], one, rows=batch, to_pitch=both, pitch=one)
-        memory.copy(addresses[state], addresses[f"{state}_next"], batch * one)
+        for name in (state, "history"):
+            memory.copy(addresses[name], addresses[f"{name}_next"], size_of(shapes[name], np.float32))
 
     return shift
 
 
-def _shape(tensor: Tensor, dims: Dims) -> tuple[int, ...]:
+def _shape(tensor: TensorFormat, dims: Dims) -> tuple[int, ...]:
     return tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
 
 
@@ -387,10 +331,10 @@ class DeviceLoop(DeviceSteps):
 
     def _pixels(self, end: _End, bucket: int) -> list[np.ndarray]:
         """(Images, sums of magnitudes) of a state, on their way."""
-        source = self.bound_for(PIXELS, None, bucket, {})
+        source = self.bound_for("pixels", None, bucket, {})
         self.memory.copy(source.addresses["x"], end.address, source.size("x"))
         source.step()
-        return [self.leaving(source, tensor.name, tensor.dtype) for tensor in self.graphs[PIXELS].outputs]
+        return [self.leaving(source, tensor.name, tensor.dtype) for tensor in self.graphs["pixels"].outputs]
 
     @contextmanager
     def _region(self, size: int, loops: Sequence[Loop]) -> Iterator[int]:

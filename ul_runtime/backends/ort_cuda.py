@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision, gpu_loop, one_line
+from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision, one_line
 from ul_runtime.backends.gpu import CudaMemory, Memory
-from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine, graphs_of
+from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, load_session, session_options
 from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
-from ul_runtime.manifest import GRAPH_NAMES
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
+    from ul_runtime.manifest import GraphName
 
 
 _LOG = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ class OrtDeviceBackend(DeviceBackend):
         self._float32 = precision == "fp32"
         self._bundle, self._memory, self._providers = bundle, memory, providers
         self._require_graphs = require_graphs
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._sessions: dict[GraphName, ort.InferenceSession] = {}
         self._values: list[ort.OrtValue] = []
         self._bindings = 0
-        self._graphs = graphs_of(bundle.manifest)
+        self._graphs = bundle.manifest.graphs
         self.loop = DeviceLoop(memory, self._graphs, self._bind, captures=False, on_release=self._close)
 
     def _close(self) -> None:
@@ -76,7 +76,7 @@ class OrtDeviceBackend(DeviceBackend):
         self._sessions.clear()
         self._values.clear()
 
-    def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
+    def _bind(self, graph: "GraphName", dims: Dims, addresses: dict[str, int]) -> Engine:
         session, entry, kind = self._session(graph), self._graphs[graph], self._memory.kind
         number = self._memory.number  # of another, ONNX Runtime would copy the inputs once, and later ones never
         binding = session.io_binding()
@@ -87,7 +87,7 @@ class OrtDeviceBackend(DeviceBackend):
         self._bindings += 1
         return _BoundSession(session, binding, self._bindings, f"{graph} {dims}")
 
-    def _session(self, graph: str) -> ort.InferenceSession:
+    def _session(self, graph: "GraphName") -> ort.InferenceSession:
         if graph not in self._sessions:
             options = session_options(None)
             wanted = self._providers[0] if isinstance(self._providers[0], str) else self._providers[0][0]
@@ -98,25 +98,19 @@ class OrtDeviceBackend(DeviceBackend):
             self._sessions[graph] = session
         return self._sessions[graph]
 
-    def _load(self, graph: str, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
-        for name in GRAPH_NAMES:
-            if name == graph:
-                try:
-                    session, values = load_session(self._bundle, name, self._float32, options, providers)
-                except BadInputError as error:
-                    if ran_out_of_memory(error.__cause__):
-                        raise OutOfMemoryError(f"{graph}: no memory left to load it") from error
-                    if (uncaptured := _without_graphs(providers)) is None or self._require_graphs:
-                        raise
-                    session = self._load(graph, session_options(None), uncaptured)
-                    _LOG.warning("%s is run node by node, ONNX Runtime does not capture it: %s", graph, error)
-                    return session
-                self._values += values
-                return session
+    def _load(self, graph: "GraphName", options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
         try:
-            return ort.InferenceSession(gpu_loop.ONNX, options, providers=providers)
-        except (*ORT_ERRORS, ValueError, RuntimeError) as error:
-            raise _failed(f"{graph}: ONNX Runtime cannot load it", error) from error
+            session, values = load_session(self._bundle, graph, self._float32, options, providers)
+        except BadInputError as error:
+            if ran_out_of_memory(error.__cause__):
+                raise OutOfMemoryError(f"{graph}: no memory left to load it") from error
+            if (uncaptured := _without_graphs(providers)) is None or self._require_graphs:
+                raise
+            session = self._load(graph, session_options(None), uncaptured)
+            _LOG.warning("%s is run node by node, ONNX Runtime does not capture it: %s", graph, error)
+            return session
+        self._values += values
+        return session
 
 
 def _without_graphs(providers: list[Any]) -> list[Any] | None:

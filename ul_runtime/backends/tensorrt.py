@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from ul_runtime.backends import bundle_precision
 from ul_runtime.backends.gpu import CudaMemory
-from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine, graphs_of
+from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
 from ul_runtime.backends.tensorrt_build import Library
-from ul_runtime.backends.tensorrt_engines import Engines, Prepared
+from ul_runtime.backends.tensorrt_engines import Engines
 from ul_runtime.errors import OutOfMemoryError, ULError
-from ul_runtime.manifest import GRAPH_NAMES
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
+    from ul_runtime.manifest import GraphName
 
 
 _LOG = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ class TensorRtBackend(DeviceBackend):
             raise ULError(f"{engines.library.title} does not run here: {engines.library.last}") from error
         self._loaded: dict[str, Any] = {}
         self._compiled: Any = None  # the library's cache of kernels, where it compiles late
-        self._graphs = graphs_of(bundle.manifest)
+        self._graphs = bundle.manifest.graphs
         self.loop = DeviceLoop(memory, self._graphs, self._bind, require_graphs=require_graphs)
 
-    def _bind(self, graph: str, dims: Dims, addresses: dict[str, int]) -> Engine:
+    def _bind(self, graph: "GraphName", dims: Dims, addresses: dict[str, int]) -> Engine:
         engine = self._engine(graph, dims["b"])
         context = self._context(engine)
         if context is None:
@@ -62,12 +62,6 @@ class TensorRtBackend(DeviceBackend):
         size = int(context.update_device_memory_size_for_shapes())
         context.set_device_memory(self.loop.scratch.at_least(size), size)
         return _BoundContext(context, self._memory.stream, graph, self._engines.library)
-
-    def _prepared(self, graph: str, batch: int) -> Prepared:
-        for name in GRAPH_NAMES:
-            if name == graph:
-                return self._engines.engine(self._bundle, name, float32=self._float32, batch=batch)
-        return self._engines.pixels(self._bundle, batch=batch)
 
     def _context(self, engine: Any) -> Any:
         """An execution context that is given its memory; None: there is not enough."""
@@ -95,11 +89,11 @@ class TensorRtBackend(DeviceBackend):
             if now != self._engines.cache.load(facts):
                 self._engines.cache.store(facts, now)
 
-    def _engine(self, graph: str, batch: int) -> Any:
+    def _engine(self, graph: "GraphName", batch: int) -> Any:
         """The engine of a graph that takes such a batch; one that takes less stays with the contexts that it has."""
         loaded, batched = self._loaded.get(graph), self._graphs[graph].inputs[0].name
         if loaded is None or loaded.get_tensor_profile_shape(batched, 0)[2][0] < batch:
-            prepared = self._prepared(graph, batch)
+            prepared = self._engines.engine(self._bundle, graph, float32=self._float32, batch=batch)
             loaded = self._runtime.deserialize_cuda_engine(prepared.engine)
             if loaded is None:
                 raise ULError(

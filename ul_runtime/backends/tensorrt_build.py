@@ -12,7 +12,7 @@ from typing import Any
 
 from ul_runtime.backends import one_line
 from ul_runtime.errors import BadInputError, StoppedError, ULError, UsageError
-from ul_runtime.manifest import Tensor
+from ul_runtime.manifest import TensorFormat
 from ul_runtime.progress import Tick, silent
 
 
@@ -158,7 +158,7 @@ class Profile:
         if not 1 <= self.likely <= self.most <= _MOST_BATCH:
             raise UsageError(f"batches of {self.likely} and at most {self.most}: expected 1 to {_MOST_BATCH}, in order")
 
-    def shapes(self, tensor: Tensor) -> list[tuple[int, ...]]:
+    def shapes(self, tensor: TensorFormat) -> list[tuple[int, ...]]:
         """Its smallest, likeliest and largest shape."""
         sizes = {"b": (1, self.likely, self.most), "g": _BRANCHES}
         return [tuple(d if isinstance(d, int) else sizes[d][k] for d in tensor.shape) for k in range(3)]
@@ -174,7 +174,7 @@ class Plan:
     where: str
     name: str
     onnx: bytes
-    inputs: Sequence[Tensor]
+    inputs: Sequence[TensorFormat]
     profile: Profile
     targets: tuple[str, ...]
     timings: "Timings | None" = None

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ul_runtime import durable
-from ul_runtime.backends import gpu_loop
 from ul_runtime.backends.tensorrt_build import (
     REFITTABLE,
     Library,
@@ -33,7 +32,7 @@ from ul_runtime.backends.tensorrt_build import (
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, ULError, UntrustedError
 from ul_runtime.machine import engine_dir, gpus
-from ul_runtime.manifest import GraphName, Tensor
+from ul_runtime.manifest import GraphName, TensorFormat
 from ul_runtime.onnx_weights import with_weights
 from ul_runtime.progress import Tick, silent
 
@@ -361,22 +360,12 @@ class Engines:
         facts, inputs = self.facts(bundle, graph, float32=float32), bundle.manifest.graphs[graph].inputs
         return self._engine(facts, str(bundle.path), onnx, inputs, batch, tick)
 
-    def pixels(self, bundle: Bundle, *, batch: int) -> Prepared:
-        """As `engine`, of the graph of device.pixels for the bundle's images."""
-        image = bundle.manifest.image
-        sizes = f"{image.channels} {image.size}"
-        like = self.facts(bundle, "decoder_step")
-        facts = replace(like, graph=gpu_loop.PIXELS, graph_sha256=hashlib.sha256(gpu_loop.ONNX).hexdigest())
-        facts = replace(facts, weights_sha256=hashlib.sha256(sizes.encode()).hexdigest())  # no weights, but sizes
-        inputs = gpu_loop.PixelGraph.of(image).inputs
-        return self._engine(facts, str(bundle.path), lambda: gpu_loop.ONNX, inputs, batch, silent)
-
     def _engine(
         self,
         facts: Facts,
         where: str,
         onnx: Callable[[], bytes],
-        inputs: Sequence[Tensor],
+        inputs: Sequence[TensorFormat],
         batch: int | None,
         tick: Tick,
     ) -> Prepared:
@@ -398,7 +387,7 @@ class Engines:
         facts: Facts,
         where: str,
         onnx: Callable[[], bytes],
-        inputs: Sequence[Tensor],
+        inputs: Sequence[TensorFormat],
         tick: Tick,
     ) -> Prepared:
         why = self.cache.why(facts)
