@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ul_train.data.imageset import ImageSet, Splits
-from ul_train.data.prepare import open_data
+from ul_runtime.progress import Tick, silent
+from ul_train.config import ImageConfig
+from ul_train.data.imageset import ImageSet, PartIndex, Splits
+from ul_train.data.prepare import open_sources
+from ul_train.data.sources import find_sources
 
 SIZE = 8
 
@@ -28,9 +31,18 @@ def put(path: Path, value: int, size: int = SIZE) -> None:
     path.write_bytes(png(value, size))
 
 
-def opened(source: Path | str, tmp_path: Path, **options: Any) -> Splits:
-    defaults: dict[str, Any] = {"size": SIZE, "channels": 3, "cache_dir": tmp_path / "cache"}
-    return open_data(str(source), **(defaults | options))
+def opened(
+    source: Path | str,
+    tmp_path: Path,
+    heldout: Path | None = None,
+    cache: str = "cache",
+    tick: Tick = silent,
+    **image: Any,
+) -> Splits:
+    """The images of `source`, prepared in `tmp_path / cache`; `image` are fields of ImageConfig."""
+    config = ImageConfig.model_validate({"size": SIZE, "channels": 3} | image)
+    sources = find_sources(str(source), None if heldout is None else str(heldout), config.labels)
+    return open_sources(sources, config, tmp_path / cache, tick)
 
 
 def contents(*sets: ImageSet) -> dict[int, str]:
@@ -50,5 +62,5 @@ def of(splits: Splits) -> dict[int, str]:
     return contents(splits.train, splits.heldout)
 
 
-def reasons(images: ImageSet) -> dict[str, str]:
-    return {entry.path: entry.reason for entry in images.rejected}
+def reasons(part: PartIndex) -> dict[str, str]:
+    return {entry.path: entry.reason for entry in part.rejected}

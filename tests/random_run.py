@@ -40,7 +40,10 @@ def write_run(
     """Write the run, with its base stage or without; returns its networks, `base` in any case, after a `change`."""
     torch.manual_seed(seed)  # of the biases before they are moved
     config = load_config(recipe, list(overrides))
-    splits: Any = SimpleNamespace(train=SimpleNamespace(fingerprint="0" * 64, class_names=tuple(classes), rejected=()))
+    splits: Any = SimpleNamespace(
+        train=SimpleNamespace(fingerprint="0" * 64, class_names=tuple(classes)),
+        index=SimpleNamespace(train=SimpleNamespace(rejected=[])),
+    )
     Run.create(run, config, "nowhere", None, splits)
     makers = {"encoder": make_encoder, "prior": make_prior, "decoder": make_decoder}
     networks: dict[str, nn.Module] = {name: make(config) for name, make in makers.items()}

@@ -152,7 +152,7 @@ def test_npz_layouts_and_channels_are_converted(tmp_path: Path, shape: tuple[int
     assert of(splits) == {0: "0", 1: "1", 2: "0", 3: "1", 4: "2"}
     grey = 3 not in shape
     expected = {(True, 3): "grey to colour", (False, 1): "colour to grey"}.get((grey, channels))
-    assert splits.train.converted == ({expected: 5} if expected else {})
+    assert splits.index.train.converted == ({expected: 5} if expected else {})
 
 
 def test_npz_class_names_are_used(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_first_level_folders_are_the_classes(tmp_path: Path) -> None:
     splits = opened(tmp_path / "in", tmp_path)
     assert splits.train.class_names == splits.heldout.class_names == ("cat", "dog")
     assert of(splits) == {0: "dog", 1: "cat", 2: "cat"}
-    assert splits.train.ignored == {".txt": 1}
+    assert splits.index.train.ignored == {".txt": 1}
 
 
 def test_images_at_the_top_have_no_classes(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_images_beside_class_folders_are_refused_unless_without_classes(tmp_path
         put(tmp_path / "in" / name, value)
     with pytest.raises(BadInputError, match=r"stray\.png.*beside class folders.*image\.labels=false"):
         opened(tmp_path / "in", tmp_path)
-    assert of(opened(tmp_path / "in", tmp_path, classes="none")) == {0: "", 1: "", 2: ""}
+    assert of(opened(tmp_path / "in", tmp_path, labels=False)) == {0: "", 1: "", 2: ""}
 
 
 def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
@@ -44,14 +44,14 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     splits = opened(tmp_path / "in", tmp_path)
     assert contents(splits.train) == {0: "a", 1: "b"}
     assert contents(splits.heldout) == {2: "b"}
-    assert "not used: extra" in splits.train.notes[0]
+    assert "not used: extra" in splits.index.notes[0]
 
 
 def test_a_held_out_class_without_training_images_is_rejected(tmp_path: Path) -> None:
     for value, name in enumerate(["train/a/1.png", "train/b/1.png", "val/b/2.png", "val/c/1.png"]):
         put(tmp_path / "in" / name, value)
     splits = opened(tmp_path / "in", tmp_path)
-    assert reasons(splits.heldout) == {"c/1.png": "a class that the training images do not have"}
+    assert reasons(splits.index.heldout) == {"c/1.png": "a class that the training images do not have"}
 
 
 def test_numbered_classes_are_sorted_by_value(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_one_class_is_kept_and_noted(tmp_path: Path) -> None:
         put(tmp_path / "in" / "only" / f"{value}.png", value)
     splits = opened(tmp_path / "in", tmp_path)
     assert splits.train.class_names == ("only",)
-    assert any("one class only (only)" in note for note in splits.train.notes)
+    assert any("one class only (only)" in note for note in splits.index.notes)
 
 
 def test_obstacles_in_a_folder_are_listed_and_the_good_images_keep_their_order(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_obstacles_in_a_folder_are_listed_and_the_good_images_keep_their_order(t
     (top / "5b.png").symlink_to("5b.png")
     (top / "loop").symlink_to(top)
     after = opened(top, tmp_path, max_rejected_share=0.6)
-    assert reasons(after.train) == {
+    assert reasons(after.index.train) == {
         "1b.png": "smaller than the model",
         "2b.png": "not an image of a known format",
         "3b.png": "zero bytes",
@@ -104,7 +104,7 @@ def test_linked_images_and_folders_outside_are_read_once(tmp_path: Path) -> None
     (tmp_path / "in" / "b" / "2.png").symlink_to(tmp_path / "store" / "2.png")
     splits = opened(tmp_path / "in", tmp_path)
     assert of(splits) == {1: "a", 2: "b"}
-    assert reasons(splits.train) == {"a/back": "symbolic link loop"}
+    assert reasons(splits.index.train) == {"a/back": "symbolic link loop"}
 
 
 def test_an_unreadable_folder_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_an_unreadable_folder_is_listed(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("ul_train.data.folder.os.scandir", refuse)
     splits = opened(tmp_path / "in", tmp_path)
-    assert reasons(splits.train) == {"b/": "not readable"}
+    assert reasons(splits.index.train) == {"b/": "not readable"}
     assert of(splits) == {0: "a", 2: "c"}
 
 
@@ -131,8 +131,8 @@ def test_names_that_are_not_utf8_or_printable_are_read(tmp_path: Path) -> None:
     (tmp_path / "in" / os.fsdecode(b"\xfe.png")).write_bytes(b"")
     splits = opened(tmp_path / "in", tmp_path)
     assert len(of(splits)) == 3
-    assert splits.train.rejected[0].path == "\\udcfe.png"
-    json.loads(splits.train.index_path.read_text())
+    assert splits.index.train.rejected[0].path == "\\udcfe.png"
+    json.loads((tmp_path / "cache" / splits.index.key / "index.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "texts"])
@@ -156,7 +156,7 @@ def test_the_digits_of_scikit_learn_fill_the_image(tmp_path: Path) -> None:
     splits = opened("sklearn-digits", tmp_path, size=16, channels=1)
     assert len(splits.train) + len(splits.heldout) == 1797
     assert splits.train.class_names == tuple("0123456789")
-    assert splits.train.converted == {}
+    assert splits.index.train.converted == {}
     assert splits.train.images[:].max() == 255
     assert set(splits.heldout.labels) == set(range(10))
 
@@ -165,8 +165,8 @@ def test_a_held_out_source_is_used_and_may_not_be_the_training_set(tmp_path: Pat
     for value in range(4):
         put(tmp_path / "a" / f"{value}.png", value)
         put(tmp_path / "b" / f"{value}.png", 10 + value)
-    splits = opened(tmp_path / "a", tmp_path, heldout_source=str(tmp_path / "b"))
+    splits = opened(tmp_path / "a", tmp_path, heldout=tmp_path / "b")
     assert set(contents(splits.train)) == {0, 1, 2, 3}
     assert set(contents(splits.heldout)) == {10, 11, 12, 13}
     with pytest.raises(UsageError, match="is the training set"):
-        opened(tmp_path / "a", tmp_path, heldout_source=str(tmp_path / "a"))
+        opened(tmp_path / "a", tmp_path, heldout=tmp_path / "a")

@@ -48,7 +48,7 @@ def test_a_hugging_face_image_folder_is_read_and_its_bad_images_listed(tmp_path:
     (tmp_path / "in" / "b" / "2.png").write_bytes(b"%PDF")
     splits = opened(f"hf:{tmp_path}/in", tmp_path)
     assert of(splits) == {0: "a", 1: "a", 2: "b", 3: "b"}
-    assert list(reasons(splits.train).values()) == ["not an image of a known format"]
+    assert list(reasons(splits.index.train).values()) == ["not an image of a known format"]
 
 
 def test_addresses_in_rows_are_not_fetched(tmp_path: Path, datasets: Any) -> None:
@@ -58,7 +58,7 @@ def test_addresses_in_rows_are_not_fetched(tmp_path: Path, datasets: Any) -> Non
     schema = datasets.Features({"image": datasets.Image()}).arrow_schema
     pyarrow.parquet.write_table(pyarrow.table(rows, schema=schema), tmp_path / "a.parquet")
     splits = opened(f"hf:{tmp_path}/a.parquet", tmp_path)
-    assert list(reasons(splits.train).values()) == ["an address outside the data set"]
+    assert list(reasons(splits.index.train).values()) == ["an address outside the data set"]
 
 
 @pytest.mark.parametrize("name", ["no/such-data-set", "missing/folder/here"])

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sources import SIZE, opened
 from PIL import Image
 
 from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
@@ -26,11 +27,9 @@ from ul_runtime.images import Conversion
 from ul_train.config import ImageConfig, load_config
 from ul_train.data import prepare, write
 from ul_train.data.imageset import SCHEMA, Images, Splits
-from ul_train.data.prepare import open_data, open_splits
+from ul_train.data.prepare import open_splits
 from ul_train.data.sources import find_sources
 from ul_train.data.write import MAX_HELDOUT, in_share, rank, split_by_rank
-
-SIZE = 8
 
 
 def folder(path: Path, values: Any, size: int = SIZE) -> Path:
@@ -44,9 +43,9 @@ def values(images: Images) -> list[int]:
     return [int(image[0, 0, 0]) + 256 * int(image[1, 0, 0]) for image in images[:]]
 
 
-def opened(source: Path, tmp_path: Path, **options: Any) -> Splits:
-    defaults: dict[str, Any] = {"size": SIZE, "channels": 3, "cache_dir": tmp_path / "cache"}
-    return open_data(str(source), **(defaults | options))
+def prepared(splits: Splits, tmp_path: Path) -> Path:
+    """Folder of the prepared set."""
+    return tmp_path / "cache" / splits.index.key
 
 
 def fail(*_: object) -> Any:
@@ -139,7 +138,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "channels": {"channels": 1},
     "background": {"background": "black"},
     "fit": {"fit": "pad"},
-    "held-out source": {"heldout_source": "other"},
+    "held-out source": {"heldout": "other"},
 }
 
 
@@ -147,7 +146,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_every_change_that_matters_prepares_another_set(tmp_path: Path, name: str) -> None:
     source = folder(tmp_path / "in", range(20))
     folder(tmp_path / "other", range(100, 103))
-    before = opened(source, tmp_path).train.index_path
+    before = prepared(opened(source, tmp_path), tmp_path)
     if name == "file added":
         folder(source, [50])
     elif name == "file changed":
@@ -155,9 +154,9 @@ def test_every_change_that_matters_prepares_another_set(tmp_path: Path, name: st
     elif name == "file renamed":
         (source / "00003.png").rename(source / "00099.png")
     options = dict(CHANGES.get(name, {}))
-    if "heldout_source" in options:
-        options["heldout_source"] = str(tmp_path / "other")
-    assert opened(source, tmp_path, **options).train.index_path != before
+    if "heldout" in options:
+        options["heldout"] = tmp_path / "other"
+    assert prepared(opened(source, tmp_path, **options), tmp_path) != before
     assert before.exists()
 
 
@@ -167,7 +166,7 @@ def test_the_fingerprint_follows_pixels_labels_and_names(tmp_path: Path) -> None
             folder(tmp_path / name / label, [10 * number, 10 * number + 1 + change * number, 10 * number + 2])
         other = tmp_path / "heldout" / name
         folder(other / classes[0], [99])
-        return opened(tmp_path / name, tmp_path, heldout_source=str(other)).train.fingerprint
+        return opened(tmp_path / name, tmp_path, heldout=other).train.fingerprint
 
     same = [fingerprint("one", ("a", "b")), fingerprint("two", ("a", "b"))]
     assert same[0] == same[1]
@@ -195,16 +194,20 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_prepared_set_is_prepared_again_and_it_is_said(tmp_path: Path, name: str) -> None:
+def test_a_damaged_prepared_set_is_prepared_again_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level("INFO", "ul_train")
     source = folder(tmp_path / "in", range(20))
     first = opened(source, tmp_path)
     fingerprint = first.train.fingerprint
-    DAMAGES[name](first.train.index_path.parent)
+    DAMAGES[name](prepared(first, tmp_path))
     again = opened(source, tmp_path)
     assert again.train.fingerprint == fingerprint
     assert values(again.train.images) == sorted(values(again.train.images))
-    assert any("damaged" in note for note in again.train.notes)
-    assert not any("damaged" in note for note in opened(source, tmp_path).train.notes)
+    assert [message.count("the prepared images were damaged") for message in caplog.messages] == [1]
+    opened(source, tmp_path)
+    assert len(caplog.messages) == 1
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +217,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("ul_train.data.write._part_index", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutputError, match="No space"):
         opened(source, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
     monkeypatch.undo()
@@ -224,15 +227,16 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 def test_a_full_disk_is_an_output_error_that_names_the_folder(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", range(40), size=64)
     code = (
-        "import resource, signal, sys; from pathlib import Path; from ul_train.data import open_data\n"
+        "import resource, signal, sys; from pathlib import Path; from image_sources import opened\n"
         "from ul_runtime.errors import OutputError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
-        "try: open_data(sys.argv[1], size=64, channels=3, cache_dir=Path(sys.argv[2]))\n"
+        "try: opened(sys.argv[1], Path(sys.argv[2]), size=64)\n"
         "except OutputError as error: print(error)\n"
     )
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "cache")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "cannot write the prepared images" in said
+    command = [sys.executable, "-c", code, str(source), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert f"{tmp_path / 'cache'}: cannot write: File too large; " in printed
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -243,9 +247,9 @@ def test_too_little_space_is_said_before_the_work(tmp_path: Path, monkeypatch: p
         opened(source, tmp_path)
 
 
-def _prepare(source: str, cache: str, barrier: Any, results: Any) -> None:
+def _prepare(source: Path, tmp_path: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
-    splits = open_data(source, size=SIZE, channels=3, cache_dir=Path(cache))
+    splits = opened(source, tmp_path)
     results.put((splits.train.fingerprint, int(splits.train.images[:].astype(np.int64).sum())))
 
 
@@ -253,7 +257,7 @@ def test_processes_that_prepare_at_once_all_get_the_same_whole_set(tmp_path: Pat
     source = folder(tmp_path / "in", range(150))
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(3), context.Queue()
-    arguments = (str(source), str(tmp_path / "cache"), barrier, results)
+    arguments = (source, tmp_path, barrier, results)
     processes = [context.Process(target=_prepare, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
@@ -267,7 +271,7 @@ def test_processes_that_prepare_at_once_all_get_the_same_whole_set(tmp_path: Pat
 
 def test_an_attempt_that_was_killed_is_swept(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", range(20))
-    final = opened(source, tmp_path).train.index_path.parent
+    final = prepared(opened(source, tmp_path), tmp_path)
     left = final.parent / f".{final.name}.0123456789abcdef.tmp"
     final.rename(left)
     opened(source, tmp_path)
@@ -297,7 +301,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path, monkeypatc
     found = set()
     for threads in (1, 2, 4):
         monkeypatch.setattr(write, "_THREADS", threads)
-        splits = opened(source, tmp_path, cache_dir=tmp_path / str(threads))
+        splits = opened(source, tmp_path, cache=str(threads))
         found.add((splits.train.fingerprint, splits.heldout.fingerprint))
     assert len(found) == 1
 
@@ -338,7 +342,7 @@ def test_progress_ends_with_all_images(tmp_path: Path) -> None:
     (source / "bad.png").write_bytes(b"")
     ticks: list[float] = []
     opened(source, tmp_path, tick=ticks.append)
-    assert sum(ticks) == find_sources(str(source), None, "auto").num_records == 31
+    assert sum(ticks) == find_sources(str(source), None, True).num_records == 31
 
 
 def test_a_tick_that_stops_leaves_nothing(tmp_path: Path) -> None:
@@ -362,7 +366,7 @@ def test_a_signal_stops_the_opening_of_images(tmp_path: Path, monkeypatch: pytes
             for path in sorted(source.iterdir()):
                 tar.add(path, path.name)
         source = tmp_path / "a.tar"
-    assert (find_sources(str(source), None, "auto").num_records is None) == (kind == "shard")
+    assert (find_sources(str(source), None, True).num_records is None) == (kind == "shard")
     (tmp_path / "cache").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr("ul_runtime.progress._asked", True)
@@ -397,7 +401,7 @@ def test_a_set_of_an_earlier_format_is_prepared_again_and_it_is_logged(
 ) -> None:
     caplog.set_level("INFO", "ul_train")
     source = folder(tmp_path / "in", range(20))
-    sources = find_sources(str(source), None, "auto")
+    sources = find_sources(str(source), None, True)
     older = tmp_path / "cache" / prepare._key(Conversion(SIZE, 3), sources, SCHEMA - 1)
     older.mkdir(parents=True)
     first = opened(source, tmp_path)
@@ -427,8 +431,8 @@ def test_too_many_rejected_images_are_an_error_that_names_three_and_the_list(tmp
         f"bad{value}.png" for value in range(6)
     ]
     splits = opened(source, tmp_path, max_rejected_share=0.6)
-    assert splits.train.num_rejected == 6
-    assert splits.train.index_path == listed
+    assert splits.index.train.num_rejected == 6
+    assert prepared(splits, tmp_path) == listed.parent
 
 
 def test_the_list_of_rejected_images_is_bounded_but_all_are_counted(
@@ -438,7 +442,7 @@ def test_the_list_of_rejected_images_is_bounded_but_all_are_counted(
     source = folder(tmp_path / "in", range(20))
     for value in range(6):
         (source / f"bad{value}.png").write_bytes(b"")
-    train = opened(source, tmp_path).train
+    train = opened(source, tmp_path).index.train
     assert train.num_rejected == 6
     assert len(train.rejected) == 3
 
@@ -467,23 +471,25 @@ def test_converted_images_are_counted_by_reason(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("CMYK", (SIZE, SIZE)).save(stream, "JPEG")
     (source / "cmyk.jpg").write_bytes(stream.getvalue())
-    assert opened(source, tmp_path).train.converted == {"transparency": 3, "cmyk": 1}
+    assert opened(source, tmp_path).index.train.converted == {"transparency": 3, "cmyk": 1}
 
 
 def test_images_of_an_unlabelled_training_set_hold_out_without_labels(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", range(4))
     folder(tmp_path / "other" / "a", [9])
     folder(tmp_path / "other" / "b", [10])
-    splits = opened(source, tmp_path, heldout_source=str(tmp_path / "other"))
+    splits = opened(source, tmp_path, heldout=tmp_path / "other")
     assert splits.heldout.labels.tolist() == [-1, -1]
     with pytest.raises(BadInputError, match="no class"):
-        opened(tmp_path / "other", tmp_path, heldout_source=str(source))
+        opened(tmp_path / "other", tmp_path, heldout=source)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"size": 0}, {"channels": 4}, {"classes": "some"}, {"max_rejected_share": 2}, {"background": "x"}, {"fit": "x"}],
-)
-def test_impossible_options_are_usage_errors(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="expected"):
-        opened(folder(tmp_path / "in", range(3)), tmp_path, **options)
+@pytest.mark.parametrize("setting", ["size=0", "channels=4", "labels=some", "max_rejected_share=2", "fit=x"])
+def test_impossible_options_are_usage_errors(setting: str) -> None:
+    with pytest.raises(UsageError, match=f"image.{setting.partition('=')[0]} = "):
+        load_config("tiny", [f"image.{setting}"])
+
+
+def test_a_background_that_is_no_colour_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"image\.background='x': a colour is expected"):
+        opened(folder(tmp_path / "in", range(3)), tmp_path, background="x")

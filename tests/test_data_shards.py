@@ -75,7 +75,7 @@ def test_bad_samples_are_listed(tmp_path: Path) -> None:
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
     splits = opened(path, tmp_path, max_rejected_share=0.9)
-    assert reasons(splits.train) == {
+    assert reasons(splits.index.train) == {
         "s.tar/x1": "no class",
         "s.tar/x2": "no image in this sample",
         "s.tar/x3": "not an image of a known format",
@@ -99,8 +99,8 @@ def test_a_tar_cut_anywhere_is_reported(tmp_path: Path) -> None:
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     for cut in [1, 511, *range(512, end + 1, 512), end - 1]:
         other.write_bytes(whole[:cut])
-        splits = opened(good.parent, tmp_path, cache_dir=tmp_path / f"cache{cut}", max_rejected_share=0.9)
-        assert "damaged or truncated shard" in reasons(splits.train).values(), cut
+        splits = opened(good.parent, tmp_path, cache=f"cache{cut}", max_rejected_share=0.9)
+        assert "damaged or truncated shard" in reasons(splits.index.train).values(), cut
         assert set(of(splits)) >= set(range(6))
 
 
@@ -110,14 +110,14 @@ def test_a_damaged_header_within_a_tar_is_reported(tmp_path: Path) -> None:
     data[4 * 2048 + 150] ^= 1  # the checksum field of the fifth sample's header
     path.write_bytes(data)
     splits = opened(path, tmp_path)
-    assert reasons(splits.train) == {"s.tar": "damaged or truncated shard"}
+    assert reasons(splits.index.train) == {"s.tar": "damaged or truncated shard"}
 
 
 def test_a_truncated_gz_shard_is_reported(tmp_path: Path) -> None:
     path = tar(tmp_path / "s.tar.gz", samples(0, 40), "w:gz")
     path.write_bytes(path.read_bytes()[:-300])
     splits = opened(path, tmp_path)
-    assert reasons(splits.train) == {"s.tar.gz": "damaged or truncated shard"}
+    assert reasons(splits.index.train) == {"s.tar.gz": "damaged or truncated shard"}
 
 
 def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
     good = tar(tmp_path / "s.tar", samples(0, 3)).read_bytes()
     (tmp_path / "s.tar").write_bytes(good[: 3 * 2048] + info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
     splits = opened(tmp_path / "s.tar", tmp_path)
-    assert "a header of 8,589,934,592 bytes" in splits.train.rejected[0].detail
+    assert "a header of 8,589,934,592 bytes" in splits.index.train.rejected[0].detail
 
 
 def test_a_missing_shard_is_bad_input(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """How real images are divided for ul-eval."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ COUNT = 101
 def comparison(labels: np.ndarray) -> Comparison:
     """Over real images with these labels; nothing is measured."""
     pixels = np.zeros((len(labels), 1, 16, 16), np.uint8)
-    images = ImageSet(pixels, labels, ("a", "b", "c"), "0" * 64, (), 0, {}, {}, (), Path("memory"))
+    images = ImageSet(pixels, labels, ("a", "b", "c"), "0" * 64)
     anything: Any = None
-    return Comparison(anything, Splits(images, images), (), EvalOptions(data="", images=COUNT, seeds=2), {})
+    return Comparison(anything, Splits(images, images, anything), (), EvalOptions(data="", images=COUNT, seeds=2), {})
 
 
 @pytest.mark.parametrize("shares", [(0.34, 0.33, 0.33), (0.9, 0.07, 0.03), (1.0, 0.0, 0.0)])

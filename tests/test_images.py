@@ -10,7 +10,7 @@ from ul_runtime.errors import BadInputError
 from ul_runtime.images import list_images, load_image
 from ul_runtime.manifest import ImageFormat
 from ul_train.config import load_config
-from ul_train.data.prepare import open_data
+from ul_train.data.prepare import open_splits
 from ul_train.run import Run
 
 
@@ -30,11 +30,10 @@ def test_what_is_encoded_equals_what_training_saw(tmp_path, fit, background):
         saved(folder, Image.fromarray(pixels), f"{k}.png")
     overrides = ["image.size=32", "image.channels=3", f"image.fit={fit}", f"image.background={background}"]
     config = load_config("tiny", overrides)
-    options = {name: getattr(config.image, name) for name in ("size", "channels", "fit", "background")}
     other = tmp_path / "other"
     other.mkdir()
     saved(other, Image.new("RGB", (32, 32)))
-    splits = open_data(str(folder), **options, cache_dir=tmp_path / "cache", heldout_source=str(other), classes="none")
+    splits = open_splits(config.image, str(folder), str(other), tmp_path / "cache")
     trained = splits.train.batch(np.arange(4))[0]
     image = Run.in_memory(config).manifest().image
     for k, path in enumerate(list_images([folder])):

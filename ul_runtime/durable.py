@@ -50,7 +50,7 @@ def _renameat2(a: Path, b: Path, flag: int) -> None:
 
 
 @contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
+def as_output_error(path: Path) -> Iterator[None]:
     """Turn the OSErrors of a block into one OutputError that names `path` and says what to do."""
     try:
         yield
@@ -97,7 +97,7 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
 
     For files inside a temporary directory. An existing `path` or any failure: OutputError, nothing left.
     """
-    with _as_output_error(path), ExitStack() as on_failure:
+    with as_output_error(path), ExitStack() as on_failure:
         fd = os.open(path, _CREATE, 0o666)
         on_failure.callback(_remove_quietly, path)
         try:
@@ -119,7 +119,7 @@ def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
     with ExitStack() as on_failure:
         on_failure.callback(_remove_quietly, temporary)
         write_file(temporary, [data])
-        with _as_output_error(path):
+        with as_output_error(path):
             try:
                 if overwrite:
                     os.rename(temporary, path)
@@ -144,7 +144,7 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
     if "\n" in text:
         raise ValueError(f"{path}: one line expected, got {text.count(chr(10)) + 1}")
     path = _absolute(path)
-    with _as_output_error(path):
+    with as_output_error(path):
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(fd).st_size
@@ -164,7 +164,7 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
 def make_directory(path: Path) -> None:
     """Make `path` and its missing parents, names durable; an existing directory is fine. OutputError."""
     path = _absolute(path)
-    with _as_output_error(path):
+    with as_output_error(path):
         for directory in [*reversed(path.parents), path]:
             if not directory.is_dir():
                 with suppress(FileExistsError):
@@ -184,7 +184,7 @@ def temporary_directory_beside(final: Path) -> Iterator[Path]:
     make_directory(final.parent)
     temporary = _temporary_name(final)
     with ExitStack() as at_end:
-        with _as_output_error(final):
+        with as_output_error(final):
             os.mkdir(temporary)
             at_end.callback(_remove_quietly, temporary)
             fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
@@ -207,7 +207,7 @@ def commit_directory(temporary: Path, final: Path) -> None:
     `final` must be free or an empty directory: UsageError; the first of two attempts wins. OutputError.
     """
     temporary, final = _absolute(temporary), _absolute(final)
-    with _as_output_error(final):
+    with as_output_error(final):
         if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
             raise UsageError(f"{final}: exists already; choose another name or remove it")
         _sync_tree(temporary)
@@ -218,7 +218,7 @@ def commit_directory(temporary: Path, final: Path) -> None:
 def replace_directory(temporary: Path, final: Path) -> None:
     """As `commit_directory`, over the directory there; at any crash, old or new, whole. OutputError."""
     temporary, final = _absolute(temporary), _absolute(final)
-    with _as_output_error(final):
+    with as_output_error(final):
         _sync_tree(temporary)
         try:
             _renameat2(temporary, final, _RENAME_EXCHANGE)
@@ -251,7 +251,7 @@ def sweep(parent: Path, name: str | None = None) -> list[str]:
     """
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
     removed = []
-    with _as_output_error(parent):
+    with as_output_error(parent):
         names = sorted(os.listdir(parent)) if parent.is_dir() else []
         for path in (parent / name for name in names if pattern.fullmatch(name)):
             if not path.is_symlink() and not (path.is_dir() and _in_use(path)):
@@ -267,7 +267,7 @@ def check_output_directory(path: Path, allowed: Sequence[str] = ()) -> None:
     UsageError: not a folder, or other things in it. OutputError: not writable.
     """
     path = _absolute(path)
-    with _as_output_error(path):
+    with as_output_error(path):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file, a folder is expected; choose another name")
         ours = [*allowed, LOCK_NAME, ".*.tmp"]
@@ -314,7 +314,7 @@ def lock_directory(path: Path) -> Iterator[None]:
     make_directory(path)
     file = path / LOCK_NAME
     with ExitStack() as at_end:
-        with _as_output_error(path):
+        with as_output_error(path):
             try:
                 fd = _claim_lock(file)
             except BlockingIOError:

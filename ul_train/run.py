@@ -91,8 +91,9 @@ class Run:
         durable.make_directory(path)
         durable.atomic_write(path / "config.toml", config_toml(config).encode())
         run._write_info()
-        if train.rejected:
-            durable.atomic_write(path / REJECTED, "".join(f"{image}\n" for image in train.rejected).encode())
+        rejected = splits.index.train.rejected
+        if rejected:
+            durable.atomic_write(path / REJECTED, "".join(f"{image}\n" for image in rejected).encode())
         for folder in (path / "previews", path / "checkpoints"):
             durable.make_directory(folder)
         return run

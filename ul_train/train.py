@@ -58,7 +58,7 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
             _run_to_resume(config, options, out)  # again: another process may have been faster
         if run is None:
             run = Run.create(out, config, _anywhere(data), heldout and _anywhere(heldout), splits)
-            if splits.train.num_rejected:
+            if splits.index.train.num_rejected:
                 logger.info(f"the rejected images are listed in {out / REJECTED}")
         else:
             run.check_data(splits)

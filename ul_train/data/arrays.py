@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.lib import format as npy
@@ -35,7 +35,7 @@ _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImple
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[BinaryIO]:
     """The open file; damage, at any point of reading it, is a BadInputError that names it."""
-    shown = printable(str(path))
+    shown = printable(path)
     try:
         with open_regular(path) as file:
             yield file
@@ -79,7 +79,7 @@ def find_idx(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def idx_sources(folder: Path, classes: Literal["auto", "none"]) -> tuple[Source, Source | None]:
+def idx_sources(folder: Path, labelled: bool) -> tuple[Source, Source | None]:
     """Training and, if there is a t10k pair, held-out images. BadInputError on missing or damaged files."""
     pairs = {}
     for split, paths in find_idx(folder).items():
@@ -92,7 +92,7 @@ def idx_sources(folder: Path, classes: Literal["auto", "none"]) -> tuple[Source,
     if "train" not in pairs:
         raise BadInputError(f"{folder}: no train-images-idx3-ubyte[.gz], only t10k; add the training files")
     class_names: tuple[str, ...] = ()
-    if classes == "auto":
+    if labelled:
         largest = max(int(numbers.max(initial=0)) for _, _, numbers in pairs.values())
         class_names = tuple(str(label) for label in range(max(10, largest + 1)))
         if "fashion" in str(folder.resolve()).lower() and largest < 10:
@@ -104,23 +104,22 @@ def idx_sources(folder: Path, classes: Literal["auto", "none"]) -> tuple[Source,
 def _labels_beside(images: Path) -> Path:
     name = re.sub(r"images([-.])idx3", r"labels\1idx1", images.name)
     plain = name.removesuffix(".gz")
-    labels = next((path for each in (name, plain, plain + ".gz") if (path := images.parent / each).exists()), None)
-    if labels is None:
-        raise BadInputError(f"{printable(str(images))}: its labels {name} are missing; put them beside it")
-    return labels
+    for each in (name, plain, plain + ".gz"):
+        if (images.parent / each).exists():
+            return images.parent / each
+    raise BadInputError(f"{printable(images)}: its labels {name} are missing; put them beside it")
 
 
 def _idx_source(path: Path, labels: Path, numbers: np.ndarray, class_names: tuple[str, ...]) -> Source:
-    where = printable(str(path))
-
     def records() -> Iterator[Record]:
         images = _idx_array(path, 3)
         if len(images) != len(numbers):
-            raise BadInputError(f"{where}: {len(images)} images, but {labels.name} has {len(numbers)} labels")
+            message = f"{len(images)} images, but {labels.name} has {len(numbers)} labels"
+            raise BadInputError(f"{printable(path)}: {message}")
         return _records(images, [class_names[number] if class_names else None for number in numbers.tolist()])
 
     return Source(
-        where=where,
+        where=printable(path),
         identity={"kind": "idx", "files": [file_identity(path), file_identity(labels)], "class_names": class_names},
         records=records,
         num_records=len(numbers),
@@ -131,7 +130,7 @@ def _idx_source(path: Path, labels: Path, numbers: np.ndarray, class_names: tupl
 
 def _idx_array(path: Path, num_sizes: int) -> np.ndarray:
     """The whole array, uint8 n [h w]. BadInputError if the file is damaged or does not hold what it declares."""
-    where = printable(str(path))
+    where = printable(path)
     with _reading(path, "IDX file") as file:
         packed = os.fstat(file.fileno()).st_size
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.name.endswith(".gz") else file
@@ -156,15 +155,9 @@ def _idx_array(path: Path, num_sizes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-@contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _reading(path, ".npz") as file, zipfile.ZipFile(file) as archive:
-        yield archive
-
-
 def _npz_header(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of an array that can be read as safely. BadInputError: pickles, lies, bombs."""
-    where = f"{printable(str(path))}: {name}"
+    where = f"{printable(path)}: {name}"
     info = archive.getinfo(f"{name}.npy")
     _check_expanded(where, info.compress_size, info.file_size)
     with archive.open(info) as stream:
@@ -191,37 +184,30 @@ def _npz_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     return array
 
 
-def _channels_last(images: np.ndarray) -> np.ndarray:
-    """n h w, n h w c or n c h w -> n h w, or n h w c with c = 3 or 4."""
-    if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
-        images = images.transpose(0, 2, 3, 1)
-    return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-
-
-def npz_source(path: Path, classes: Literal["auto", "none"]) -> Source:
+def npz_source(path: Path, labelled: bool) -> Source:
     """The images of a .npz. BadInputError on anything that is not what it says."""
-    shown = printable(str(path))
-    with _archive(path) as archive:
-        names = Counter(archive.namelist())
-        twice = [name for name, times in names.items() if times > 1]
+    where = printable(path)
+    with _reading(path, ".npz") as file, zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        twice = [name for name, times in Counter(names).items() if times > 1]
         if twice:
-            raise BadInputError(f"{shown}: {printable(twice[0])} occurs twice; save it again")
+            raise BadInputError(f"{where}: {printable(twice[0])} occurs twice; save it again")
         if "images.npy" not in names:
-            found = ", ".join(printable(name).removesuffix(".npy") for name in list(names)[:5]) or "nothing"
-            raise BadInputError(f"{shown}: has {found}; an array named images is expected (uint8, n h w [c])")
+            found = ", ".join(printable(name).removesuffix(".npy") for name in names[:5]) or "nothing"
+            raise BadInputError(f"{where}: has {found}; an array named images is expected (uint8, n h w [c])")
         shape, dtype = _npz_header(archive, "images", path)
         possible = len(shape) == 3 or (len(shape) == 4 and {shape[1], shape[3]} & {1, 3, 4})
         if dtype != np.uint8 or not possible or not 0 < math.prod(shape[1:]) <= 4 * MAX_PIXELS:
             expected = "expected uint8 n h w, n h w c or n c h w with c = 1, 3 or 4"
-            raise BadInputError(f"{shown}: images is {dtype} {shape}; {expected}")
-        labelled = "labels.npy" in names and classes == "auto"
+            raise BadInputError(f"{where}: images is {dtype} {shape}; {expected}")
+        labelled = labelled and "labels.npy" in names
         if labelled:
             label_shape, label_dtype = _npz_header(archive, "labels", path)
             if label_dtype.kind not in "iu" or label_shape != shape[:1]:
-                raise BadInputError(f"{shown}: labels is {label_dtype} {label_shape}; expected {shape[0]} integers")
+                raise BadInputError(f"{where}: labels is {label_dtype} {label_shape}; expected {shape[0]} integers")
         class_names = _class_names(archive, path) if labelled and "class_names.npy" in names else None
     return Source(
-        where=shown,
+        where=where,
         identity={"kind": "npz", "file": file_identity(path), "labelled": labelled},
         records=lambda: _npz_records(path, labelled, class_names),
         num_records=shape[0],
@@ -232,27 +218,31 @@ def npz_source(path: Path, classes: Literal["auto", "none"]) -> Source:
 def _class_names(archive: zipfile.ZipFile, path: Path) -> tuple[str, ...]:
     shape, dtype = _npz_header(archive, "class_names", path)
     if dtype.kind != "U" or len(shape) != 1 or math.prod(shape) * dtype.itemsize > _MAX_NAMES_BYTES:
-        raise BadInputError(f"{printable(str(path))}: class_names is {dtype} {shape}; expected one row of text")
+        raise BadInputError(f"{printable(path)}: class_names is {dtype} {shape}; expected one row of text")
     names = tuple(str(name) for name in _npz_array(archive, "class_names", path))
     if len(set(names)) != len(names):
-        raise BadInputError(f"{printable(str(path))}: class_names has the same name twice")
+        raise BadInputError(f"{printable(path)}: class_names has the same name twice")
     return names
 
 
 def _npz_records(path: Path, labelled: bool, class_names: tuple[str, ...] | None) -> Iterator[Record]:
-    with _archive(path) as archive:
-        images = _channels_last(_npz_array(archive, "images", path))
+    with _reading(path, ".npz") as file, zipfile.ZipFile(file) as archive:
+        images = _npz_array(archive, "images", path)
         numbers: list[int] = _npz_array(archive, "labels", path).tolist() if labelled else []
+    if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
+        images = images.transpose(0, 2, 3, 1)  # n c h w
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
     if class_names is None:
         return _records(images, map(str, numbers) if labelled else [None] * len(images))
     for index, number in enumerate(numbers):
         if not 0 <= number < len(class_names):
             message = f"label {number} of image {index}, but class_names has {len(class_names)} names"
-            raise BadInputError(f"{printable(str(path))}: {message}")
+            raise BadInputError(f"{printable(path)}: {message}")
     return _records(images, [class_names[number] for number in numbers])
 
 
-def digits_source(classes: Literal["auto", "none"]) -> Source:
+def digits_source(labelled: bool) -> Source:
     """scikit-learn's 1,797 hand-written digits, 8x8, values 0 to 16, scaled up to the model."""
     try:
         import sklearn
@@ -264,14 +254,14 @@ def digits_source(classes: Literal["auto", "none"]) -> Source:
     def records() -> Iterator[Record]:
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        return _records(pixels, [str(digit) if classes == "auto" else None for digit in digits.target])
+        return _records(pixels, [str(digit) if labelled else None for digit in digits.target])
 
     return Source(
         where=DIGITS,
-        identity={"kind": DIGITS, "version": sklearn.__version__, "labelled": classes == "auto"},
+        identity={"kind": DIGITS, "version": sklearn.__version__, "labelled": labelled},
         records=records,
         num_records=1797,
-        class_names=tuple("0123456789") if classes == "auto" else None,
+        class_names=tuple("0123456789") if labelled else None,
         background="black",
         enlarge=True,
     )

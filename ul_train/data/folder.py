@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.images import SUFFIXES, ImageRejectedError, Rejected, check_regular
@@ -38,7 +37,7 @@ class _Walk:
         self._real_root = Path(os.path.realpath(root))
         self._linked: set[tuple[int, int]] = set()
 
-    def found(self) -> Iterator[_Found]:
+    def __iter__(self) -> Iterator[_Found]:
         """Every image file and every obstacle, in the order of their names."""
         return self._folder(self.root, "", 0)
 
@@ -51,41 +50,30 @@ class _Walk:
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            relative = f"{prefix}{printable(entry.name)}"
-            path = Path(entry.path)
+            relative, path = f"{prefix}{printable(entry.name)}", Path(entry.path)
             try:
                 status = entry.stat()
+                if stat.S_ISDIR(status.st_mode):
+                    self._check_may_enter(path, entry.is_symlink(), status, depth)
+                    yield from self._folder(path, f"{relative}/", depth + 1)
+                elif path.suffix.lower() in SUFFIXES:
+                    check_regular(status.st_mode)
+                    yield _Found(relative, path, status.st_size, status.st_mtime_ns)
+                else:
+                    self.ignored[path.suffix.lower() or "(no extension)"] += 1
             except OSError as error:
                 yield _Found(relative, path, problem=_unreadable(error))
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                problem = self._not_to_enter(path, entry.is_symlink(), status, depth)
-                if problem is not None:
-                    yield _Found(relative, path, problem=problem)
-                else:
-                    yield from self._folder(path, f"{relative}/", depth + 1)
-            elif path.suffix.lower() in SUFFIXES:
-                yield self._file(relative, path, status)
-            else:
-                self.ignored[path.suffix.lower() or "(no extension)"] += 1
+            except ImageRejectedError as problem:
+                yield _Found(relative, path, problem=problem)
 
-    def _file(self, relative: str, path: Path, status: os.stat_result) -> _Found:
-        try:
-            check_regular(status.st_mode)
-        except ImageRejectedError as problem:
-            return _Found(relative, path, problem=problem)
-        return _Found(relative, path, status.st_size, status.st_mtime_ns)
-
-    def _not_to_enter(self, path: Path, is_link: bool, status: os.stat_result, depth: int) -> ImageRejectedError | None:
+    def _check_may_enter(self, path: Path, is_link: bool, status: os.stat_result, depth: int) -> None:
         if depth >= _MAX_DEPTH:
-            return ImageRejectedError("nested too deep", f"more than {_MAX_DEPTH} folders")
-        if not is_link:
-            return None
-        key = (status.st_dev, status.st_ino)
-        if Path(os.path.realpath(path)).is_relative_to(self._real_root) or key in self._linked:
-            return ImageRejectedError("symbolic link loop", "links to a folder that is read anyway")
-        self._linked.add(key)
-        return None
+            raise ImageRejectedError("nested too deep", f"more than {_MAX_DEPTH} folders")
+        if is_link:
+            key = (status.st_dev, status.st_ino)
+            if Path(os.path.realpath(path)).is_relative_to(self._real_root) or key in self._linked:
+                raise ImageRejectedError("symbolic link loop", "links to a folder that is read anyway")
+            self._linked.add(key)
 
 
 def _unreadable(error: OSError) -> ImageRejectedError:
@@ -94,42 +82,43 @@ def _unreadable(error: OSError) -> ImageRejectedError:
     return ImageRejectedError("not readable", error.strerror or "")
 
 
-def folder_source(root: Path, classes: Literal["auto", "none"]) -> Source:
+def folder_source(root: Path, labelled: bool) -> Source:
     """The images of a folder. BadInputError: no image file in it, or images beside class folders."""
     digest, count = hashlib.sha256(), 0
     beside: list[str] = []
     folders: set[str] = set()
     walk = _Walk(root)
-    for found in walk.found():
+    for found in walk:
         facts = [found.relative, found.size, found.mtime_ns, str(found.problem or "")]
         digest.update(json.dumps(facts).encode() + b"\n")
-        count += found.problem is None
+        if found.problem is not None:
+            continue
+        count += 1
         top, _, rest = found.relative.partition("/")
-        if found.problem is None and rest:
+        if rest:
             folders.add(top)
-        elif found.problem is None and len(beside) < 3:
+        elif len(beside) < 3:
             beside.append(top)
-    where = printable(str(root))
+    where = printable(root)
     if count == 0:
         others = ", ".join(f"{n} {suffix}" for suffix, n in walk.ignored.most_common(5)) or "nothing"
         raise BadInputError(
             f"{where}: no images in this folder (found {others}); expected files ending in {' '.join(sorted(SUFFIXES))}"
         )
-    if beside and folders and classes == "auto":
+    if beside and folders and labelled:
         raise BadInputError(
             f"{where}: images ({', '.join(beside)}) lie beside class folders ({', '.join(sorted(folders)[:3])}); "
             f"move them into a class folder, or train without classes: --set image.labels=false"
         )
-    labelled = bool(folders) and classes == "auto"
-    identity = {
-        "kind": "folder",
-        "root": printable(str(root.resolve())),
-        "labelled": labelled,
-        "files": digest.hexdigest(),
-    }
+    labelled = labelled and bool(folders)
     return Source(
         where=where,
-        identity=identity,
+        identity={
+            "kind": "folder",
+            "root": printable(root.resolve()),
+            "labelled": labelled,
+            "files": digest.hexdigest(),
+        },
         records=lambda: _records(root, labelled),
         num_records=count,
         ignored=dict(walk.ignored),
@@ -137,9 +126,8 @@ def folder_source(root: Path, classes: Literal["auto", "none"]) -> Source:
 
 
 def _records(root: Path, labelled: bool) -> Iterator[Record | Rejected]:
-    for found in _Walk(root).found():
+    for found in _Walk(root):
         if found.problem is not None:
             yield found.problem.at(found.relative)
         else:
-            label = found.relative.partition("/")[0] if labelled else None
-            yield Record(found.relative, label, found.path)
+            yield Record(found.relative, found.relative.partition("/")[0] if labelled else None, found.path)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.images import ImageRejectedError, Rejected
@@ -13,13 +13,6 @@ from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "heldout")
 _ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError)
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
-
-
-@dataclass(frozen=True)
-class _Columns:
-    image: str
-    label: str | None
-    class_names: tuple[str, ...] | None
 
 
 @contextmanager
@@ -34,7 +27,7 @@ def _reading(where: str) -> Iterator[None]:
         raise BadInputError(f"{where}: cannot be read as a Hugging Face data set: {text}") from error
 
 
-def huggingface_sources(source: str, classes: Literal["auto", "none"]) -> tuple[Source, Source | None]:
+def huggingface_sources(source: str, labelled: bool) -> tuple[Source, Source | None]:
     """`hf:NAME_OR_PATH[:split]` -> training and, unless a split is named, held-out images.
 
     UsageError without the `datasets` package; BadInputError for what cannot be found or read.
@@ -43,81 +36,79 @@ def huggingface_sources(source: str, classes: Literal["auto", "none"]) -> tuple[
         import datasets
     except ImportError as error:
         raise UsageError(f"{source}: needs the package datasets; pip install 'unified-latents[train]'") from error
-    name, split = _name_and_split(source.removeprefix("hf:"))
-    progress = datasets.is_progress_bar_enabled()
+    text = source.removeprefix("hf:")
+    name, colon, wanted = text.rpartition(":")
+    is_split = bool(colon) and "/" not in wanted and not Path(text).exists()
+    name = name if is_split else text
+    had_progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         with _reading(source):
-            builder = _builder(datasets, name)
+            if Path(name).is_file() and Path(name).suffix == ".parquet":
+                builder = datasets.load_dataset_builder("parquet", data_files=str(Path(name)))
+            else:
+                builder = datasets.load_dataset_builder(name)
             splits = builder.as_streaming_dataset()
     finally:
-        if progress:
+        if had_progress_bars:
             datasets.enable_progress_bars()
-    identity = _identity(builder)
-    train, heldout = _choose(source, list(splits), split)
-
-    def part(chosen: str) -> Source:
-        columns = _columns(f"{source} {chosen}", splits[chosen].features or {}, datasets, classes)
-        return Source(
-            where=f"{source} ({chosen})",
-            identity={"kind": "huggingface", "split": chosen, "labelled": columns.label is not None} | identity,
-            records=lambda: _records(splits[chosen], columns, source, datasets),
-            class_names=columns.class_names,
-        )
-
-    return part(train), part(heldout) if heldout else None
-
-
-def _name_and_split(text: str) -> tuple[str, str | None]:
-    name, colon, split = text.rpartition(":")
-    if not colon or "/" in split or Path(text).exists():
-        return text, None
-    return name, split
+    names = list(splits)
+    part = partial(_part, source, builder, splits, labelled)
+    if is_split:
+        if wanted not in names:
+            raise BadInputError(f"{source}: no split {wanted!r}; it has {', '.join(names)}")
+        return part(wanted), None
+    if len(names) == 1:
+        return part(names[0]), None
+    if "train" not in names:
+        raise BadInputError(f"{source}: has the splits {', '.join(names)}; name one: {source}:{names[0]}")
+    heldout = next((split for split in HELDOUT_SPLITS if split in names), None)
+    return part("train"), part(heldout) if heldout else None
 
 
-def _builder(datasets: Any, name: str) -> Any:
-    path = Path(name)
-    if path.is_file() and path.suffix == ".parquet":
-        return datasets.load_dataset_builder("parquet", data_files=str(path))
-    return datasets.load_dataset_builder(name)
+def _part(source: str, builder: Any, splits: Any, labelled: bool, split: str) -> Source:
+    image, label, class_names = _columns(f"{source} {split}", splits[split].features or {}, labelled)
+    # the state of files on this disk; addresses on the hub contain the commit
+    files = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
+    return Source(
+        where=f"{source} ({split})",
+        identity={
+            "kind": "huggingface",
+            "split": split,
+            "labelled": label is not None,
+            "builder": type(builder).__name__,
+            "config": str(builder.config.name),
+            "files": [file_identity(Path(file)) if Path(file).exists() else file for file in files],
+        },
+        records=lambda: _records(source, splits[split], image, label, class_names),
+        class_names=class_names,
+    )
 
 
-def _identity(builder: Any) -> dict[str, object]:
-    """Files on this disk by their state; addresses on the hub contain the commit."""
-    files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
-    states = [file_identity(Path(file)) if Path(file).exists() else file for file in files]
-    return {"builder": type(builder).__name__, "config": str(builder.config.name), "files": states}
+def _columns(where: str, features: Any, labelled: bool) -> tuple[str, str | None, tuple[str, ...] | None]:
+    """Names of the columns of images and labels, and the class names if the data set has them."""
+    import datasets
 
-
-def _choose(source: str, splits: list[str], wanted: str | None) -> tuple[str, str | None]:
-    if wanted is not None:
-        if wanted not in splits:
-            raise BadInputError(f"{source}: no split {wanted!r}; it has {', '.join(splits)}")
-        return wanted, None
-    if len(splits) == 1:
-        return splits[0], None
-    if "train" not in splits:
-        raise BadInputError(f"{source}: has the splits {', '.join(splits)}; name one: {source}:{splits[0]}")
-    return "train", next((name for name in HELDOUT_SPLITS if name in splits), None)
-
-
-def _columns(where: str, features: Any, datasets: Any, classes: Literal["auto", "none"]) -> _Columns:
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(images) != 1:
         found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         raise BadInputError(f"{where}: {len(images)} image columns, 1 is expected; columns: {found or 'none'}")
-    if classes == "none":
-        return _Columns(images[0], None, None)
+    if not labelled:
+        return images[0], None, None
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = [name for name in _LABEL_COLUMNS if name in labels] or labels
     if labels:
-        return _Columns(images[0], labels[0], tuple(printable(name) for name in features[labels[0]].names))
+        return images[0], labels[0], tuple(printable(name) for name in features[labels[0]].names)
     named = [name for name in _LABEL_COLUMNS if isinstance(features.get(name), datasets.Value)]
-    return _Columns(images[0], named[0] if named else None, None)
+    return images[0], named[0] if named else None, None
 
 
-def _records(split: Any, columns: _Columns, where: str, datasets: Any) -> Iterator[Record | Rejected]:
-    rows = iter(split.cast_column(columns.image, datasets.Image(decode=False)))
+def _records(
+    where: str, split: Any, image: str, label: str | None, class_names: tuple[str, ...] | None
+) -> Iterator[Record | Rejected]:
+    import datasets
+
+    rows = iter(split.cast_column(image, datasets.Image(decode=False)))
     index = 0
     while True:
         with _reading(f"{where}, after {index} images"):
@@ -126,35 +117,32 @@ def _records(split: Any, columns: _Columns, where: str, datasets: Any) -> Iterat
             return
         name = f"{index:08d}"
         try:
-            yield Record(name, _label(row, columns), _image(row[columns.image]))
+            yield Record(name, _label(row[label] if label else None, class_names), _image(row[image]))
         except ImageRejectedError as problem:
             yield problem.at(name)
         index += 1
 
 
-def _label(row: Any, columns: _Columns) -> str | None:
-    value = row[columns.label] if columns.label else None
-    if value is None or (columns.class_names is not None and value == -1):
+def _label(value: Any, class_names: tuple[str, ...] | None) -> str | None:
+    if value is None or (class_names is not None and value == -1):
         return None
-    if columns.class_names is None:
+    if class_names is None:
         return printable(str(value))
-    if not 0 <= value < len(columns.class_names):
-        raise ImageRejectedError("label out of range", f"{value} of {len(columns.class_names)} classes")
-    return columns.class_names[value]
+    if not 0 <= value < len(class_names):
+        raise ImageRejectedError("label out of range", f"{value} of {len(class_names)} classes")
+    return class_names[value]
 
 
 def _image(cell: Any) -> bytes | Path:
     """An undecoded image: bytes in the row, a file here, or an address that is read now, at most 256 MiB."""
-    if cell is None:
-        raise ImageRejectedError("no image in this row")
-    if cell.get("bytes") is not None:
+    if cell is not None and cell.get("bytes") is not None:
         return bytes(cell["bytes"])
-    path = cell.get("path")
+    path = cell and cell.get("path")
     if not path:
         raise ImageRejectedError("no image in this row")
-    base = path.rpartition("::")[2]  # "zip://a.png::hf://..." lies in an archive
     if "://" not in path:
         return Path(path)
+    base = path.rpartition("::")[2]  # "zip://a.png::hf://..." lies in an archive
     if "://" in base and not base.startswith("hf://"):
         raise ImageRejectedError("an address outside the data set", printable(base))
     import fsspec  # type: ignore[import-untyped]

@@ -15,10 +15,14 @@ SCHEMA = 2  # of the files and of the code: raise it when the same source would 
 INDEX_NAME = "index.json"
 IMAGES_NAME = "images.npy"  # uint8 n c h w, all images in the source's order
 LABELS_NAME = "labels.npy"  # int64 n
+IDS_NAMES = ("train_ids.npy", "heldout_ids.npy")  # int64, rows of images.npy in the part's order
 
 
 class PartIndex(BaseModel):
-    """What is known of one part (train or heldout); `reasons` counts all rejected, `rejected` lists the first."""
+    """What is known of one part (train or heldout); `reasons` counts all rejected, `rejected` lists the first 10,000.
+
+    `fingerprint` is the SHA-256 over image bytes, labels and class names; `converted` counts what was changed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     num_images: int
@@ -74,22 +78,12 @@ Images: TypeAlias = np.ndarray | Rows  # uint8 n c h w
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images for training: `images` uint8 n c h w, `labels` int64 n in 0..num_classes-1, all -1 without classes.
-
-    `fingerprint` is the SHA-256 over image bytes, labels and class names. `rejected` lists at most the first
-    10,000 unusable images (`num_rejected` counts all), `converted` counts what was changed.
-    """
+    """Images for training: `images` uint8 n c h w, `labels` int64 n in 0..num_classes-1, all -1 without classes."""
 
     images: Images
     labels: np.ndarray
     class_names: tuple[str, ...]
     fingerprint: str
-    rejected: tuple[Rejected, ...]
-    num_rejected: int
-    converted: dict[str, int]
-    ignored: dict[str, int]
-    notes: tuple[str, ...]
-    index_path: Path
 
     def __len__(self) -> int:
         return len(self.images)
@@ -101,15 +95,11 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """Images to train on and images held out; no image is in both."""
+    """Images to train on and images held out, no image is in both; and what was found when they were prepared."""
 
     train: ImageSet
     heldout: ImageSet
-
-
-def ids_name(part: str) -> str:
-    """File of the ids of "train" or "heldout": int64, rows of images.npy in the part's order."""
-    return f"{part}_ids.npy"
+    index: Index
 
 
 def read_index(folder: Path, key: str) -> Index | str:
@@ -122,7 +112,12 @@ def read_index(folder: Path, key: str) -> Index | str:
         return f"{INDEX_NAME} is damaged"
     if index.key != key or index.schema_number != SCHEMA:
         return f"{INDEX_NAME} belongs to another set"
-    for name, shape, dtype in _arrays(index):
+    sizes = (index.train.num_images, index.heldout.num_images)
+    expected = {
+        IMAGES_NAME: ((sum(sizes), index.channels, index.size, index.size), "uint8"),
+        LABELS_NAME: ((sum(sizes),), "int64"),
+    } | {name: ((size,), "int64") for name, size in zip(IDS_NAMES, sizes, strict=True)}
+    for name, (shape, dtype) in expected.items():
         path = folder / name
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -133,37 +128,17 @@ def read_index(folder: Path, key: str) -> Index | str:
     return index
 
 
-def _arrays(index: Index) -> list[tuple[str, tuple[int, ...], str]]:
-    train, heldout = index.train.num_images, index.heldout.num_images
-    return [
-        (IMAGES_NAME, (train + heldout, index.channels, index.size, index.size), "uint8"),
-        (LABELS_NAME, (train + heldout,), "int64"),
-        (ids_name("train"), (train,), "int64"),
-        (ids_name("heldout"), (heldout,), "int64"),
-    ]
-
-
-def load(folder: Path, index: Index, notes: tuple[str, ...]) -> Splits:
+def load(folder: Path, index: Index) -> Splits:
     """Map both parts of a set that `read_index` accepted."""
     images = np.load(folder / IMAGES_NAME, mmap_mode="r", allow_pickle=False)
     labels = np.load(folder / LABELS_NAME, allow_pickle=False)
-
-    def part(name: str, known: PartIndex) -> ImageSet:
-        ids = np.load(folder / ids_name(name), allow_pickle=False)
-        return ImageSet(
-            images=Rows(images, ids),
-            labels=labels[ids],
-            class_names=tuple(index.class_names),
-            fingerprint=known.fingerprint,
-            rejected=tuple(known.rejected),
-            num_rejected=known.num_rejected,
-            converted=known.converted,
-            ignored=known.ignored,
-            notes=(*index.notes, *notes),
-            index_path=folder / INDEX_NAME,
-        )
-
-    return Splits(part("train", index.train), part("heldout", index.heldout))
+    train, heldout = (np.load(folder / name, allow_pickle=False) for name in IDS_NAMES)
+    names = tuple(index.class_names)
+    return Splits(
+        ImageSet(Rows(images, train), labels[train], names, index.train.fingerprint),
+        ImageSet(Rows(images, heldout), labels[heldout], names, index.heldout.fingerprint),
+        index,
+    )
 
 
 @lru_cache(maxsize=2)

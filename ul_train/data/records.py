@@ -43,13 +43,13 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def printable(text: str) -> str:
-    """`text` as it can be shown on one line and stored as UTF-8: other bytes and controls escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode()
+def printable(name: str | Path) -> str:
+    """`name` as it can be shown on one line and stored as UTF-8: other bytes and controls escaped."""
+    text = str(name).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def file_identity(path: Path) -> list[object]:
     """What tells one state of a file from another: resolved path, bytes, modification time in ns. OSError."""
     status = os.stat(path)
-    return [printable(str(path.resolve())), status.st_size, status.st_mtime_ns]
+    return [printable(path.resolve()), status.st_size, status.st_mtime_ns]

@@ -6,8 +6,9 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Literal, Self, cast
+from typing import IO, Self, cast
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.images import SUFFIXES, ImageRejectedError, Rejected, open_regular
@@ -66,91 +67,71 @@ def find_shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.lower().endswith(SHARD_SUFFIXES))
 
 
-def shard_source(where: str, shards: Sequence[Path], classes: Literal["auto", "none"]) -> Source:
+def shard_source(where: str, shards: Sequence[Path], labelled: bool) -> Source:
     """The samples of these tar files. BadInputError when one is missing."""
     missing = [path for path in shards if not path.exists()]
     if missing:
         raise BadInputError(
-            f"{where}: {len(missing)} of {len(shards)} shards are missing, first {printable(str(missing[0]))}"
+            f"{where}: {len(missing)} of {len(shards)} shards are missing, first {printable(missing[0])}"
         )
-    identity = {
-        "kind": "shards",
-        "files": [file_identity(path) for path in shards],
-        "labelled": classes == "auto",
-    }
-    return Source(where=where, identity=identity, records=lambda: _records(shards, classes == "auto"))
+    identity = {"kind": "shards", "files": [file_identity(path) for path in shards], "labelled": labelled}
+    return Source(where=where, identity=identity, records=lambda: _records(shards, labelled))
 
 
 def _records(shards: Sequence[Path], labelled: bool) -> Iterator[Record | Rejected]:
     for shard in shards:
-        count = 0
+        count, name = 0, printable(shard.name)
         try:
             with (
                 open_regular(shard) as file,
                 tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as tar,
             ):
-                for record in _samples(tar, printable(shard.name), labelled):
+                for record in _samples(tar, name, labelled):
                     count += 1
                     yield record
         except ImageRejectedError as problem:
-            yield problem.at(printable(shard.name))
+            yield problem.at(name)
         except _DAMAGED as error:
-            yield Rejected(printable(shard.name), "damaged or truncated shard", f"after {count} samples: {error}")
+            yield Rejected(name, "damaged or truncated shard", f"after {count} samples: {error}")
 
 
 def _samples(tar: tarfile.TarFile, shard: str, labelled: bool) -> Iterator[Record | Rejected]:
-    sample = _Sample("")
+    """One record for the members of each key that hold an image or a label."""
+    for key, members in groupby(_members(tar), key=_key):
+        image, label, found = None, None, False
+        for member in members:
+            suffix = "." + member.name.rpartition("/")[2].rpartition(".")[2].lower()
+            if suffix not in SUFFIXES and suffix not in (".cls", ".json"):
+                continue
+            found = True
+            try:
+                if suffix not in SUFFIXES:
+                    given = _label(_read(tar, member, _MAX_LABEL_BYTES), suffix)
+                    label = label if given is None else given
+                elif image is None:
+                    image = _read(tar, member, MAX_IMAGE_BYTES)
+                else:
+                    raise ImageRejectedError("second image of one sample")
+            except ImageRejectedError as problem:
+                yield problem.at(printable(f"{shard}/{member.name}"))
+        name = printable(f"{shard}/{key}")
+        if image is not None:
+            yield Record(name, label if labelled else None, image)
+        elif found:
+            yield Rejected(name, "no image in this sample")
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # or tarfile keeps every header of the shard
-        key, name, suffix = _split(member.name)
-        if member.isdir() or name.startswith("."):
-            continue
-        if key != sample.key:
-            yield from sample.finish(shard, labelled)
-            sample = _Sample(key)
-        try:
-            sample.add(tar, member, suffix)
-        except ImageRejectedError as problem:
-            yield problem.at(printable(f"{shard}/{member.name}"))
-    yield from sample.finish(shard, labelled)
+        if not member.isdir() and not member.name.rpartition("/")[2].startswith("."):
+            yield member
 
 
-def _split(path: str) -> tuple[str, str, str]:
-    """WebDataset's rule: the key ends at the first dot of the name. -> key, name, last suffix."""
-    folder, slash, name = path.rpartition("/")
-    stem = name.partition(".")[0]
-    return f"{folder}{slash}{stem}", name, "." + name.rpartition(".")[2].lower()
-
-
-class _Sample:
-    """The members of one key as they come."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.image: bytes | None = None
-        self.label: str | None = None
-        self.has_members = False
-
-    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
-        """Read the member if it is an image or a label. ImageRejectedError, or an error of the tar."""
-        if suffix in SUFFIXES:
-            self.has_members = True
-            if self.image is not None:
-                raise ImageRejectedError("second image of one sample")
-            self.image = _read(tar, member, MAX_IMAGE_BYTES)
-        elif suffix in (".cls", ".json"):
-            self.has_members = True
-            text = _read(tar, member, _MAX_LABEL_BYTES)
-            label = _label(text, suffix)
-            self.label = self.label if label is None else label
-
-    def finish(self, shard: str, labelled: bool) -> Iterator[Record | Rejected]:
-        """The sample as a record; nothing if no member of ours was in it."""
-        name = printable(f"{shard}/{self.key}")
-        if self.image is not None:
-            yield Record(name, self.label if labelled else None, self.image)
-        elif self.has_members:
-            yield Rejected(name, "no image in this sample")
+def _key(member: tarfile.TarInfo) -> str:
+    """WebDataset's rule: the key ends at the first dot of the name."""
+    folder, slash, name = member.name.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}"
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:

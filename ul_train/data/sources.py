@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.images import SUFFIXES
@@ -34,16 +33,14 @@ class Sources:
         return None if self.heldout.num_records is None else self.train.num_records + self.heldout.num_records
 
 
-def find_sources(data: str, heldout_data: str | None, classes: Literal["auto", "none"]) -> Sources:
-    """What `data` and, if given, `heldout_data` name. BadInputError, UsageError."""
-    if classes not in ("auto", "none"):
-        raise UsageError(f"classes={classes!r}: 'auto' or 'none' is expected")
-    train, heldout = recognise(data, classes)
+def find_sources(data: str, heldout_data: str | None, labelled: bool) -> Sources:
+    """What `data` and, if given, `heldout_data` name; without classes unless `labelled`. BadInputError, UsageError."""
+    train, heldout = _recognise(data, labelled)
     notes: tuple[str, ...] = ()
     if heldout_data is not None:
         if heldout is not None:
             notes = (f"{data}: its own held-out images are not used; {heldout_data} is",)
-        heldout, second = recognise(heldout_data, classes)
+        heldout, second = _recognise(heldout_data, labelled)
         if second is not None:
             raise UsageError(f"{heldout_data}: has splits of its own; name the one to hold out")
     if heldout is not None and heldout.identity == train.identity:
@@ -51,54 +48,58 @@ def find_sources(data: str, heldout_data: str | None, classes: Literal["auto", "
     return Sources(train, heldout, notes)
 
 
-def recognise(text: str, classes: Literal["auto", "none"]) -> tuple[Source, Source | None]:
+def _recognise(text: str, labelled: bool) -> tuple[Source, Source | None]:
     """The training images that `text` names and the held-out ones, if it separates them.
 
     BadInputError: missing, of no known kind, or damaged where that shows at once.
     """
     if text == DIGITS:
-        return digits_source(classes), None
+        return digits_source(labelled), None
     if text.startswith("hf:"):
-        return huggingface_sources(text, classes)
+        return huggingface_sources(text, labelled)
     if "{" in text and text.lower().endswith(SHARD_SUFFIXES):
-        return shard_source(printable(text), [Path(name) for name in expand_braces(text)], classes), None
+        return shard_source(printable(text), [Path(name) for name in expand_braces(text)], labelled), None
     path = Path(text).expanduser()
     if path.is_dir():
-        return _in_folder(path, classes)
+        return _in_folder(path, labelled)
     if not path.exists():
         raise BadInputError(f"{printable(text)}: does not exist; expected {_KINDS}")
     if path.suffix.lower() == ".npz":
-        return npz_source(path, classes), None
+        return npz_source(path, labelled), None
     if path.name.lower().endswith(SHARD_SUFFIXES):
-        return shard_source(printable(text), [path], classes), None
+        return shard_source(printable(text), [path], labelled), None
     hint = f"; try hf:{text}" if path.suffix.lower() in (".parquet", ".arrow") else ""
     raise BadInputError(f"{printable(text)}: a file of no known kind; expected {_KINDS}{hint}")
 
 
-def _in_folder(path: Path, classes: Literal["auto", "none"]) -> tuple[Source, Source | None]:
+def _in_folder(path: Path, labelled: bool) -> tuple[Source, Source | None]:
     try:
         folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-        has_images = any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir())
+        has_images = _has_images(path)
         if any(find_idx(path).values()):
-            return idx_sources(path, classes)
+            return idx_sources(path, labelled)
         shards = find_shards(path)
     except OSError as error:
-        raise BadInputError(f"{printable(str(path))}: cannot be read ({error.strerror})") from error
+        raise BadInputError(f"{printable(path)}: cannot be read ({error.strerror})") from error
     heldout = next((name for name in _HELDOUT_FOLDERS if name in folders), None)
     if "train" in folders and not has_images and not shards and (heldout or folders == {"train"}):
-        train = _without_splits(path / "train", classes)
+        train = _without_splits(path / "train", labelled)
         unused = sorted(folders - {"train", heldout})
         if unused:
-            note = f"{printable(str(path))}: held out is {heldout}/; not used: {', '.join(map(printable, unused))}"
+            note = f"{printable(path)}: held out is {heldout}/; not used: {', '.join(map(printable, unused))}"
             train = replace(train, notes=(*train.notes, note))
-        return train, _without_splits(path / heldout, classes) if heldout else None
-    return _without_splits(path, classes), None
+        return train, _without_splits(path / heldout, labelled) if heldout else None
+    return _without_splits(path, labelled), None
 
 
-def _without_splits(path: Path, classes: Literal["auto", "none"]) -> Source:
+def _without_splits(path: Path, labelled: bool) -> Source:
     shards = find_shards(path)
     if not shards:
-        return folder_source(path, classes)
-    if any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir()):
-        raise BadInputError(f"{printable(str(path))}: images and .tar shards in one folder; separate them")
-    return shard_source(printable(str(path)), shards, classes)
+        return folder_source(path, labelled)
+    if _has_images(path):
+        raise BadInputError(f"{printable(path)}: images and .tar shards in one folder; separate them")
+    return shard_source(printable(path), shards, labelled)
+
+
+def _has_images(folder: Path) -> bool:
+    return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())

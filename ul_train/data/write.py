@@ -4,14 +4,12 @@ import hashlib
 import heapq
 import io
 import json
-import math
 import os
 import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -19,10 +17,10 @@ from typing import TypeAlias
 import numpy as np
 
 from ul_runtime import durable
-from ul_runtime.errors import BadInputError, OutputError
+from ul_runtime.errors import BadInputError
 from ul_runtime.images import SMALLER, Conversion, ImageRejectedError, Rejected, convert
 from ul_runtime.progress import Tick
-from ul_train.data.imageset import IMAGES_NAME, INDEX_NAME, LABELS_NAME, SCHEMA, Index, PartIndex, ids_name
+from ul_train.data.imageset import IDS_NAMES, IMAGES_NAME, INDEX_NAME, LABELS_NAME, SCHEMA, Index, PartIndex
 from ul_train.data.records import Record, Source
 from ul_train.data.sources import Sources
 
@@ -65,11 +63,10 @@ class Classes:
 
     def final(self) -> tuple[tuple[str, ...], np.ndarray]:
         """Names in final order (given, else sorted; numbers by value) and final number of each provisional one."""
-        names = list(self._numbers)
-        if self._fixed is None and all(name.isdecimal() and name.isascii() for name in names):
-            order = sorted(names, key=lambda name: (int(name), name))
-        else:
-            order = names if self._fixed is not None else sorted(names)
+        names = order = list(self._numbers)
+        if self._fixed is None:
+            numeric = all(name.isdecimal() and name.isascii() for name in names)
+            order = sorted(names, key=(lambda name: (int(name), name)) if numeric else None)
         rank = {name: number for number, name in enumerate(order)}
         return tuple(order), np.array([rank[name] for name in names], dtype=np.int64)
 
@@ -104,14 +101,13 @@ class Tally:
             first = self.rejected[0]
             raise BadInputError(f"{where}: all {rejected} images are {SMALLER} (first: {first}); {TOO_SMALL_ADVICE}")
         found = f"{count} usable image{'s' * (count != 1)}, at least {expected} expected"
-        raise BadInputError(f"{where}: {found}{examples(self.rejected, rejected)}")
+        examples = f"; {rejected} rejected: {first_three(self.rejected)}" if rejected else ""
+        raise BadInputError(f"{where}: {found}{examples}")
 
 
-def examples(rejected: Sequence[Rejected], count: int) -> str:
-    """ "; 5 rejected: " and the first three of them; nothing without any."""
-    if not rejected:
-        return ""
-    return f"; {count} rejected: " + "; ".join(map(str, rejected[:3])) + ("; ..." if count > 3 else "")
+def first_three(rejected: Sequence[Rejected]) -> str:
+    """The first three of them, for a message."""
+    return "; ".join(map(str, rejected[:3])) + ("; ..." if len(rejected) > 3 else "")
 
 
 def rank(name: str) -> int:
@@ -150,73 +146,22 @@ def split_by_rank(ranks: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(train, np.int64), np.array(sorted(number for _, number in heldout), np.int64)
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """A failed write names the cache folder and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{folder}: cannot write the prepared images: {error.strerror or error}"
-        raise OutputError(f"{message}; free space or choose another cache folder") from error
-
-
-class _ImageFile:
-    """images.npy while it grows. Its header, of the same length for any number of images, is completed at the end."""
-
-    def __init__(self, folder: Path, to: Conversion) -> None:
-        self._folder = folder
-        self._shape = (to.channels, to.size, to.size)
-        self._count = 0
-        with _writing(folder):
-            self._file = open(folder / IMAGES_NAME, "x+b", buffering=1 << 20)  # noqa: SIM115 (closed in `close`)
-            self._file.write(self._header())
-
-    def _header(self) -> bytes:
-        header = io.BytesIO()
-        facts = {"descr": "|u1", "fortran_order": False, "shape": (self._count, *self._shape)}
-        np.lib.format.write_array_header_1_0(header, facts)
-        return header.getvalue()
-
-    def append(self, pixels: np.ndarray) -> None:
-        """One image uint8 c h w. OutputError."""
-        with _writing(self._folder):
-            self._file.write(pixels.tobytes())
-        self._count += 1
-
-    def digest(self, ids: np.ndarray, tick: Tick) -> str:
-        """SHA-256 over these images, in this order. OutputError, StoppedError."""
-        digest, start, size = hashlib.sha256(), len(self._header()), math.prod(self._shape)
-        for number in ids.tolist():
-            with _writing(self._folder):
-                self._file.seek(start + number * size)
-                digest.update(self._file.read(size))
-            tick(0)
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        """Write the final header. OutputError."""
-        with _writing(self._folder), self._file:
-            self._file.seek(0)
-            self._file.write(self._header())
-
-
 def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Tick) -> Index:
-    """Fill `folder` with the files of the set; returns what index.json says."""
-    train, heldout = Tally(sources.train), None if sources.heldout is None else Tally(sources.heldout)
-    with closing(_ImageFile(folder, to)) as file:
-        names, labels, ranks = _write_images(file, [train, heldout] if heldout else [train], to, tick)
-        if heldout is None:
-            ids = split_by_rank(ranks)
-            heldout = Tally(replace(sources.train, where=f"{sources.train.where} (held out by name)", ignored={}))
-        else:
-            ids = np.arange(train.accepted), np.arange(train.accepted, len(labels))
-        parts = [
-            _part_index(tally, labels[rows], names, file.digest(rows, tick))
-            for tally, rows in zip((train, heldout), ids, strict=True)
-        ]
-    with _writing(folder):
-        for name, values in ((LABELS_NAME, labels), (ids_name("train"), ids[0]), (ids_name("heldout"), ids[1])):
-            np.save(folder / name, values)
+    """Fill `folder` with the files of the set; returns what index.json says. OSError, BadInputError, StoppedError."""
+    tallies = [Tally(source) for source in (sources.train, sources.heldout) if source is not None]
+    names, labels, ranks = _write_images(folder / IMAGES_NAME, tallies, to, tick)
+    if sources.heldout is None:
+        ids = split_by_rank(ranks)
+        tallies.append(Tally(replace(sources.train, where=f"{sources.train.where} (held out by name)", ignored={})))
+    else:
+        ids = np.arange(tallies[0].accepted), np.arange(tallies[0].accepted, len(labels))
+    parts = []
+    for tally, rows in zip(tallies, ids, strict=True):
+        images_digest = _images_digest(folder / IMAGES_NAME, rows, to, tick)
+        parts.append(_part_index(tally, labels[rows], names, images_digest))
+    for name, values in zip((LABELS_NAME, *IDS_NAMES), (labels, *ids), strict=True):
+        np.save(folder / name, values)
+    train, heldout = tallies
     index = Index(
         format="unified-latents-images",
         schema_number=SCHEMA,
@@ -237,20 +182,54 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
 
 
 def _write_images(
-    file: _ImageFile, tallies: Sequence[Tally], to: Conversion, tick: Tick
+    path: Path, tallies: Sequence[Tally], to: Conversion, tick: Tick
 ) -> tuple[tuple[str, ...], np.ndarray, array]:
     """Every usable image of the sources; -> class names, labels int64 n and ranks of the names."""
     classes, provisional, ranks = Classes(tallies[0].source.class_names), array("q"), array("Q")
-    for tally in tallies:
-        for name, pixels, label in _accepted(tally, to, classes, tick):
-            file.append(pixels)
-            provisional.append(label)
-            ranks.append(rank(name))
-        tally.check_count(2 if len(tallies) == 1 else 1)
-        classes.close()
+    with open(path, "xb", buffering=1 << 20) as file:
+        file.write(_header(0, to))
+        for tally in tallies:
+            for outcome in _converted(tally.source, to):
+                tick(1)
+                if isinstance(outcome, Rejected):
+                    tally.reject(outcome)
+                    continue
+                record, pixels, changes = outcome
+                try:
+                    label = classes.number(record.label)
+                except ImageRejectedError as problem:
+                    tally.reject(problem.at(record.name))
+                    continue
+                tally.accept(changes)
+                file.write(pixels.tobytes())
+                provisional.append(label)
+                ranks.append(rank(record.name))
+            tally.check_count(2 if len(tallies) == 1 else 1)
+            classes.close()
+        file.seek(0)
+        file.write(_header(len(ranks), to))
     names, final = classes.final()
     labels = np.array(provisional, np.int64)
     return names, final[labels] if names else labels, ranks
+
+
+def _header(count: int, to: Conversion) -> bytes:
+    """Of images.npy; as long for any number of images, so it can be completed at the end."""
+    header = io.BytesIO()
+    shape = (count, to.channels, to.size, to.size)
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _images_digest(path: Path, ids: np.ndarray, to: Conversion, tick: Tick) -> str:
+    """SHA-256 over these images of images.npy, in this order."""
+    digest, start, size = hashlib.sha256(), len(_header(0, to)), to.channels * to.size * to.size
+    with open(path, "rb") as file:
+        for number in ids.tolist():
+            file.seek(start + number * size)
+            digest.update(file.read(size))
+            tick(0)
+    return digest.hexdigest()
 
 
 def _part_index(tally: Tally, labels: np.ndarray, names: tuple[str, ...], images_digest: str) -> PartIndex:
@@ -280,27 +259,9 @@ def _notes(sources: Sources, class_counts: dict[str, int]) -> list[str]:
     return notes
 
 
-def _accepted(tally: Tally, to: Conversion, classes: Classes, tick: Tick) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Name, pixels and provisional class of every usable image, in the source's order; counts the others."""
-    source = tally.source
-    to = replace(to, background=source.background or to.background, enlarge=source.enlarge)
-    for outcome in _converted(source, to):
-        tick(1)
-        if isinstance(outcome, Rejected):
-            tally.reject(outcome)
-            continue
-        record, pixels, changes = outcome
-        try:
-            label = classes.number(record.label)
-        except ImageRejectedError as problem:
-            tally.reject(problem.at(record.name))
-            continue
-        tally.accept(changes)
-        yield record.name, pixels, label
-
-
 def _converted(source: Source, to: Conversion) -> Iterator[_Converted | Rejected]:
     """Decode in a few threads, at most two images a thread ahead, results in order."""
+    to = replace(to, background=source.background or to.background, enlarge=source.enlarge)
     waiting: deque[Future[_Converted | Rejected]] = deque()
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS, "decode") as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is counted
