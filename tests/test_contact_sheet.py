@@ -1,9 +1,9 @@
-"""The labelled sheet: which picture stands where."""
+"""The labelled contact sheet: which image stands where."""
 
 import numpy as np
 import pytest
 
-from ul_runtime.contact_sheet import MOST_TILES, contact_sheet
+from ul_runtime.png import MOST_TILES, contact_sheet
 
 
 def flat(value: int, size: int = 8, channels: int = 3) -> np.ndarray:
@@ -25,7 +25,7 @@ def test_image_i_stands_in_column_i_mod_the_number_of_classes():
     assert places[0][1] < places[3][1]
 
 
-def test_small_pictures_are_enlarged_by_whole_factors_and_large_ones_reduced():
+def test_small_images_are_enlarged_by_whole_factors_and_large_ones_reduced():
     for size, expected in ((28, 28 * 4), (32, 96), (256, 256), (512, 256)):
         sheet = np.asarray(contact_sheet([flat(7, size)], "t"))
         assert (sheet == 7).all(axis=-1).sum() == expected**2

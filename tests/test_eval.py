@@ -19,7 +19,7 @@ from tiny_run import blobs
 
 import ul_runtime
 from ul_export.evaluation.cli import main
-from ul_runtime.contact_sheet import contact_sheet
+from ul_runtime.png import contact_sheet
 from ul_train.data.imageset import epoch_order
 
 ROOT = Path(__file__).parent.parent

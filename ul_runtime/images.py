@@ -42,13 +42,13 @@ _DAMAGED = (
 )
 _GREY_MODES = {"1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 _ALPHA_MODES = {"RGBA", "LA", "PA", "La", "RGBa"}
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a pipe (FIFO)"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ class Conversion:
 def check_regular(mode: int) -> None:
     """ImageRejectedError unless the st_mode is that of a regular file."""
     if not stat.S_ISREG(mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "of unknown kind")
-        raise ImageRejectedError("not a regular file", kind)
+        raise ImageRejectedError("not a regular file", _KINDS.get(stat.S_IFMT(mode), "of unknown kind"))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -131,8 +130,9 @@ def convert(source: Path | bytes | np.ndarray, to: Conversion) -> tuple[np.ndarr
 
     ImageRejectedError says why an image cannot be used; nothing else is raised for bad content.
     """
+    changes: list[str] = []
     if isinstance(source, np.ndarray):
-        changes: list[str] = []
+        _check_size(source.shape[1], source.shape[0], to)
         return _finish(Image.fromarray(source), to, changes), tuple(changes)
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
@@ -140,7 +140,7 @@ def convert(source: Path | bytes | np.ndarray, to: Conversion) -> tuple[np.ndarr
         raise ImageRejectedError("not readable", error.strerror or str(error)) from error
     try:
         with file:
-            return _decode(file, to)
+            return _decode(file, to, changes), tuple(changes)
     except Image.UnidentifiedImageError:
         raise ImageRejectedError("not an image of a known format", ", ".join(FORMATS)) from None
     except Image.DecompressionBombError:
@@ -150,8 +150,7 @@ def convert(source: Path | bytes | np.ndarray, to: Conversion) -> tuple[np.ndarr
         raise ImageRejectedError("corrupt or truncated", text) from error
 
 
-def _decode(file: BinaryIO, to: Conversion) -> tuple[np.ndarray, tuple[str, ...]]:
-    changes: list[str] = []
+def _decode(file: BinaryIO, to: Conversion, changes: list[str]) -> np.ndarray:
     if not file.read(1):
         raise ImageRejectedError("zero bytes")
     file.seek(0)
@@ -176,7 +175,7 @@ def _decode(file: BinaryIO, to: Conversion) -> tuple[np.ndarray, tuple[str, ...]
             pixels = _finish(image, to, changes)
         if _is_animated(image):
             changes.append("animated (first frame)")
-    return pixels, tuple(changes)
+    return pixels
 
 
 def _check_size(width: int, height: int, to: Conversion) -> None:
@@ -200,7 +199,6 @@ def _is_animated(image: Image.Image) -> bool:
 
 def _finish(image: Image.Image, to: Conversion, changes: list[str]) -> np.ndarray:
     """A decoded image of any mode -> uint8 c h w; appends to `changes`."""
-    _check_size(*image.size, to)
     grey = image.mode in _GREY_MODES
     image = _to_8_bit(image, rgb(to.background), changes)
     mode = "L" if to.channels == 1 else "RGB"

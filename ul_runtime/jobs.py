@@ -16,15 +16,16 @@ import numpy as np
 
 from ul_runtime import durable
 from ul_runtime.batches import Images
-from ul_runtime.contact_sheet import MOST_TILES, contact_sheet
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, UsageError
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.png import (
     CONTACT_SHEET,
     JOB_FILES,
+    MOST_TILES,
     ImageInfo,
     Job,
     as_pil,
+    contact_sheet,
     image_name,
     png_bytes,
     read_info,

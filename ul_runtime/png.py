@@ -1,4 +1,4 @@
-"""PNG files of images. Each holds one text chunk of JSON that says how the image was made: its `ImageInfo`.
+"""PNG files of images and contact sheets. Each holds one text chunk of JSON that says how it was made: its `ImageInfo`.
 
 A job is all that its images depend on beside their index and label; its fingerprint is a hash of it.
 """
@@ -6,13 +6,14 @@ A job is all that its images depend on beside their index and label; its fingerp
 import hashlib
 import io
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ul_runtime.errors import BadInputError
@@ -27,6 +28,13 @@ KEY = "unified-latents"  # of the text chunk
 _MOST_CHARACTERS = 2**20  # of the text chunk
 _MOST_PIXELS, _MOST_BYTES = 2**26, 2**28  # of a file that is read
 _END_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"
+MOST_TILES = 100  # of a contact sheet
+_MOST_COLUMNS = 20
+_MIN_TILE, _MAX_TILE = 96, 256  # px: smaller images are enlarged by whole factors, larger ones reduced
+_GAP, _MARGIN = 4, 12
+_TEXT_PX, _LINE_PX = 14, 20
+_MOST_TITLE = 720  # px: a longer title is shortened rather than widen the contact sheet
+_WHITE, _INK = (255, 255, 255), (32, 32, 32)
 
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
@@ -134,24 +142,20 @@ def read_png(path: Path) -> StoredImage:
         data = path.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels, texts = _parse_png(data)
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise ValueError(f"{image.width} by {image.height} px, at most {_MOST_PIXELS} pixels are read")
+                image.verify()  # the checksums, which reading the pixels would pass over
+            if not data.endswith(_END_CHUNK):
+                raise ValueError("it does not end where a PNG file ends")
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                texts = {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
+                pixels = np.asarray(image)
     except UnidentifiedImageError as error:
         raise BadInputError(f"{path}: is not a whole PNG file: it does not begin as one") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path}: is not a whole PNG file: {ascii(str(error))[1:-1][:200]}") from error
     return StoredImage(pixels[..., None] if pixels.ndim == 2 else pixels, texts, data)
-
-
-def _parse_png(data: bytes) -> tuple[np.ndarray, dict[str, str]]:
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(f"{image.width} by {image.height} px, at most {_MOST_PIXELS} pixels are read")
-        image.verify()  # the checksums, which reading the pixels would pass over
-    if not data.endswith(_END_CHUNK):
-        raise ValueError("it does not end where a PNG file ends")
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        texts = {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
-        return np.asarray(image), texts
 
 
 def png_bytes(image: Image.Image, info: ImageInfo | None = None) -> bytes:
@@ -177,3 +181,60 @@ def image_name(index: int) -> str:
 def is_contact_sheet(file: Path) -> bool:
     """Whether the file is the contact sheet beside images that a job filled a folder with."""
     return file.name == CONTACT_SHEET and any((file.parent / job).is_file() for job in JOB_FILES.values())
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
+) -> Image.Image:
+    """The first MOST_TILES of `images` (uint8 `h w c`, one size) under a title, in a square or in named columns.
+
+    `columns`: one name a column, image i stands in column i mod len. `captions`: one line under each image.
+    """
+    if len(columns) > _MOST_COLUMNS:
+        columns, captions = (), captions or [columns[i % len(columns)] for i in range(len(images))]
+    tiles = [_tile(image) for image in images[:MOST_TILES]]
+    across = len(columns) or math.ceil(math.sqrt(len(tiles)))
+    down = math.ceil(len(tiles) / across)
+    width, height = tiles[0].size
+    cell_w, cell_h = width + _GAP, height + _GAP + (_LINE_PX if captions else 0)
+    top = _MARGIN + _LINE_PX + _GAP + (_LINE_PX if columns else 0)
+    font = ImageFont.load_default(_TEXT_PX)
+    sheet_w = 2 * _MARGIN + max(across * cell_w - _GAP, min(math.ceil(font.getlength(title)), _MOST_TITLE))
+    sheet = Image.new("RGB", (sheet_w, top + down * cell_h + _MARGIN), _WHITE)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN), _shortened(title, sheet_w - 2 * _MARGIN, font), _INK, font)
+
+    def centred(text: str, column: int, y: int) -> None:
+        place = (_MARGIN + column * cell_w + width / 2, y)
+        draw.text(place, _shortened(text, width, font), _INK, font, anchor="ma")
+
+    for column, name in enumerate(columns):
+        centred(name, column, top - _LINE_PX)
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, across)
+        sheet.paste(tile, (_MARGIN + column * cell_w, top + row * cell_h))
+        if captions:
+            centred(captions[i], column, top + row * cell_h + height + 2)
+    return sheet
+
+
+def _tile(image: np.ndarray) -> Image.Image:
+    tile = as_pil(image)
+    if tile.mode == "RGBA":
+        tile = Image.alpha_composite(Image.new("RGBA", tile.size, (*_WHITE, 255)), tile)
+    tile = tile.convert("RGB")
+    longest = max(tile.size)
+    if longest > _MAX_TILE:
+        tile.thumbnail((_MAX_TILE, _MAX_TILE), Image.Resampling.LANCZOS)
+        return tile
+    factor = max(1, math.ceil(_MIN_TILE / longest))
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+
+
+def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, with an ellipsis if it is longer than `width` px."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

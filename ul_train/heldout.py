@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ul_runtime import noise
-from ul_runtime.contact_sheet import contact_sheet_png
 from ul_runtime.diffusion import NATS_PER_BIT, alpha
 from ul_runtime.images import from_uint8
 from ul_runtime.pipeline import Encoded, Pipeline
+from ul_runtime.png import contact_sheet, png_bytes
 from ul_runtime.progress import Tick, silent
 from ul_train.data.imageset import Images, ImageSet
 from ul_train.torch_backend import TorchBackend
@@ -200,7 +200,7 @@ def reconstruction_sheet(pipeline: Pipeline, images: ImageSet, title: str, tick:
         for original, other in zip(pixels.transpose(0, 2, 3, 1), decoded, strict=True)
         for side in (original, other)
     ]
-    return contact_sheet_png(pairs, title, ("original", "decoded") * 4)
+    return png_bytes(contact_sheet(pairs, title, ("original", "decoded") * 4))
 
 
 def sample_sheet(pipeline: Pipeline, title: str, tick: Tick = silent) -> bytes:
@@ -208,4 +208,4 @@ def sample_sheet(pipeline: Pipeline, title: str, tick: Tick = silent) -> bytes:
     names = pipeline.manifest.classes[:10]
     num = 8 * len(names) if names else 64
     batches = pipeline.generate(num, labels=list(range(len(names))) if names else None, tick=tick)
-    return contact_sheet_png([image for batch in batches for image in batch.images], title, names)
+    return png_bytes(contact_sheet([image for batch in batches for image in batch.images], title, names))

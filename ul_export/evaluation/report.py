@@ -13,7 +13,7 @@ from ul_export.evaluation.comparison import Comparison
 from ul_export.evaluation.measures import Reconstructions, Samples
 from ul_export.evaluation.statistics import Nearest
 from ul_export.html_page import image, page, paragraph, table
-from ul_runtime.contact_sheet import contact_sheet_png
+from ul_runtime.png import contact_sheet, png_bytes
 from ul_train.data.imageset import Images
 
 _WIDTH = 110  # of tables that no terminal limits
@@ -190,4 +190,4 @@ def _png(
     images: Sequence[np.ndarray] | np.ndarray, title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> bytes:
     """A contact sheet of images uint8 `c h w`."""
-    return contact_sheet_png([image.transpose(1, 2, 0) for image in images], title, columns, captions)
+    return png_bytes(contact_sheet([image.transpose(1, 2, 0) for image in images], title, columns, captions))

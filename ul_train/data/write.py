@@ -39,24 +39,20 @@ class Classes:
         self._fixed = fixed
         self._numbers = {name: number for number, name in enumerate(fixed or ())}
         self._labelled: bool | None = True if fixed else None
-        self._closed = fixed is not None
-
-    def close(self) -> None:
-        """After the training images: no new class from here on."""
-        self._closed = True
+        self.closed = fixed is not None  # no new class from here on
 
     def number(self, label: str | None) -> int:
         """Provisional number; -1 without classes. ImageRejectedError if the first image decided otherwise."""
         if self._labelled is None:
             self._labelled = label is not None
         if not self._labelled:
-            if label is not None and not self._closed:
+            if label is not None and not self.closed:
                 raise ImageRejectedError("has a class", "the images before it have none")
             return -1
         if label is None:
             raise ImageRejectedError("no class", "other images have one")
         if label not in self._numbers:
-            if self._closed:
+            if self.closed:
                 raise ImageRejectedError("a class that the training images do not have", label)
             self._numbers[label] = len(self._numbers)
         return self._numbers[label]
@@ -80,11 +76,6 @@ class Tally:
         self.rejected: list[Rejected] = []
         self.reasons: Counter[str] = Counter()
         self.converted: Counter[str] = Counter()
-
-    def accept(self, changes: Iterable[str]) -> None:
-        """Count a usable image and what was changed in it."""
-        self.accepted += 1
-        self.converted.update(changes)
 
     def reject(self, image: Rejected) -> None:
         """Count an unusable image, and list it while the list is short."""
@@ -200,12 +191,13 @@ def _write_images(
                 except ImageRejectedError as problem:
                     tally.reject(problem.at(record.name))
                     continue
-                tally.accept(changes)
+                tally.accepted += 1
+                tally.converted.update(changes)
                 file.write(pixels.tobytes())
                 provisional.append(label)
                 ranks.append(rank(record.name))
             tally.check_count(2 if len(tallies) == 1 else 1)
-            classes.close()
+            classes.closed = True  # after the training images
         file.seek(0)
         file.write(_header(len(ranks), to))
     names, final = classes.final()
