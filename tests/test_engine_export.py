@@ -65,6 +65,7 @@ def test_new_weights_build_anew(tmp_path, command):
 
 def test_misuse_is_refused_before_any_work(analytic_bundle, tmp_path, command):
     command.fails(main, 2, "give that too", analytic_bundle, "--target", "sm89")
+    command.fails(main, 2, "--max-batch is 0; expected 1 or more", analytic_bundle, "--tensorrt", "--max-batch", 0)
     command.fails(main, 2, "does not build for 'sm1'", analytic_bundle, "--tensorrt", "--target", "sm1")
     command.fails(main, 2, "leave out --target", analytic_bundle, "--tensorrt", "--refittable", "--target", "sm89")
     command.fails(main, 2, "is a bundle", analytic_bundle, "--tensorrt", "--target", "sm89", "--fp16")

@@ -304,6 +304,11 @@ def test_a_folder_that_cannot_be_made_is_said_before_any_work(command, run, tmp_
     command.fails(main, 2, "is a file, a folder is expected", run, "--out", tmp_path / "file" / "bundle")
 
 
+def test_no_threads_at_all_are_refused_before_any_work(command, run, tmp_path):
+    for words in (("--out", tmp_path / "bundle"), ("--check",)):
+        command.fails(main, 2, "the number of threads is 0; expected 1 or more", run, *words, "--threads", 0)
+
+
 @pytest.mark.parametrize("opset", [17, 19, 24])
 def test_an_opset_that_no_test_proves_is_refused(opset, command, run, tmp_path):
     command.fails(

@@ -72,6 +72,9 @@ def _engine_builder(run: Path, options: EngineOptions) -> Callable[[Path], dict[
     if not (run.exists() or _is_bundle(run)):
         raise BadInputError(f"{run}: no such run, bundle or model of the package")
     from ul_export.engines import build_engines, open_engines
+    from ul_runtime.settings import check_count
+
+    check_count("--max-batch", options.max_batch)
 
     opened = open_engines(options.target, options.max_batch, options.engines, options.refittable)
     return lambda bundle: build_engines(opened, bundle)

@@ -34,7 +34,7 @@ from ul_export.verify import (
     image_psnr_db,
 )
 from ul_runtime import durable
-from ul_runtime.backends import NO_BF16
+from ul_runtime.backends import NO_BF16, check_threads
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
@@ -188,6 +188,14 @@ class _Plan:
             raise UsageError("--calibrate is for --fp16, --bf16 and --int8")
         return cls(precision, opset, options.weights == "fp16", None)
 
+    @classmethod
+    def _of_bundle(cls, old: Bundle) -> "_Plan":
+        graph = old.manifest.graphs["prior_step"]
+        precision = PRECISIONS.get(graph.precision)
+        names = (name for graph_name in GRAPH_NAMES for name in old.initializers(graph_name))
+        half = precision is None and any(name.endswith(stored_name("")) for name in names)
+        return cls(precision, graph.opset, half, old)
+
     def described(self, trained: Snapshot) -> BundleInfo:
         """The manifest, without hashes and parity. BadInputError: `old` has other networks."""
         info = trained.manifest(self.opset)
@@ -199,14 +207,6 @@ class _Plan:
             weights = f"{info.provenance.weights}, rounded to float16"
             changed["provenance"] = info.provenance.model_copy(update={"weights": weights})
         return info.model_copy(update=changed)
-
-    @classmethod
-    def _of_bundle(cls, old: Bundle) -> "_Plan":
-        graph = old.manifest.graphs["prior_step"]
-        precision = PRECISIONS.get(graph.precision)
-        names = (name for graph_name in GRAPH_NAMES for name in old.initializers(graph_name))
-        half = precision is None and any(name.endswith(stored_name("")) for name in names)
-        return cls(precision, graph.opset, half, old)
 
 
 def export_bundle(run: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
@@ -221,8 +221,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions) -> dict[str, Any
     started, plan = time.monotonic(), _Plan.of(options)
     replaced = options.overwrite or out == options.update
     _check_free(out, replaced)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    _set_threads(options.threads)
     trained = Run.open(run).finished()
     check_finite(trained)
     networks, described = trained.networks, plan.described(trained)
@@ -298,8 +297,7 @@ def check_export(run: Path, threads: int | None) -> dict[str, Any]:
     started = time.monotonic()
     newest = Run.open(run).newest()
     check_finite(newest)
-    if threads:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     described, networks, where = newest.manifest(OPSET), newest.networks, f"{newest.stage} step {newest.step}"
     _LOG.info(f"checking the export of {described.name} ({where}, averaged weights) at opset {OPSET}")
     files = export_graphs(networks, described, OPSET)
@@ -308,6 +306,13 @@ def check_export(run: Path, threads: int | None) -> dict[str, Any]:
         comparison = candidate.compare()
     comparison.check(str(run), lambda: candidate.first_difference(comparison))
     return {**comparison.summary, "seconds": time.monotonic() - started}
+
+
+def _set_threads(threads: int | None) -> None:
+    """Torch is to compute on so many, as ONNX Runtime will. UsageError."""
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def calibration_images(run: Run, options: ExportOptions) -> tuple[np.ndarray, dict[str, Any]]:

@@ -129,36 +129,33 @@ def _weight_bytes(model: ir.Model) -> dict[str, int]:
 
 def html_report(record: Mapping[str, Any], name: str) -> str:
     """The record as a page that needs no other file, with drift by step and headroom by node."""
-    figures = [(key, each) for key, each in record["proof"]["figures"].items() if "z_0" in each]
-    worst = min(each["image_psnr_db"] for _, each in figures)
-    kind, bound = record["precision"], record["tolerances"]
-    pins = [
-        (graph, node["node"], node["why"])
-        for graph, each in record["graphs"].items()
-        for node in each["nodes"]
-        if node["pinned"]
-    ]
+    kind, bound, compared = record["precision"], record["tolerances"], record["proof"]["figures"]
+    nodes = [node | {"graph": graph} for graph, each in record["graphs"].items() for node in each["nodes"]]
+    pins = [[node["graph"], node["node"], node["why"]] for node in nodes if node["pinned"]]
+    paths = [(key, each) for key, each in compared.items() if "z_0" in each]
+    worst = min(each["image_psnr_db"] for _, each in paths)
+    about = {key.replace("_", " "): value for key, value in record["model"].items() if key != "versions"}
     body = [
         paragraph(
             f"Every graph call of the sampling path is within {bound['graph']['absolute']:g} + "
             f"{bound['graph']['relative']:g} |value| of float32; final images are at {worst:.1f} dB or better "
             f"(at least {bound['least_psnr_db']:g} dB is asked for). {PRECISIONS[kind].rounding}"
         ),
-        paragraph(", ".join(f"{key} {value}" for key, value in _facts(record["model"]).items())),
-        *_graphs(record, pins),
+        paragraph(", ".join(f"{key} {value}" for key, value in (about | record["model"]["versions"]).items())),
+        *_graphs(record),
         "<h2>Pinned to float32</h2>",
         table(["graph", "node", "why"], pins) if pins else paragraph("None."),
         "<h2>In float32 for other reasons</h2>",
-        table(["why", *record["graphs"]], _others(record), range(1, 1 + len(record["graphs"]))),
-        image("Drift of the state along both loops, root mean square", drift_plot(figures)),
+        _others(nodes, list(record["graphs"])),
+        image("Drift of the state along both loops, root mean square", drift_plot(paths)),
         image("Largest magnitude of every node", headroom_plot(record)),
-        *_headroom(record),
+        *(_headroom(nodes, list(record["graphs"])) if PRECISIONS[kind].largest is not None else []),
         "<h2>Graph calls</h2>",
         table(
             ["inputs", "graph", "largest difference"],
             [
                 (key, graph, f"{value:.2g}")
-                for key, each in record["proof"]["figures"].items()
+                for key, each in compared.items()
                 for graph, value in each["largest_difference"].items()
             ],
             (2,),
@@ -168,7 +165,7 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
             ["path", "z_0, largest difference", "images, PSNR in dB", "within one level of 255"],
             [
                 (key, f"{each['z_0']:.2g}", f"{each['image_psnr_db']:.1f}", f"{each['within_one_level']:.2%}")
-                for key, each in figures
+                for key, each in paths
             ],
             (1, 2, 3),
         ),
@@ -176,65 +173,40 @@ def html_report(record: Mapping[str, Any], name: str) -> str:
     return page(f"{name}: {kind} against float32", body)
 
 
-def _graphs(record: Mapping[str, Any], pins: list[tuple[str, str, str]]) -> list[str]:
+def _graphs(record: Mapping[str, Any]) -> list[str]:
     """The table of the graphs, and what its speeds are of."""
     kind = record["precision"]
-    columns = ["graph", f"FLOPs in {kind}", "weights, bytes", "of float32", "nodes", "pinned"]
-    columns += ["ms, float32", f"ms, {kind}"]
-    rows = [_graph_row(graph, each, pins) for graph, each in record["graphs"].items()]
+    columns = ["graph", f"FLOPs in {kind}", "weights, bytes", "of float32", "nodes", "pinned", "ms, float32"]
+    rows = []
+    for graph, each in record["graphs"].items():
+        stored, ms = sum(each["weight_bytes"].values()), each["ms"]
+        row = [graph, f"{each['flops_share']:.1%}", f"{stored:,}", f"{stored / each['weight_bytes_float32']:.0%}"]
+        row += [str(len(each["nodes"])), str(sum(node["pinned"] for node in each["nodes"]))]
+        rows.append([*row, f"{ms['fp32']:.2f}", f"{ms[kind]:.2f}" if kind in ms else "not on a CPU"])
     speeds = "Milliseconds are of a call by ONNX Runtime on the CPU that exported"
-    speeds += "." if kind == "int8" else f", which does not compute in {kind}: that is for a GPU to show."
+    speeds += "." if PRECISIONS[kind].on_cpu else f", which does not compute in {kind}: that is for a GPU to show."
+    columns.append(f"ms, {kind}")
     return [table(columns, rows, range(1, len(columns))), paragraph(speeds)]
 
 
-def _graph_row(graph: str, each: Mapping[str, Any], pins: list[tuple[str, str, str]]) -> list[str]:
-    stored = sum(each["weight_bytes"].values())
-    return [
-        graph,
-        f"{each['flops_share']:.1%}",
-        f"{stored:,}",
-        f"{stored / each['weight_bytes_float32']:.0%}",
-        str(len(each["nodes"])),
-        str(sum(pin[0] == graph for pin in pins)),
-        *(f"{each['ms'][name]:.2f}" if name in each["ms"] else "not on a CPU" for name in ("fp32", "int8")),
-    ]
-
-
-def _others(record: Mapping[str, Any]) -> list[list[str]]:
+def _others(nodes: list[Any], graphs: list[str]) -> str:
     """Why nodes that nobody pinned stay in float32, and how many of each graph, the most frequent first."""
-    reasons = {
-        graph: Counter(n["why"] for n in each["nodes"] if n["precision"] == "fp32" and not n["pinned"])
-        for graph, each in record["graphs"].items()
-    }
-    total = sum(reasons.values(), Counter[str]())
-    return [[why, *(str(counts[why]) for counts in reasons.values())] for why, _ in total.most_common()]
+    reasons = [(node["graph"], node["why"]) for node in nodes if node["precision"] == "fp32" and not node["pinned"]]
+    counts, total = Counter(reasons), Counter(why for _, why in reasons)
+    rows = [[why, *(str(counts[graph, why]) for graph in graphs)] for why, _ in total.most_common()]
+    return table(["why", *graphs], rows, range(1, 1 + len(graphs)))
 
 
-def _facts(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the model, in words."""
-    return {key.replace("_", " "): value for key, value in model.items() if key != "versions"} | model["versions"]
-
-
-def _headroom(record: Mapping[str, Any]) -> list[str]:
-    """The nodes that are nearest to the end of float16; nothing for other precisions, which end elsewhere."""
-    if record["precision"] != "fp16":
-        return []
-    columns = ["graph", "node", "largest", "headroom, bits"]
-    heading = "<h2>Least headroom below 65504, of the nodes in fp16</h2>"
-    return [heading, table(columns, _tightest(record), (2, 3))]
-
-
-def _tightest(record: Mapping[str, Any]) -> list[list[str]]:
+def _headroom(nodes: list[Any], graphs: list[str]) -> list[str]:
+    """The nodes of each graph that are nearest to the end of float16."""
     rows = []
-    for graph, each in record["graphs"].items():
-        nodes = [
-            node
-            for node in each["nodes"]
-            if node["precision"] == record["precision"] and node["headroom_bits"] is not None
-        ]
-        for node in sorted(nodes, key=lambda node: float(node["headroom_bits"]))[:_SHOWN]:
+    half = [node for node in nodes if node["precision"] != "fp32" and node["headroom_bits"] is not None]
+    half.sort(key=lambda node: float(node["headroom_bits"]))
+    for graph in graphs:
+        for node in [node for node in half if node["graph"] == graph][:_SHOWN]:
             rows.append([graph, node["node"], f"{node['largest']:.4g}", f"{node['headroom_bits']:.1f}"])
-    return rows
+    columns = ["graph", "node", "largest", "headroom, bits"]
+    return ["<h2>Least headroom below 65504, of the nodes in fp16</h2>", table(columns, rows, (2, 3))]
 
 
 def drift_plot(figures: list[tuple[str, Mapping[str, Any]]]) -> bytes:
@@ -269,7 +241,7 @@ def headroom_plot(record: Mapping[str, Any]) -> bytes:
         for kind, marker in (("fp32", "x"), (record["precision"], ".")):
             points = [(at, node["largest"]) for at, node in enumerate(each["nodes"]) if node["precision"] == kind]
             axes.semilogy(*zip(*points, strict=True), marker, label=kind, markersize=4)
-        if record["precision"] == "fp16":
+        if PRECISIONS[record["precision"]].largest is not None:
             axes.axhline(LARGEST_FLOAT16, color="red", label="largest float16")
             axes.axhline(LARGEST_FLOAT16 / 2**LEAST_HEADROOM_BITS, color="red", linestyle=":", label="pinned above")
         axes.set(xlabel="node, in the graph's order", title=graph)
