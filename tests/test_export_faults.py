@@ -14,7 +14,7 @@ import pytest
 import torch
 from disk import Disk
 from exported_run import PLAIN, Exported, exported_run
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from random_run import randomise, save, write_run
 from safetensors.numpy import load
 from safetensors.numpy import save as save_weights
@@ -133,6 +133,31 @@ def nan_constant(model: ModelProto) -> None:
     constant.raw_data = np.full(len(constant.raw_data) // 4, np.nan, np.float32).tobytes()
 
 
+def becomes(old: str, new: str) -> Callable[[ModelProto], None]:
+    """The one node of an operator becomes another operator."""
+
+    def change(model: ModelProto) -> None:
+        (node,) = (node for node in model.graph.node if node.op_type == old)
+        node.op_type = new
+
+    return change
+
+
+def lying(model: ModelProto) -> None:
+    """Each image on its side."""
+    (node,) = (node for node in model.graph.node if node.op_type == "Transpose")
+    node.attribute[0].ints[:] = [0, 3, 2, 1]
+
+
+def hidden_infinity(model: ModelProto) -> None:
+    """Magnitudes are summed up to a bound that no finite one reaches here."""
+    (at,) = (at for at, node in enumerate(model.graph.node) if node.op_type == "Abs")
+    for name, value in (("least", -1e6), ("most", 1e6)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    model.graph.node[at].input[0] = "bounded"
+    model.graph.node.insert(at, onnx.helper.make_node("Clip", ["x", "least", "most"], ["bounded"]))
+
+
 @pytest.mark.parametrize(
     ("graph", "change", "message"),
     [
@@ -145,6 +170,11 @@ def nan_constant(model: ModelProto) -> None:
         ("decoder_step", feed("noise", "x"), "do not equal torch.*decoder_step, x_next, any coefficients"),
         ("decoder_step", drop_pred, "do not equal torch.*decoder_step, pred.*missing on one side"),
         ("decoder_step", nan_constant, "do not equal torch.*decoder_step.* actual values are not finite"),
+        ("pixels", becomes("Round", "Floor"), "pixels: images differ"),
+        ("pixels", becomes("Clip", "Sum"), "pixels: images differ"),
+        ("pixels", lying, "pixels: images differ"),
+        ("pixels", becomes("Abs", "Identity"), "pixels, sum, batch 1: "),
+        ("pixels", hidden_infinity, "pixels: the sum of an image with NaN or infinity is finite"),
     ],
 )
 def test_a_wrong_operator_fails_the_export(graph, change, message, plain, command, monkeypatch, tmp_path):

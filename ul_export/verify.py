@@ -233,11 +233,27 @@ def compare_backends(
     return comparison
 
 
-def compare_pixels(comparison: Comparison, actual: Backend, shape: tuple[int, ...]) -> None:
-    """A failure unless the graph `pixels` makes the bytes of the runtime's own conversion, of x `2 c h w`."""
-    x = np.random.default_rng(0).normal(0.0, 1.0, (2, *shape)).astype(np.float32)
-    if not np.array_equal(actual.run("pixels", {"x": x})["images"], to_uint8(x)):
-        comparison.failures.append("pixels: images differ from round((clip(x, -1, 1) + 1) * 127.5)")
+def compare_pixels(comparison: Comparison, actual: Backend, shape: tuple[int, int, int]) -> None:
+    """Failures unless the graph `pixels` makes the runtime's own bytes of x `b c h w`, and tells what is not finite.
+
+    Values are within [-1, 1] and beyond; at a batch of each size but the first an image has NaN, infinity or both.
+    """
+    draw, spoilt = np.random.default_rng(0), (np.nan, np.inf, -np.inf)
+    for batch_size in BATCH_SIZES:
+        x = draw.normal(0.0, 1.0, (batch_size, *shape)).astype(np.float32)
+        x[0] = np.resize(np.linspace(-1.2, 1.2, 613, dtype=np.float32), shape)  # in steps of half a level
+        finite = np.arange(batch_size) % 4 != 1
+        for at, image in enumerate(np.flatnonzero(~finite)):
+            x[image].reshape(-1)[draw.integers(0, x[image].size)] = spoilt[at % len(spoilt)]
+        given = actual.run("pixels", {"x": x})
+        images, magnitude = given["images"], given["sum"]
+        if not np.array_equal(images[finite], to_uint8(x[finite])):
+            comparison.failures.append("pixels: images differ from round((clip(x, -1, 1) + 1) * 127.5)")
+        expected = np.abs(x.astype(np.float64)).sum(axis=(1, 2, 3)).astype(np.float32)
+        difference = compare(expected[finite], magnitude[finite], FP32_GRAPH)
+        comparison.note(f"pixels, sum, batch {batch_size}", difference)
+        if np.isfinite(magnitude[~finite]).any():
+            comparison.failures.append("pixels: the sum of an image with NaN or infinity is finite")
 
 
 @dataclass(frozen=True)
