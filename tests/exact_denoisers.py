@@ -10,9 +10,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ul_runtime.diffusion import Schedule, alpha, sigma, v_from_x
+from ul_runtime.diffusion import Array, Schedule, alpha, sigma
 from ul_runtime.samplers import B_0, B_1, B_2, LOGSNR, A, S
 from ul_train.objective import low_discrepancy_times, prior_nats
+
+
+def v_target(x: Array, eps: Array, logsnr: Array) -> Array:
+    """v = alpha eps - sigma x."""
+    return alpha(logsnr) * eps - sigma(logsnr) * x
+
+
+def eps_from_v(z_t: Array, v: Array, logsnr: Array) -> Array:
+    """eps = sigma z_t + alpha v."""
+    return sigma(logsnr) * z_t + alpha(logsnr) * v
+
+
+def v_from_x(z_t: Array, x: Array, logsnr: Array) -> Array:
+    """v = (alpha z_t - x) / sigma."""
+    return (alpha(logsnr) * z_t - x) / sigma(logsnr)
+
+
+def discrete_term(z_clean: np.ndarray, pred: np.ndarray, logsnr_s: np.ndarray, logsnr_t: np.ndarray) -> np.ndarray:
+    """1/2 (exp(logsnr_t) - exp(logsnr_s)) |z_clean - pred|^2 in nats, `b`: what one step from s to t costs."""
+    return 0.5 * (np.exp(logsnr_t) - np.exp(logsnr_s)) * ((z_clean - pred) ** 2).sum(axis=1)
+
+
+def needs_noise(table: np.ndarray) -> bool:
+    """Whether any row draws fresh noise."""
+    return bool(np.any(table[:, S] != 0.0))
+
 
 LATENT_SCHEDULE = Schedule("linear", -10.0, 5.0)
 

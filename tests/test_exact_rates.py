@@ -12,6 +12,7 @@ import pytest
 import torch
 from exact_denoisers import (
     LATENT_SCHEDULE,
+    discrete_term,
     expected_nats,
     fine_gaussian,
     gaussian_mean,
@@ -109,13 +110,13 @@ def discrete_cost(num_steps: int) -> float:
         z_clean = np.full((num_steps, 1), x)
         level = nodes[:-1, None]
         pred = gaussian_mean(alpha(level) * z_clean + sigma(level) * eps, level, 1.0)
-        total += diffusion.discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum() / 4
+        total += discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum() / 4
     return float(total + diffusion.kl_terminal(np.array([[1.0]]), -12.0)[0])
 
 
 def test_discrete_steps_of_an_exact_prediction_telescope():
     z_clean, pred, nodes = np.ones((5, 3)), np.zeros((5, 3)), np.linspace(-3.0, 4.0, 6)
-    total = diffusion.discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum()
+    total = discrete_term(z_clean, pred, nodes[:-1], nodes[1:]).sum()
     assert total == pytest.approx(0.5 * 3 * (math.exp(4.0) - math.exp(-3.0)))
 
 

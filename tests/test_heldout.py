@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from exact_denoisers import gaussian_mean, gaussian_v
+from exact_denoisers import gaussian_mean, gaussian_v, v_from_x
 from tiny_run import CPU, image_set, stop_at, tiny
 from torch import Tensor, nn
 
-from ul_runtime.diffusion import NATS_PER_BIT, alpha, sigma, v_from_x
+from ul_runtime.diffusion import NATS_PER_BIT, alpha, sigma
 from ul_runtime.errors import StoppedError
 from ul_runtime.images import from_uint8
 from ul_runtime.manifest import BundleInfo

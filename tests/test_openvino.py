@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,15 @@ with stop_on_signal():
 """
     done = subprocess.run([sys.executable, "-c", code, analytic_bundle], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_threads_that_call_at_once_get_their_own_results(exported_bundle: Bundle) -> None:
+    backend = opened(exported_bundle)
+    draw = np.random.default_rng(0)
+    x = [draw.uniform(-1, 1, (3, *images(exported_bundle, backend, 1).shape[1:])).astype(np.float32) for _ in range(40)]
+    alone = [backend.run("encoder", {"x": each})["z_clean"].tobytes() for each in x]
+    assert len(set(alone)) == len(x)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            together = pool.map(lambda each: backend.run("encoder", {"x": each})["z_clean"].tobytes(), x)
+            assert list(together) == alone

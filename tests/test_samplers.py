@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from exact_denoisers import final_variance, gaussian_mean, mixture_mean, walk
+from exact_denoisers import final_variance, gaussian_mean, mixture_mean, needs_noise, walk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +26,6 @@ from ul_runtime.samplers import (
     adams_bashforth,
     exact_weights,
     moments,
-    needs_noise,
     sampler_table,
 )
 

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from exact_denoisers import CENTRES, final_variance, mixture_mean, walk
+from exact_denoisers import CENTRES, final_variance, mixture_mean, needs_noise, walk
 
 from ul_runtime.diffusion import alpha, sigma
-from ul_runtime.samplers import B_0, B_1, A, S, needs_noise, sampler_table
+from ul_runtime.samplers import B_0, B_1, A, S, sampler_table
 
 LOW, HIGH = -10.0, 5.0
 ORDERS = {"ddim": 1, "dpmpp2m": 2, "ab2": 2, "sa2:0": 2, "ab3": 3, "unipc2": 3, "heun": 2}

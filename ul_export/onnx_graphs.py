@@ -25,8 +25,7 @@ from ul_export.onnx_model import (
     split_weights,
     store_half,
 )
-from ul_runtime.backends import one_line
-from ul_runtime.errors import ULError
+from ul_runtime.errors import ULError, one_line
 from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat, dtype_of, interface
 from ul_train.networks import SelfAttention
 from ul_train.step_graphs import DecoderStep, Pixels, PriorStep

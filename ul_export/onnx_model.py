@@ -12,9 +12,8 @@ import onnx_ir as ir
 from onnx import ModelProto
 from safetensors.numpy import save
 
-from ul_runtime.backends import one_line
 from ul_runtime.bundle import parse_weights
-from ul_runtime.errors import BadInputError, ULError
+from ul_runtime.errors import BadInputError, ULError, one_line
 
 FLOAT = ir.DataType.FLOAT
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's note on a node: its modules from the outside in, then the operation

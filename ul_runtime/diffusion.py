@@ -50,34 +50,9 @@ def diffuse(x: Array, eps: Array, logsnr: Array) -> Array:
     return alpha(logsnr) * x + sigma(logsnr) * eps
 
 
-def v_target(x: Array, eps: Array, logsnr: Array) -> Array:
-    """v = alpha eps - sigma x."""
-    return alpha(logsnr) * eps - sigma(logsnr) * x
-
-
 def x_from_v(z_t: Array, v: Array, logsnr: Array) -> Array:
     """x = alpha z_t - sigma v."""
     return alpha(logsnr) * z_t - sigma(logsnr) * v
-
-
-def eps_from_v(z_t: Array, v: Array, logsnr: Array) -> Array:
-    """eps = sigma z_t + alpha v."""
-    return sigma(logsnr) * z_t + alpha(logsnr) * v
-
-
-def eps_from_x(z_t: Array, x: Array, logsnr: Array) -> Array:
-    """eps = (z_t - alpha x) / sigma."""
-    return (z_t - alpha(logsnr) * x) / sigma(logsnr)
-
-
-def v_from_x(z_t: Array, x: Array, logsnr: Array) -> Array:
-    """v = (alpha z_t - x) / sigma."""
-    return (alpha(logsnr) * z_t - x) / sigma(logsnr)
-
-
-def score_from_x(z_t: Array, x: Array, logsnr: Array) -> Array:
-    """grad log q(z_t) = (alpha x - z_t) / sigma^2."""
-    return (alpha(logsnr) * x - z_t) / sigma(logsnr) ** 2
 
 
 @dataclass(frozen=True)
@@ -151,15 +126,6 @@ def diffusion_term(z_clean: Array, pred: Array, logsnr: Array, slope: Array) -> 
     """1/2 (-dlogsnr/dt) exp(logsnr) |z_clean - pred|^2 in nats, `b`; `logsnr` and `slope` = dlogsnr/dt are `b`."""
     xp = array_namespace(z_clean)
     return -0.5 * slope * xp.exp(logsnr) * _sum_values((z_clean - pred) ** 2)
-
-
-def discrete_term(z_clean: Array, pred: Array, logsnr_s: Array, logsnr_t: Array) -> Array:
-    """1/2 (exp(logsnr_t) - exp(logsnr_s)) |z_clean - pred|^2 in nats, `b`: what one step costs.
-
-    The step goes from s (noisier) to t (cleaner), `pred` is made at s; `logsnr_s` and `logsnr_t` are `b`.
-    """
-    xp = array_namespace(z_clean)
-    return 0.5 * (xp.exp(logsnr_t) - xp.exp(logsnr_s)) * _sum_values((z_clean - pred) ** 2)
 
 
 def kl_terminal(z_clean: Array, logsnr_min: float) -> Array:

@@ -73,6 +73,12 @@ class UntrustedError(ULError):
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
 
 
+def one_line(error: object, most: int = 300) -> str:
+    """The start of an engine's message."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[:most] + "..."
+
+
 def require_packages(*packages: str, extras: str) -> None:
     """UsageError that says what to install, for the first of `packages` that is not there."""
     for package in packages:

@@ -6,6 +6,7 @@ Shapes are those of the step graphs: `b` (batch) and `g` (guidance branches) dyn
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -13,12 +14,14 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
     FiniteFloat,
     JsonValue,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
@@ -31,6 +34,7 @@ MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_DEPTH = 16
 MAX_FILES = 64
+MAX_KEYS = 4096
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ROW_SIZE = 8
 HISTORY = 2
@@ -42,7 +46,6 @@ NETWORK_GRAPHS: tuple[GraphName, ...] = ("encoder", "prior_step", "decoder_step"
 GRAPH_NAMES: tuple[GraphName, ...] = (*NETWORK_GRAPHS, "pixels")
 Shape = tuple[int | str, ...]
 
-FileName = Annotated[str, Field(pattern=f"^{FILE_NAME.pattern}$")]
 Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # safe to print
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=65536)]
@@ -60,6 +63,52 @@ def _taken_by(parse: Callable[[str], object]) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Refuse a name that could leave the bundle or run code (UntrustedError) or that is malformed (BadInputError)."""
+    if re.search(r"[/\\\0:]", name) or name.startswith(".."):
+        raise UntrustedError(f"{where}: file name {name[:200]!a} leaves the bundle; do not use this bundle")
+    if not FILE_NAME.fullmatch(name):
+        raise BadInputError(f"{where}: file name {name[:200]!a}; expected letters, digits, '.', '_', '-', at most 128")
+    if name.lower().endswith(CODE_SUFFIXES):
+        raise UntrustedError(
+            f"{where}: {name} is of a kind that can run code; a bundle holds onnx and safetensors only"
+        )
+
+
+def _where(info: ValidationInfo) -> str:
+    """The file that is parsed, for errors that are raised as they are: pydantic turns ValueError alone into its own."""
+    return str(info.context or MANIFEST_NAME)
+
+
+def _is_file_name(name: str, info: ValidationInfo) -> str:
+    check_file_name(name, _where(info))
+    return name
+
+
+def _is_known_version(version: object, info: ValidationInfo) -> object:
+    """BadInputError with the advice, for a version that this program does not read."""
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        advice = "upgrade unified-latents" if version > FORMAT_VERSION else "export again with this version's ul-export"
+        raise BadInputError(f"{_where(info)}: format_version {version}, this program reads {FORMAT_VERSION}; {advice}")
+    return version
+
+
+def _is_plain(value: JsonValue, depth: int = 2) -> JsonValue:
+    """ValueError for a number that is not finite, and for nesting below MAX_DEPTH; `depth` is that of `value`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    if isinstance(value, (dict, list)):
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        for part in value.values() if isinstance(value, dict) else value:
+            _is_plain(part, depth + 1)
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_is_file_name)]
+Record = Annotated[dict[str, JsonValue], AfterValidator(_is_plain)]
 
 
 def is_bundle(folder: Path) -> bool:
@@ -175,7 +224,7 @@ class BundleInfo(_Part):
     """All that an exporter says about a bundle; `write_bundle` adds the hashes."""
 
     format: Literal["unified-latents-bundle"] = FORMAT
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Annotated[Literal[3], BeforeValidator(_is_known_version)] = FORMAT_VERSION
     name: Text
     image: ImageFormat
     latent: LatentFormat
@@ -185,9 +234,9 @@ class BundleInfo(_Part):
     defaults: Defaults
     graphs: dict[GraphName, Graph]
     provenance: Provenance
-    recipe: dict[str, JsonValue] = {}  # the whole recipe of the run, as ul-train takes it
-    quality: dict[str, JsonValue] = {}
-    parity: dict[str, JsonValue] = {}
+    recipe: Record = {}  # the whole recipe of the run, as ul-train takes it
+    quality: Record = {}
+    parity: Record = {}
 
     @property
     def num_classes(self) -> int:
@@ -263,71 +312,13 @@ def _check_tensors(where: str, tensors: tuple[TensorFormat, ...], expected: dict
             raise ValueError(f"{where}: {tensor.name} is {given}; image and latent need {dtype} {list(want)}")
 
 
-def check_file_name(name: str, where: str) -> None:
-    """Refuse a name that could leave the bundle or run code (UntrustedError) or that is malformed (BadInputError)."""
-    if re.search(r"[/\\\0:]", name) or name.startswith(".."):
-        raise UntrustedError(f"{where}: file name {name[:200]!a} leaves the bundle; do not use this bundle")
-    if not FILE_NAME.fullmatch(name):
-        raise BadInputError(f"{where}: file name {name[:200]!a}; expected letters, digits, '.', '_', '-', at most 128")
-    if name.lower().endswith(CODE_SUFFIXES):
-        raise UntrustedError(
-            f"{where}: {name} is of a kind that can run code; a bundle holds onnx and safetensors only"
-        )
-
-
-def _check_depth(data: bytes) -> None:
-    """Linear scan for nesting, before the recursive parser sees the bytes."""
-    depth, in_string = 0, False
-    for match in re.finditer(rb'\\.|["\[\]{}]', data, re.DOTALL):
-        token = match.group()
-        if token == b'"':
-            in_string = not in_string
-        elif not in_string and token in (b"[", b"{"):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ValueError(f"nested deeper than {MAX_DEPTH}")
-        elif not in_string and token in (b"]", b"}"):
-            depth -= 1
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:100]!a} occurs twice")
-    return result
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"number {text[:40]} is not finite")
-    return value
-
-
-def _load_json(data: bytes) -> dict[str, Any]:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN, bounded depth; ValueError."""
-    _check_depth(data)
-    value = json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_finite)
-    if not isinstance(value, dict):
-        raise ValueError("a JSON object is expected")
-    return value
-
-
-def _check_names(value: dict[str, Any], where: str) -> None:
-    """Names first, so that an escape is called an escape."""
-    files = value.get("files")
-    if isinstance(files, dict):
-        if len(files) > MAX_FILES:
-            raise BadInputError(f"{where}: lists {len(files)} files; at most {MAX_FILES} are allowed")
-        for name in files:
-            check_file_name(name, where)
-    graphs = value.get("graphs")
-    for graph in graphs.values() if isinstance(graphs, dict) and len(graphs) <= MAX_FILES else ():
-        for key in ("file", "weights", "float32_file"):
-            if isinstance(graph, dict) and isinstance(graph.get(key), str):
-                check_file_name(graph[key], where)
+def _checked_object(pairs: list[tuple[str, Any]]) -> None:
+    """ValueError for what pydantic would take or be long about: a key that occurs twice, and very many keys."""
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"{len(pairs)} keys in one object; at most {MAX_KEYS} are allowed")
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"key {key[:100]!a} occurs twice")
 
 
 def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
@@ -335,26 +326,12 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise BadInputError(f"{where}: {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
     try:
-        value = _load_json(data)
-        canonical = json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is an error here
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{where}: not readable: {error}; copy or export the bundle again") from error
-    if value.get("format") != FORMAT:
-        raise BadInputError(f"{where}: format is {str(value.get('format'))[:60]!a}; expected {FORMAT!r}")
-    version = value.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        message = f"format_version {version}, this program reads {FORMAT_VERSION}; upgrade unified-latents"
-        raise BadInputError(f"{where}: {message}")
-    if isinstance(version, int) and version < FORMAT_VERSION:
-        message = (
-            f"format_version {version}, this program reads {FORMAT_VERSION}; export again with this version's ul-export"
-        )
-        raise BadInputError(f"{where}: {message}")
-    _check_names(value, where)
-    try:
-        return Manifest.model_validate_json(canonical, strict=True)
+        json.loads(data.decode(), object_pairs_hook=_checked_object)
+        return Manifest.model_validate_json(data, strict=True, context=where)
     except ValidationError as error:
         raise BadInputError(f"{where}: {first_error(error)}; export the bundle again") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{where}: not readable: {error}; copy or export the bundle again") from error
 
 
 def first_error(error: ValidationError) -> str:

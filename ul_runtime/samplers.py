@@ -263,8 +263,3 @@ def sampler_table(
         steps[-1] = [(0.0, 1.0, 0.0, 0.0, 0.0)]
     calls = [(logsnr[k + call], update) for k, step in enumerate(steps) for call, update in enumerate(step)]
     return np.array([(level, alpha(level), sigma(level), *update) for level, update in calls], dtype=np.float64)
-
-
-def needs_noise(table: np.ndarray) -> bool:
-    """Whether any step of the table draws fresh noise."""
-    return bool(np.any(table[:, S] != 0.0))

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ul_runtime.backends import PRECISIONS, Backend, HostBackend, one_line
+from ul_runtime.backends import PRECISIONS, Backend, HostBackend
 from ul_runtime.backends.gpu import CudaMemory, Memory, no_collection
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
-from ul_runtime.errors import OutOfMemoryError, ULError, UsageError
+from ul_runtime.errors import OutOfMemoryError, ULError, UsageError, one_line
 from ul_runtime.machine import MachineOptions
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline

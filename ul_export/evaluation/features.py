@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, max_pool2d, normalize, pad, relu
 
 from ul_export.evaluation.options import EvalOptions
-from ul_runtime.backends import one_line
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, session_options
-from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, require_packages
+from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, one_line, require_packages
 from ul_runtime.images import from_uint8
 from ul_runtime.progress import Tick, progress, silent
 from ul_train.data.imageset import Images, Splits

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ul_runtime.errors import BadInputError, ULError, UsageError
+from ul_runtime.errors import BadInputError, ULError, UsageError, one_line
 from ul_runtime.loop import Inputs, run_on_host
 
 if TYPE_CHECKING:
@@ -112,12 +112,6 @@ def run_failed(engine: str, graph_name: str, inputs: dict[str, np.ndarray], erro
 def cannot_load(bundle: "Bundle", graph_name: str, error: Exception, advice: str) -> BadInputError:
     """What a backend raises where a graph of the bundle cannot be loaded."""
     return BadInputError(f"{bundle.path}: graph {graph_name} cannot be loaded: {one_line(error)}; {advice}")
-
-
-def one_line(error: object, most: int = 300) -> str:
-    """The start of an engine's message."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else text[:most] + "..."
 
 
 def check_threads(threads: int | None) -> None:

@@ -132,7 +132,7 @@ def _lacks_bf16(manifest: BundleInfo) -> str | None:
 def _open_on_cpu(name: str, bundle: "Bundle", precision: str | None, options: MachineOptions) -> Backend:
     own = cpu_precision(bundle.manifest)
     if name == "openvino":
-        require_packages("openvino", extras="openvino")
+        require_packages("openvino", "onnx", extras="openvino")
         from ul_runtime.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(bundle, precision or own, threads=options.threads)

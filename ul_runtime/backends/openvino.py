@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class OpenVinoBackend(HostBackend):
         if precision == "bf16" and not has_bf16():
             raise UsageError(f"{NO_BF16}; give --precision fp32")
         self.threads = threads or _default_threads()
+        self._lock = Lock()  # a request holds the inputs of one call
         self._graphs: dict[tuple[GraphName, tuple[tuple[str, int], ...]], _Graph] = {}
 
     def run(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -74,12 +76,13 @@ class OpenVinoBackend(HostBackend):
                 sizes = inputs[tensor.name].shape
                 dims |= {d: size for d, size in zip(tensor.shape, sizes, strict=False) if isinstance(d, str)}
         key = graph_name, tuple(dims.items())
-        if key not in self._graphs:
-            self._graphs[key] = self._build(graph_name, dims)
-        try:
-            outputs = self._graphs[key].run(inputs)
-        except (RuntimeError, ValueError) as error:
-            raise run_failed("OpenVINO", graph_name, inputs, error) from error
+        with self._lock:
+            if key not in self._graphs:
+                self._graphs[key] = self._build(graph_name, dims)
+            try:
+                outputs = self._graphs[key].run(inputs)
+            except (RuntimeError, ValueError) as error:
+                raise run_failed("OpenVINO", graph_name, inputs, error) from error
         return {name: array[:batch] for name, array in outputs.items()}
 
     def _build(self, graph_name: "GraphName", dims: dict[str, int]) -> "_Graph":

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision, one_line
+from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision
 from ul_runtime.backends.gpu import CudaMemory, Memory
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, load_session, session_options
-from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
+from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError, one_line
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle

@@ -10,8 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from ul_runtime.backends import one_line
-from ul_runtime.errors import BadInputError, StoppedError, ULError, UsageError
+from ul_runtime.errors import BadInputError, StoppedError, ULError, UsageError, one_line
 from ul_runtime.manifest import TensorFormat
 from ul_runtime.progress import Tick, silent
 
