@@ -70,8 +70,8 @@ def _source(array: np.ndarray, given: Mapping[str, np.ndarray], users: list[str]
     return None
 
 
-OPSETS = (18, 20, 22, 23)  # those that the tests prove
-_ATTENTION = 23  # from here on it is one operator, which ONNX Runtime runs on cards without writing scores down
+OPSETS = (18, 20, 22, 23)  # those that the tests verify
+_ATTENTION = 23  # from here on it is one operator, which ONNX Runtime runs on GPUs without writing scores down
 
 
 @dataclass(frozen=True)

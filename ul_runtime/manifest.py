@@ -188,7 +188,7 @@ class Graph(_Part):
     """An ONNX graph without weights, and the safetensors file that holds its initializers, if only a few or none.
 
     `float32_file`: the same graph over the same weights computing in float32, where `precision` is another: for
-    processors without that arithmetic, and to make an image again that was not finite.
+    CPUs without that arithmetic, and to make an image again that was not finite.
     """
 
     file: FileName

@@ -5,7 +5,7 @@ Image i depends only on (bundle, seed, i, its label, settings, backend); on a GP
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ul_runtime import noise
 from ul_runtime.backends import Backend
-from ul_runtime.batches import Draw, Images, in_batches
+from ul_runtime.batches import Images, in_batches
 from ul_runtime.diffusion import NATS_PER_BIT, Schedule, alpha, diffuse, diffusion_term, kl_terminal, sigma
 from ul_runtime.errors import UsageError
 from ul_runtime.loop import (
@@ -317,8 +317,7 @@ class Pipeline:
             assert self.in_float32 is not None
             return draw(self.in_float32, part, batch)
 
-        here: Draw = lambda part, batch: draw(self, part, batch)  # noqa: E731
-        return in_batches(count, size, here, None if self._exact is None else again)
+        return in_batches(count, size, partial(draw, self), None if self._exact is None else again)
 
 
 @lru_cache(maxsize=32)

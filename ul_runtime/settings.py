@@ -5,16 +5,12 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
 from ul_runtime.errors import UsageError
 from ul_runtime.samplers import parse_grid, parse_sampler
-
-if TYPE_CHECKING:
-    pass
-
 
 NO_LABEL = "none"
 MOST_STEPS = 65536  # as in a manifest

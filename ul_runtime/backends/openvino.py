@@ -1,6 +1,6 @@
 """OpenVINO on the CPU, in float32 or bfloat16, and the only file that imports openvino.
 
-Precision is asked for by name: OpenVINO's own default is bfloat16 wherever the processor has it, without a word.
+Precision is asked for by name: OpenVINO's own default is bfloat16 wherever the CPU has it, without a word.
 Same bytes at any batch size and position, but not at any number of threads, which a job therefore names.
 """
 
@@ -40,7 +40,7 @@ def _core() -> ov.Core:
 
 
 def has_bf16() -> bool:
-    """Whether this processor computes in bfloat16 natively."""
+    """Whether this CPU computes in bfloat16 natively."""
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -54,7 +54,7 @@ class OpenVinoBackend(HostBackend):
     name = "openvino"
 
     def __init__(self, bundle: "Bundle", precision: str, *, threads: int | None = None) -> None:
-        """`threads` None = one per core. UsageError: a precision that OpenVINO or this processor does not have."""
+        """`threads` None = one per core. UsageError: a precision that OpenVINO or this CPU does not have."""
         if precision not in _HINTS:
             raise UsageError(f"openvino computes in {' or '.join(_HINTS)}, not in {precision}; give --precision")
         check_threads(threads)
@@ -146,7 +146,7 @@ def _take_out_waves(model: ov.Model) -> ov.Model | None:
 
 
 def product(precision: str, threads: int, b: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The matrix product a b, each `n n`, with b as a weight: what the processor can do at best in this precision."""
+    """The matrix product a b, each `n n`, with b as a weight: what the CPU can do at best in this precision."""
     a = opset.parameter(b.shape)
     model = ov.Model([opset.matmul(a, opset.constant(b), False, False)], [a])
     settings = _settings(precision, threads)
