@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -59,6 +59,22 @@ def as_output_error(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot write: {error.strerror or error}; {advice}") from error
 
 
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _on_failure(undo: Callable[..., object], *arguments: object) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.callback(undo, *arguments)
+        yield
+        stack.pop_all()
+
+
 def _temporary_name(final: Path) -> Path:
     return final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"
 
@@ -85,11 +101,8 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, _READ)
-    try:
+    with _closing(os.open(path, _READ)) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_file(path: Path, chunks: Iterable[bytes]) -> None:
@@ -97,16 +110,12 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
 
     For files inside a temporary directory. An existing `path` or any failure: OutputError, nothing left.
     """
-    with as_output_error(path), ExitStack() as on_failure:
+    with as_output_error(path):
         fd = os.open(path, _CREATE, 0o666)
-        on_failure.callback(_remove_quietly, path)
-        try:
+        with _on_failure(_remove_quietly, path), _closing(fd):
             for chunk in chunks:
                 _write_all(fd, chunk)
             os.fsync(fd)
-        finally:
-            os.close(fd)
-        on_failure.pop_all()
 
 
 def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
@@ -116,10 +125,9 @@ def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
     """
     path = _absolute(path)
     temporary = _temporary_name(path)
-    with ExitStack() as on_failure:
-        on_failure.callback(_remove_quietly, temporary)
-        write_file(temporary, [data])
-        with as_output_error(path):
+    with as_output_error(path):
+        with _on_failure(_remove_quietly, temporary):
+            write_file(temporary, [data])
             try:
                 if overwrite:
                     os.rename(temporary, path)
@@ -127,8 +135,7 @@ def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
                     _renameat2(temporary, path, _RENAME_NOREPLACE)
             except FileExistsError:
                 raise UsageError(f"{path}: exists already; choose another name or remove it") from None
-            on_failure.pop_all()
-            _sync(path.parent)
+        _sync(path.parent)
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -145,18 +152,13 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
         raise ValueError(f"{path}: one line expected, got {text.count(chr(10)) + 1}")
     path = _absolute(path)
     with as_output_error(path):
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
+        with _closing(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)) as fd:
             size = os.fstat(fd).st_size
             torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            with ExitStack() as on_failure:
-                on_failure.callback(os.ftruncate, fd, size)
+            with _on_failure(os.ftruncate, fd, size):
                 _write_all(fd, (("\n" if torn else "") + text + "\n").encode())
                 if sync:
                     os.fsync(fd)
-                on_failure.pop_all()
-        finally:
-            os.close(fd)
         if sync and size == 0:
             _sync(path.parent)
 
@@ -233,13 +235,11 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 def _in_use(path: Path) -> bool:
     """Whether a living process holds this temporary directory."""
-    fd = os.open(path, _READ)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
+    with _closing(os.open(path, _READ)) as fd:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 
@@ -286,22 +286,15 @@ def _claim_lock(file: Path) -> int:
     """An fd that holds the lock of `file`. BlockingIOError: another process has it. UsageError: it is not a lock."""
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        with ExitStack() as on_failure:
-            on_failure.callback(os.close, fd)
+        with _on_failure(os.close, fd):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status = os.fstat(fd)
             with suppress(FileNotFoundError):
                 if os.path.samestat(status, os.stat(file)):  # not just removed by its holder
                     if status.st_nlink > 1 or not _HOLDER.fullmatch(os.pread(fd, 400, 0)):
                         raise UsageError(f"{file}: was not written by this toolkit; move it or choose another folder")
-                    on_failure.pop_all()
                     return fd
-
-
-def _holder(file: Path) -> str:
-    with suppress(OSError):
-        return file.read_text(errors="replace").strip() or "another process"
-    return "another process"
+        os.close(fd)
 
 
 @contextmanager
@@ -318,7 +311,11 @@ def lock_directory(path: Path) -> Iterator[None]:
             try:
                 fd = _claim_lock(file)
             except BlockingIOError:
-                raise UsageError(f"{path}: in use by {_holder(file)}; wait or choose another folder") from None
+                holder = ""
+                with suppress(OSError):
+                    holder = file.read_text(errors="replace").strip()
+                message = f"in use by {holder or 'another process'}; wait or choose another folder"
+                raise UsageError(f"{path}: {message}") from None
             at_end.callback(os.close, fd)
             at_end.callback(_remove_quietly, file)
             os.ftruncate(fd, 0)
