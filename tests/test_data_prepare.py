@@ -216,7 +216,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ul_train.data.write._part_index", full)
+    monkeypatch.setattr("ul_train.data.write._fingerprint", full)
     with pytest.raises(OutputError, match="No space"):
         opened(source, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -1,6 +1,6 @@
 """A prepared image set: .npy files of images, labels and the ids of each part, memory-mapped, and index.json."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +19,13 @@ IDS_NAMES = ("train_ids.npy", "heldout_ids.npy")  # int64, rows of images.npy in
 
 
 class PartIndex(BaseModel):
-    """What is known of one part (train or heldout); `reasons` counts all rejected, `rejected` lists the first 10,000.
+    """What is known of one part (train or heldout), counted while it is prepared.
 
-    `fingerprint` is the SHA-256 over image bytes, labels and class names; `converted` counts what was changed.
+    `fingerprint` is the SHA-256 over image bytes, labels and class names; `converted` counts what was changed;
+    `reasons` counts all rejected images, `rejected` lists the first 10,000.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid")
     num_images: int
     fingerprint: str
     class_counts: dict[str, int]
@@ -33,6 +34,14 @@ class PartIndex(BaseModel):
     rejected: list[Rejected]
     converted: dict[str, int]
     ignored: dict[str, int]
+
+    @classmethod
+    def empty(cls, ignored: Mapping[str, int]) -> "PartIndex":
+        """Before its first image; `ignored` counts the files that are none, by suffix."""
+        return cls(
+            num_images=0, fingerprint="", class_counts={}, num_rejected=0, reasons={}, rejected=[], converted={},
+            ignored=dict(ignored),
+        )  # fmt: skip
 
 
 class Index(BaseModel):

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -67,33 +67,24 @@ class Classes:
         return tuple(order), np.array([rank[name] for name in names], dtype=np.int64)
 
 
-class Tally:
-    """What happened to the images of one source: `accepted`, `rejected` (the first) and the reasons of all."""
+def _reject(part: PartIndex, image: Rejected) -> None:
+    part.num_rejected += 1
+    part.reasons[image.reason] = part.reasons.get(image.reason, 0) + 1
+    if len(part.rejected) < MAX_LISTED:
+        part.rejected.append(image)
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.accepted = 0
-        self.rejected: list[Rejected] = []
-        self.reasons: Counter[str] = Counter()
-        self.converted: Counter[str] = Counter()
 
-    def reject(self, image: Rejected) -> None:
-        """Count an unusable image, and list it while the list is short."""
-        self.reasons[image.reason] += 1
-        if len(self.rejected) < MAX_LISTED:
-            self.rejected.append(image)
-
-    def check_count(self, expected: int) -> None:
-        """BadInputError when too few images are usable to go on at all."""
-        if self.accepted >= expected:
-            return
-        where, count, rejected = self.source.where, self.accepted, self.reasons.total()
-        if count == 0 and rejected and self.reasons[SMALLER] == rejected:
-            first = self.rejected[0]
-            raise BadInputError(f"{where}: all {rejected} images are {SMALLER} (first: {first}); {TOO_SMALL_ADVICE}")
-        found = f"{count} usable image{'s' * (count != 1)}, at least {expected} expected"
-        examples = f"; {rejected} rejected: {first_three(self.rejected)}" if rejected else ""
-        raise BadInputError(f"{where}: {found}{examples}")
+def _check_count(part: PartIndex, where: str, expected: int) -> None:
+    """BadInputError when too few images are usable to go on at all."""
+    count, rejected = part.num_images, part.num_rejected
+    if count >= expected:
+        return
+    if count == 0 and rejected and part.reasons.get(SMALLER) == rejected:
+        first = part.rejected[0]
+        raise BadInputError(f"{where}: all {rejected} images are {SMALLER} (first: {first}); {TOO_SMALL_ADVICE}")
+    found = f"{count} usable image{'s' * (count != 1)}, at least {expected} expected"
+    examples = f"; {rejected} rejected: {first_three(part.rejected)}" if rejected else ""
+    raise BadInputError(f"{where}: {found}{examples}")
 
 
 def first_three(rejected: Sequence[Rejected]) -> str:
@@ -139,29 +130,31 @@ def split_by_rank(ranks: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
 
 def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Tick) -> Index:
     """Fill `folder` with the files of the set; returns what index.json says. OSError, BadInputError, StoppedError."""
-    tallies = [Tally(source) for source in (sources.train, sources.heldout) if source is not None]
-    names, labels, ranks = _write_images(folder / IMAGES_NAME, tallies, to, tick)
+    train, given = sources.train, [source for source in (sources.train, sources.heldout) if source is not None]
+    parts = [PartIndex.empty(source.ignored) for source in given]
+    names, labels, ranks = _write_images(folder / IMAGES_NAME, given, parts, to, tick)
     if sources.heldout is None:
         ids = split_by_rank(ranks)
-        tallies.append(Tally(replace(sources.train, where=f"{sources.train.where} (held out by name)", ignored={})))
+        parts.append(PartIndex.empty({}))
     else:
-        ids = np.arange(tallies[0].accepted), np.arange(tallies[0].accepted, len(labels))
-    parts = []
-    for tally, rows in zip(tallies, ids, strict=True):
-        images_digest = _images_digest(folder / IMAGES_NAME, rows, to, tick)
-        parts.append(_part_index(tally, labels[rows], names, images_digest))
+        ids = np.arange(parts[0].num_images), np.arange(parts[0].num_images, len(labels))
+    for part, rows in zip(parts, ids, strict=True):
+        part.num_images = len(rows)
+        part.fingerprint = _fingerprint(folder / IMAGES_NAME, rows, labels[rows], names, to, tick)
+        if names:
+            counts = np.bincount(labels[rows], minlength=len(names)).tolist()
+            part.class_counts = dict(zip(names, counts, strict=True))
     for name, values in zip((LABELS_NAME, *IDS_NAMES), (labels, *ids), strict=True):
         np.save(folder / name, values)
-    train, heldout = tallies
     index = Index(
         format="unified-latents-images",
         schema_number=SCHEMA,
         key=key,
-        source=train.source.where,
-        heldout_source=heldout.source.where,
+        source=train.where,
+        heldout_source=sources.heldout.where if sources.heldout else f"{train.where} (held out by name)",
         channels=to.channels,
         size=to.size,
-        background=train.source.background or to.background,
+        background=train.background or to.background,
         fit=to.fit,
         class_names=list(names),
         notes=_notes(sources, parts[0].class_counts),
@@ -173,30 +166,31 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
 
 
 def _write_images(
-    path: Path, tallies: Sequence[Tally], to: Conversion, tick: Tick
+    path: Path, given: Sequence[Source], parts: Sequence[PartIndex], to: Conversion, tick: Tick
 ) -> tuple[tuple[str, ...], np.ndarray, array]:
-    """Every usable image of the sources; -> class names, labels int64 n and ranks of the names."""
-    classes, provisional, ranks = Classes(tallies[0].source.class_names), array("q"), array("Q")
+    """Every usable image of the sources, counted in `parts`; -> class names, labels int64 n and ranks of the names."""
+    classes, provisional, ranks = Classes(given[0].class_names), array("q"), array("Q")
     with open(path, "xb", buffering=1 << 20) as file:
         file.write(_header(0, to))
-        for tally in tallies:
-            for outcome in _converted(tally.source, to):
+        for source, part in zip(given, parts, strict=True):
+            for outcome in _converted(source, to):
                 tick(1)
                 if isinstance(outcome, Rejected):
-                    tally.reject(outcome)
+                    _reject(part, outcome)
                     continue
                 record, pixels, changes = outcome
                 try:
                     label = classes.number(record.label)
                 except ImageRejectedError as problem:
-                    tally.reject(problem.at(record.name))
+                    _reject(part, problem.at(record.name))
                     continue
-                tally.accepted += 1
-                tally.converted.update(changes)
+                part.num_images += 1
+                for change in changes:
+                    part.converted[change] = part.converted.get(change, 0) + 1
                 file.write(pixels.tobytes())
                 provisional.append(label)
                 ranks.append(rank(record.name))
-            tally.check_count(2 if len(tallies) == 1 else 1)
+            _check_count(part, source.where, 2 if len(given) == 1 else 1)
             classes.closed = True  # after the training images
         file.seek(0)
         file.write(_header(len(ranks), to))
@@ -213,30 +207,18 @@ def _header(count: int, to: Conversion) -> bytes:
     return header.getvalue()
 
 
-def _images_digest(path: Path, ids: np.ndarray, to: Conversion, tick: Tick) -> str:
-    """SHA-256 over these images of images.npy, in this order."""
-    digest, start, size = hashlib.sha256(), len(_header(0, to)), to.channels * to.size * to.size
+def _fingerprint(
+    path: Path, ids: np.ndarray, labels: np.ndarray, names: tuple[str, ...], to: Conversion, tick: Tick
+) -> str:
+    """SHA-256 over these images of images.npy in this order, their labels and the class names."""
+    images, start, size = hashlib.sha256(), len(_header(0, to)), to.channels * to.size * to.size
     with open(path, "rb") as file:
         for number in ids.tolist():
             file.seek(start + number * size)
-            digest.update(file.read(size))
+            images.update(file.read(size))
             tick(0)
-    return digest.hexdigest()
-
-
-def _part_index(tally: Tally, labels: np.ndarray, names: tuple[str, ...], images_digest: str) -> PartIndex:
-    facts = [images_digest, hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(), names]
-    counts = np.bincount(labels, minlength=len(names)).tolist() if names else []
-    return PartIndex(
-        num_images=len(labels),
-        fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
-        class_counts=dict(zip(names, counts, strict=True)),
-        num_rejected=tally.reasons.total(),
-        reasons=dict(tally.reasons),
-        rejected=tally.rejected,
-        converted=dict(tally.converted),
-        ignored=dict(tally.source.ignored),
-    )
+    facts = [images.hexdigest(), hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(), names]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _notes(sources: Sources, class_counts: dict[str, int]) -> list[str]:
