@@ -1,4 +1,4 @@
-"""The prepared set: held-out choice, cache, order, concurrency, memory, what is said when it fails."""
+"""The prepared set: held-out choice, cache, order, concurrency, memory, messages when it fails."""
 
 import errno
 import io
@@ -194,7 +194,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_prepared_set_is_prepared_again_and_it_is_said(
+def test_a_damaged_prepared_set_is_prepared_again_and_it_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     caplog.set_level("INFO", "ul_train")
@@ -240,7 +240,7 @@ def test_a_full_disk_is_an_output_error_that_names_the_folder(tmp_path: Path) ->
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_too_little_space_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder(tmp_path / "in", range(20))
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(OutputError, match="20 prepared images take"):

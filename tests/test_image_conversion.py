@@ -1,4 +1,4 @@
-"""Any image to uint8 c h w: what is changed is named, what is unusable is refused."""
+"""Any image to uint8 c h w: what is changed is named, what is unusable is rejected."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ul_runtime import images as convert_module
+from ul_runtime import images
 from ul_runtime.errors import UsageError
 from ul_runtime.images import Conversion, ImageRejectedError, convert
 
@@ -132,7 +132,7 @@ def test_float_pixels_in_0_to_1_span_the_whole_range() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 1e9])
-def test_float_pixels_out_of_range_are_refused(value: float) -> None:
+def test_float_pixels_out_of_range_are_rejected(value: float) -> None:
     pixels = np.full((16, 16), value, dtype=np.float32)
     assert rejection(encoded(Image.fromarray(pixels), "TIFF"), GREY_16) == "pixel values out of range"
 
@@ -231,7 +231,7 @@ def test_enlarge_scales_small_images_up() -> None:
 
 GOOD_PNG = encoded(Image.fromarray(noise()))
 GOOD_JPEG = encoded(Image.fromarray(noise(64, 64)), "JPEG")
-REFUSED: dict[str, tuple[bytes, str]] = {
+REJECTED: dict[str, tuple[bytes, str]] = {
     "zero bytes": (b"", "zero bytes"),
     "pdf renamed": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + b"1 0 obj\n" * 50, "not an image of a known format"),
     "fits renamed": (b"SIMPLE  =                    T" + b" " * 2850, "not an image of a known format"),
@@ -249,14 +249,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_unusable_content_is_refused_with_its_reason(name: str) -> None:
-    source, reason = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_unusable_content_is_rejected_with_its_reason(name: str) -> None:
+    source, reason = REJECTED[name]
     assert rejection(source) == reason
 
 
 def test_an_image_over_the_pixel_bound_is_never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "MAX_PIXELS", 24 * 24 - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 24 - 1)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert rejection(GOOD_PNG) == "too many pixels"
 
@@ -310,14 +310,14 @@ def test_what_is_not_a_regular_file_is_never_opened(tmp_path: Path, make: Callab
     assert rejection(path) == reason
 
 
-def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_permission_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(GOOD_PNG)
 
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("ul_train.data.records.os.open", refuse)
+    monkeypatch.setattr("ul_runtime.images.os.open", refuse)
     assert rejection(path) == "not readable"
 
 

@@ -14,8 +14,8 @@ from ul_train.data.prepare import open_splits
 from ul_train.run import Run
 
 
-def saved(tmp_path: Path, picture: Image.Image, name: str = "a.png", **options) -> Path:
-    picture.save(tmp_path / name, **options)
+def saved(tmp_path: Path, image: Image.Image, name: str = "a.png", **options) -> Path:
+    image.save(tmp_path / name, **options)
     return tmp_path / name
 
 
@@ -51,7 +51,7 @@ def test_small_images_are_padded_where_training_pads_and_refused_where_it_crops(
         load_image(file, ImageFormat(channels=1, size=32, fit="crop"))
 
 
-def test_what_was_converted_is_said(tmp_path):
+def test_what_was_converted_is_returned(tmp_path):
     frames = [Image.new("L", (4, 4), k) for k in (0, 255)]
     file = saved(tmp_path, frames[0], "moving.gif", save_all=True, append_images=frames[1:])
     _, changes = load_image(file, ImageFormat(channels=3, size=4))

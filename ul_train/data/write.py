@@ -63,8 +63,8 @@ class Classes:
         if self._fixed is None:
             numeric = all(name.isdecimal() and name.isascii() for name in names)
             order = sorted(names, key=(lambda name: (int(name), name)) if numeric else None)
-        rank = {name: number for number, name in enumerate(order)}
-        return tuple(order), np.array([rank[name] for name in names], dtype=np.int64)
+        number_of = {name: number for number, name in enumerate(order)}
+        return tuple(order), np.array([number_of[name] for name in names], dtype=np.int64)
 
 
 def _reject(part: PartIndex, image: Rejected) -> None:
