@@ -94,7 +94,6 @@ CALL cuMemAllocFromPoolAsync(uint64_t** address, size_t size, void* pool, Stream
 CALL cuMemFreeAsync(uint64_t* address, Stream*) { held -= *--address; free(address); return OK; }
 CALL cuMemcpyAsync(char* to, const char* from, size_t size, Stream* stream) { return submit(stream, [=] { memmove(to, from, size); }); }
 CALL cuMemsetD8Async(char* to, unsigned char value, size_t size, Stream* stream) { return submit(stream, [=] { memset(to, value, size); }); }
-CALL cuMemcpy2DAsync_v2(const void*, Stream*) { return UNKNOWN; }
 CALL cuPointerGetAttributes(unsigned count, const int* which, int** values, uint64_t) {
     for (unsigned k = 0; k < count; k++) *values[k] = which[k] == 2 ? 2 : 0;  // memory of a device
     return OK;

@@ -55,12 +55,8 @@ class HostMemory:
         self.largest_download = max(self.largest_download, array.nbytes)
         self.submit(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))  # type: ignore[arg-type, return-value]
 
-    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
-        def work() -> None:
-            for row in range(rows):
-                ctypes.memmove(to + row * to_pitch, source + row * pitch, size)
-
-        self.submit(work)
+    def copy(self, to: int, source: int, size: int) -> None:
+        self.submit(lambda: ctypes.memmove(to, source, size))  # type: ignore[arg-type, return-value]
 
     def array(self, address: int, size: int) -> np.ndarray:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exported_run import PLAIN, exported_run
 
 from ul_runtime.backends.gpu import SOURCE_FILE
 
@@ -143,3 +144,41 @@ del cycle, memory
 gc.collect()
 assert held.value == 0
 """)  # fmt: skip
+
+
+LOOPS = """
+from ul_runtime.backends.ort_cpu import OrtCpuBackend
+from ul_runtime.backends.ort_cuda import OrtDeviceBackend
+from ul_runtime.bundle import Bundle
+from ul_runtime.pipeline import Pipeline
+
+class OnHost(gpu.CudaMemory):
+    kind = "cpu"  # as ONNX Runtime calls the stand-in's device
+
+def pipelines(path):
+    bundle = Bundle.open(path)
+    device = OrtDeviceBackend(bundle, OnHost(), ["CPUExecutionProvider"])
+    return [Pipeline(bundle.manifest, each) for each in (device, OrtCpuBackend(bundle, threads=1))]
+
+def images(pipeline, **options):
+    return np.concatenate([each.x for each in pipeline.generate(5, batch_size=3, seed=4, **options)])
+
+there, host = pipelines(sys.argv[1])
+for options in (
+    {"steps": 6, "guidance": 2.0, "guidance_interval": (-3.0, 1.5)},
+    {"steps": 4, "sampler": "sa2", "guidance": 1.5},
+    {"steps": 4, "sampler": "ab3", "decoder_sampler": "ancestral", "decoder_steps": 4},
+):
+    expected = images(host, **options)
+    assert images(there, **options).tobytes() == expected.tobytes()
+    assert images(there, **(options | {"steps": 7})).tobytes() != expected.tobytes()  # the control
+    bare = [each.images for each in there.generate(5, batch_size=3, seed=4, keep_x=False, **options)]
+    kept = [each.images for each in host.generate(5, batch_size=3, seed=4, **options)]
+    assert np.concatenate(bare).tobytes() == np.concatenate(kept).tobytes()
+there.backend.loop.release()
+assert held.value == np.stack(noise.quantile_table()).nbytes, "the table of the noise alone"
+"""
+
+
+def test_images_of_the_loop_in_this_memory_are_the_hosts_byte_for_byte(driver, tmp_path_factory):
+    run(driver, LOOPS, exported_run(PLAIN, tmp_path_factory).bundle)

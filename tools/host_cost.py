@@ -65,7 +65,7 @@ class NoTime:
             self._room = np.zeros(size, np.uint8)
         return self._room[:size]
 
-    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
+    def copy(self, to: int, source: int, size: int) -> None:
         """Within the device."""
 
     def array(self, address: int, size: int) -> np.ndarray:

@@ -54,8 +54,8 @@ class Memory(Protocol):
     def download(self, address: int, array: np.ndarray) -> None:
         """Into an array, which is ready after `wait`."""
 
-    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
-        """`rows` pieces of `size` bytes each, `to_pitch` and `pitch` bytes apart, within the device."""
+    def copy(self, to: int, source: int, size: int) -> None:
+        """So many bytes, within the device."""
 
     def array(self, address: int, size: int) -> Any:
         """So many bytes there, as what torch.from_dlpack takes."""
@@ -147,21 +147,10 @@ class CudaMemory:
         """See Memory."""
         self.copy(array.ctypes.data, address, array.nbytes)
 
-    def copy(self, to: int, source: int, size: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0) -> None:
+    def copy(self, to: int, source: int, size: int) -> None:
         """See Memory."""
         with self._errors():
-            if rows == 1:
-                self.array(to, size).copy_from(self.array(source, size), stream=self._queue)
-            else:
-                self._copy_rows(to, source, size, rows, to_pitch, pitch)
-
-    def _copy_rows(self, to: int, source: int, size: int, rows: int, to_pitch: int, pitch: int) -> None:
-        from cuda.bindings import runtime
-
-        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        (error,) = runtime.cudaMemcpy2DAsync(to, to_pitch, source, pitch, size, rows, kind, self.stream)
-        if error != runtime.cudaError_t.cudaSuccess:
-            raise ULError(f"NVIDIA GPU {self.number}: {error.name}; ul-doctor says what works here")
+            self.array(to, size).copy_from(self.array(source, size), stream=self._queue)
 
     def clear(self, address: int, size: int) -> None:
         """See Memory."""

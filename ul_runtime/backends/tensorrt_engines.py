@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from ul_runtime.backends.tensorrt_build import (
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, ULError, UntrustedError
 from ul_runtime.machine import engine_dir, gpus
-from ul_runtime.manifest import GraphName, TensorFormat
+from ul_runtime.manifest import GraphName
 from ul_runtime.onnx_weights import with_weights
 from ul_runtime.progress import Tick, silent
 
@@ -134,7 +134,7 @@ class EngineCache:
         """
         if batch is None and (engine := self.load(facts)) is not None:
             return engine
-        able = [other for other in self._headers(facts) if other.is_engine and other.serves(facts, batch)]
+        able = [other for other in self._headers(facts) if other.serves(facts, batch)]
         for other in sorted(able, key=lambda other: other.most):
             if (engine := self.load(other)) is not None:
                 return engine
@@ -148,11 +148,9 @@ class EngineCache:
 
     def with_other_weights(self, facts: Facts, flag: str, batch: int | None = None) -> Facts | None:
         """Of an engine that would do for `facts` with its own weights, and was built with `flag`."""
-        for entry in self.entries():
-            other = entry.facts
-            if other is None or not other.is_engine or flag not in other.flags.split(", "):
-                continue
-            if replace(other, weights_sha256=facts.weights_sha256).serves(facts, batch):
+        for other in self._headers(facts):
+            same = replace(other, weights_sha256=facts.weights_sha256)
+            if flag in other.flags.split(", ") and same.serves(facts, batch):
                 return other
         return None
 
@@ -282,15 +280,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _header(stream: BinaryIO, path: Path) -> tuple[Facts, int, str]:
-    """Its facts, and size and SHA-256 of the engine that follows."""
+    """Its facts, and size and SHA-256 of the engine that follows. BadInputError."""
     if stream.read(len(_MAGIC)) != _MAGIC:
         raise BadInputError(f"{path}: not an engine of this program")
-    return _parse_header(stream.readline(_MOST_HEADER), path)
-
-
-def _parse_header(header: bytes, path: Path) -> tuple[Facts, int, str]:
     try:
-        record: dict[str, Any] = json.loads(header)
+        record: dict[str, Any] = json.loads(stream.readline(_MOST_HEADER))
         return Facts(**record["facts"]), int(record["size"]), str(record["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{path}: damaged header") from error
@@ -353,63 +347,44 @@ class Engines:
 
         Errors are those of `build_engine`.
         """
-
-        def onnx() -> bytes:
-            return with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
-
-        facts, inputs = self.facts(bundle, graph, float32=float32), bundle.manifest.graphs[graph].inputs
-        return self._engine(facts, str(bundle.path), onnx, inputs, batch, tick)
-
-    def _engine(
-        self,
-        facts: Facts,
-        where: str,
-        onnx: Callable[[], bytes],
-        inputs: Sequence[TensorFormat],
-        batch: int | None,
-        tick: Tick,
-    ) -> Prepared:
+        facts = self.facts(bundle, graph, float32=float32)
         if (engine := self.cache.find(facts, batch)) is not None:
             return Prepared(engine, None)
         if batch is not None and batch > self.profile.most:
             larger = replace(self, profile=replace(self.profile, most=batch))
-            wider = replace(facts, profile=larger.batches)
-            return larger._engine(wider, where, onnx, inputs, None, tick)
-        if self.gpu and (refitted := self._refitted(facts, where, onnx, batch)) is not None:
+            return larger.engine(bundle, graph, float32=float32, tick=tick)
+        plan = self._plan(bundle, graph, float32)
+        if self.gpu and (refitted := self._refitted(facts, plan, batch)) is not None:
             return Prepared(refitted, "the weights have changed")
         with self.cache.building(facts, tick):
             if (engine := self.cache.find(facts, batch)) is not None:  # another process has built it
                 return Prepared(engine, None)
-            return self._build(facts, where, onnx, inputs, tick)
+            return self._build(facts, plan, tick)
 
-    def _build(
-        self,
-        facts: Facts,
-        where: str,
-        onnx: Callable[[], bytes],
-        inputs: Sequence[TensorFormat],
-        tick: Tick,
-    ) -> Prepared:
+    def _plan(self, bundle: Bundle, graph: GraphName, float32: bool) -> Plan:
+        onnx = with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
+        inputs, timings = bundle.manifest.graphs[graph].inputs, None
+        if self.library.kind.keeps_timings:
+            timings = Timings(self.cache.load(self.kept("timings")) or b"")
+        return Plan(str(bundle.path), graph, onnx, inputs, self.profile, self.targets, timings, self.refittable)
+
+    def _build(self, facts: Facts, plan: Plan, tick: Tick) -> Prepared:
         why = self.cache.why(facts)
         _LOG.warning("%s: building an engine by %s: %s", facts.graph, self.library.title, why)
-        timings, kept = None, self.kept("timings")
-        if self.library.kind.keeps_timings:
-            timings = Timings(self.cache.load(kept) or b"")
-        plan = Plan(where, facts.graph, onnx(), inputs, self.profile, self.targets, timings, self.refittable)
         engine = build_engine(self.library, plan, tick)
         self.cache.store(facts, engine)
-        if timings is not None:
-            self.cache.store(kept, timings.data)
+        if plan.timings is not None:
+            self.cache.store(self.kept("timings"), plan.timings.data)
         return Prepared(engine, why)
 
-    def _refitted(self, facts: Facts, where: str, onnx: Callable[[], bytes], batch: int | None) -> bytes | None:
-        """An engine that is there with these weights put in, and kept; None, said why, where that does not work."""
+    def _refitted(self, facts: Facts, plan: Plan, batch: int | None) -> bytes | None:
+        """An engine that is there with these weights put in, and kept; None, logged why, where that does not work."""
         other = self.cache.with_other_weights(facts, REFITTABLE, batch)
         if other is None or (old := self.cache.load(other)) is None:
             return None
         _LOG.warning("%s: new weights into the engine that is there, by %s", facts.graph, self.library.title)
         try:
-            engine = refit_engine(self.library, old, onnx(), where)
+            engine = refit_engine(self.library, old, plan.onnx, plan.where)
         except ULError as error:
             _LOG.warning("%s: it has to be built, its weights cannot be replaced: %s", facts.graph, error)
             return None
