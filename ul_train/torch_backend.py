@@ -247,24 +247,6 @@ class _BoundModule:
             raise ULError(f"torch cannot run a step: {one_line(error)}") from error
 
 
-@dataclass(frozen=True)
-class RunModel:
-    """What the pipeline asks of a bundle, of a run."""
-
-    path: Path
-    manifest: BundleInfo
-    hash: str
-
-    @classmethod
-    def load(cls, run: Path) -> "tuple[RunModel, dict[str, nn.Module]]":
-        """(description, averaged networks) of a run whose base has begun. BadInputError."""
-        trained = Run.open(run).finished()
-        described, networks = trained.manifest(), trained.networks
-        sums = {name: weights_sha256(network) for name, network in sorted(networks.items())}
-        digest = hashlib.sha256((described.model_dump_json() + "".join(sums.values())).encode())
-        return cls(run, described, digest.hexdigest()), networks
-
-
 def check() -> str:
     """Multiply two matrices on the device that torch takes by itself, "cuda" or "cpu". ULError: it fails, is wrong."""
     where = choose_device("auto")
@@ -302,16 +284,19 @@ def _open_run(run: Path, options: MachineOptions, guide: Pipeline | None) -> Pip
     # the work of a guide is in one order with that of the run
     beside = guide.backend.loop.memory if guide and isinstance(guide.backend, TorchDeviceBackend) else None
     memory = (beside or TorchMemory(options.gpu)) if on_gpu else None
-    model, networks = RunModel.load(run)
+    trained = Run.open(run).finished()
+    described, networks = trained.manifest(), trained.networks
+    sums = "".join(weights_sha256(network) for _, network in sorted(networks.items()))
+    digest = hashlib.sha256((described.model_dump_json() + sums).encode()).hexdigest()
 
     def backend(precision: str) -> Backend:
         if memory is None:
             return torch_backend(networks, torch.device("cpu"), precision)
         required = options.require_graphs
-        return TorchDeviceBackend(networks, model.manifest, memory, precision=precision, require_graphs=required)
+        return TorchDeviceBackend(networks, described, memory, precision=precision, require_graphs=required)
 
     exact = None if precision in (None, "fp32") else lambda: backend("fp32")
-    return Pipeline(model.manifest, backend(precision or "fp32"), guide, exact, path=run, hash=model.hash)
+    return Pipeline(described, backend(precision or "fp32"), guide, exact, path=run, hash=digest)
 
 
 def torch_pipeline(

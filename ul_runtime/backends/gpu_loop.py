@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from ul_runtime.backends.gpu import Memory, Scratch
 from ul_runtime.errors import OutOfMemoryError, ULError
 from ul_runtime.loop import NO_NOISE, Guide, Inputs, Loop, run_on_host
-from ul_runtime.manifest import Graph, GraphName, TensorFormat
+from ul_runtime.manifest import Graph, GraphName
 from ul_runtime.progress import Tick
 
 _LOG = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class DeviceSteps:
 
     def _make(self, name: GraphName, state: str | None, dims: Dims) -> Bound:
         tensors = [*self.graphs[name].inputs, *self.graphs[name].outputs]
-        shapes = {tensor.name: _shape(tensor, dims) for tensor in tensors}
+        shapes = {t.name: tuple(d if isinstance(d, int) else dims[d] for d in t.shape) for t in tensors}
         addresses: dict[str, int] = {}
         try:
             for tensor in tensors:
@@ -194,10 +194,6 @@ def _shift(
     return shift
 
 
-def _shape(tensor: TensorFormat, dims: Dims) -> tuple[int, ...]:
-    return tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
-
-
 def size_of(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     """Bytes of an array."""
     return math.prod(shape) * np.dtype(dtype).itemsize
@@ -223,17 +219,11 @@ class _Batch:
     asked: Bound | None = None  # the guide's step
 
 
-@dataclass
-class _End:
+class _End(NamedTuple):
     """Where a loop ended: the tensor `state` of its last step."""
 
     step: Bound
     state: str
-
-    @property
-    def address(self) -> int:
-        """Of the state."""
-        return self.step.addresses[self.state]
 
 
 class DeviceLoop(DeviceSteps):
@@ -241,16 +231,12 @@ class DeviceLoop(DeviceSteps):
 
     def run_loops(self, loops: Sequence[Loop], tick: Tick, *, pixels: bool = False) -> list[np.ndarray]:
         """See Backend.run_loops."""
-        with self.memory.lock:
-            return self._run_loops(loops, tick, pixels)
-
-    def _run_loops(self, loops: Sequence[Loop], tick: Tick, pixels: bool) -> list[np.ndarray]:
         keys = loops[0].noise
         bucket = bucket_of(max(len(keys.indices), loops[0].batch))
         sent = [padded_to(bucket, keys.indices)]
         sent += [padded_to(bucket, loop.rows.swapaxes(0, 1)).swapaxes(0, 1).copy() for loop in loops]  # calls bucket 8
         ends: list[_End] = []
-        with self._region(sum(array.nbytes for array in sent), loops) as region:
+        with self.memory.lock, self._region(sum(array.nbytes for array in sent), loops) as region:
             places = [region + sum(array.nbytes for array in sent[:n]) for n in range(len(sent))]
             for place, array in zip(places, sent, strict=True):
                 self.memory.upload(place, array)
@@ -313,7 +299,7 @@ class DeviceLoop(DeviceSteps):
             for name in (loop.state, "history"):
                 self.memory.copy(bound.addresses[name], last.addresses[name], bound.size(name))
         if loop.takes is not None and before is not None:
-            self.memory.copy(bound.addresses[loop.takes], before.address, bound.size(loop.takes))
+            self.memory.copy(bound.addresses[loop.takes], before.step.addresses[before.state], bound.size(loop.takes))
 
     def _draw(self, loop: Loop, batch: _Batch, bound: Bound, name: str, streams: np.ndarray) -> None:
         """Noise into a tensor, a launch for each run of images of one seed and stream."""
@@ -332,7 +318,7 @@ class DeviceLoop(DeviceSteps):
     def _pixels(self, end: _End, bucket: int) -> list[np.ndarray]:
         """(Images, sums of magnitudes) of a state, on their way."""
         source = self.bound_for("pixels", None, bucket, {})
-        self.memory.copy(source.addresses["x"], end.address, source.size("x"))
+        self.memory.copy(source.addresses["x"], end.step.addresses[end.state], source.size("x"))
         source.step()
         return [self.leaving(source, tensor.name, tensor.dtype) for tensor in self.graphs["pixels"].outputs]
 
@@ -368,13 +354,10 @@ class DeviceLoop(DeviceSteps):
                 _loop_of(loop.guide).release()
 
 
-class _OnDevice(Protocol):
-    loop: DeviceLoop
-
-
 def _loop_of(guide: Guide) -> DeviceLoop:
     """Of a backend that `shares_order` took."""
-    return cast(_OnDevice, guide.backend).loop
+    assert isinstance(guide.backend, DeviceBackend)
+    return guide.backend.loop
 
 
 _LIKELY_BATCH = 64  # fills a GPU; the batch is halved where its memory is short
