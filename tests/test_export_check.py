@@ -36,7 +36,7 @@ def check(command: Runner, run: Path, *options: Any) -> Any:
     return command(export, run, "--check", "--threads", 1, *options)
 
 
-def test_a_finished_run_is_proved_as_by_an_export_and_nothing_is_written(plain, command):
+def test_a_finished_run_is_checked_as_by_an_export_and_nothing_is_written(plain, command):
     before = tree(plain.run)
     result = check(command, plain.run, "--json")
     assert result.code == 0, result
@@ -44,12 +44,12 @@ def test_a_finished_run_is_proved_as_by_an_export_and_nothing_is_written(plain, 
     assert set(figures) == FIGURES
     parity = Bundle.open(plain.bundle).manifest.parity
     of_the_same = [path["z_0"] for name, path in parity.items() if name.startswith("batch") and "seed" not in name]
-    assert figures["worst_z_0_difference"] == max(of_the_same), "the export proves more images, of other seeds"
+    assert figures["worst_z_0_difference"] == max(of_the_same), "the export checks more images, of other seeds"
     assert "base step" in result.err
     assert tree(plain.run) == before
 
 
-def test_a_run_without_a_base_is_proved_with_the_prior_of_stage_joint(command, tmp_path):
+def test_a_run_without_a_base_is_checked_with_the_prior_of_stage_joint(command, tmp_path):
     write_run(tmp_path / "run", base=False)
     command.fails(export, 65, "has no base stage", tmp_path / "run", "--out", tmp_path / "bundle")
     result = check(command, tmp_path / "run")

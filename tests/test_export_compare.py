@@ -1,4 +1,4 @@
-"""The comparator that a bundle's proof rests on: what it must refuse, and proof that these tests would notice."""
+"""The comparator that the check of a bundle rests on: what it must refuse, and whether these tests would notice."""
 
 import importlib.util
 import sys

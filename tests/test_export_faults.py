@@ -340,7 +340,7 @@ def test_no_threads_at_all_are_refused_before_any_work(command, run, tmp_path):
 
 
 @pytest.mark.parametrize("opset", [17, 19, 24])
-def test_an_opset_that_no_test_proves_is_refused(opset, command, run, tmp_path):
+def test_an_opset_that_no_test_covers_is_refused(opset, command, run, tmp_path):
     command.fails(
         main, 2, f"--opset is {opset}; expected 18, 20, 22 or 23", run, "--out", tmp_path / "bundle", "--opset", opset
     )

@@ -1,4 +1,4 @@
-"""ul-export --fp16 and --bf16 of runs with random weights: pins where they are needed, proof, bundle and runtime."""
+"""ul-export --fp16 and --bf16 of runs with random weights: pins where they are needed, check, bundle and runtime."""
 
 import json
 import re
@@ -119,7 +119,7 @@ def test_an_overflow_on_the_real_path_alone_is_pinned_with_exactly_the_nodes_it_
 def test_without_calibration_on_the_real_path_the_comparison_fails_and_names_the_node(planted, command, monkeypatch):
     monkeypatch.setattr(Calibration, "largest", {graph: {} for graph in NETWORK_GRAPHS})
     monkeypatch.setattr("ul_export.precision.search.MOST_ROUNDS", 0)
-    out = planted.run.parent / "unproved"
+    out = planted.run.parent / "unverified"
     words = ("--fp16", "--out", out, "--threads", 1, "--calibrate", planted.run.parent / "images.npz")
     result = command(main, planted.run, *words)
     assert result.code == 65

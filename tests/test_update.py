@@ -1,4 +1,4 @@
-"""ul-export --update: newer weights in the graphs of a bundle are those of an export, and are proved."""
+"""ul-export --update: newer weights in the graphs of a bundle are those of an export, and are verified."""
 
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def test_an_updated_bundle_has_the_weights_of_an_export_of_the_newer_run(kind, r
 
 
 @pytest.mark.slow
-def test_a_weight_that_stays_old_fails_the_proof_and_leaves_the_bundle_alone(runs, command, monkeypatch, tmp_path):
+def test_a_weight_that_stays_old_fails_the_check_and_leaves_the_bundle_alone(runs, command, monkeypatch, tmp_path):
     old, new = runs
     bundle = tmp_path / "bundle"
     assert command(main, old, "--out", bundle, "--threads", 1).code == 0

@@ -57,7 +57,7 @@ def precision_report(calibration: Calibration, reduced: Reduced) -> dict[str, An
             "nodes": [asdict(each) for each in nodes],
         }
     tolerances = asdict(reduced.precision.tolerances)
-    proof = {"figures": reduced.comparison.figures, "failures": reduced.comparison.failures}
+    comparison = {"figures": reduced.comparison.figures, "failures": reduced.comparison.failures}
     info = calibration.info
     about = {
         "name": info.name,
@@ -67,7 +67,7 @@ def precision_report(calibration: Calibration, reduced: Reduced) -> dict[str, An
         "calibration_images": len(calibration.x),
         "versions": versions(_PACKAGES),
     }
-    return {"precision": kind, "model": about, "tolerances": tolerances, "graphs": graphs, "proof": proof}
+    return {"precision": kind, "model": about, "tolerances": tolerances, "graphs": graphs, "comparison": comparison}
 
 
 def _nodes(calibration: Calibration, reduced: Reduced, graph: GraphName) -> list[NodeReport]:
@@ -129,7 +129,7 @@ def _weight_bytes(model: ir.Model) -> dict[str, int]:
 
 def html_report(record: Mapping[str, Any], name: str) -> str:
     """The record as a page that needs no other file, with drift by step and headroom by node."""
-    kind, bound, compared = record["precision"], record["tolerances"], record["proof"]["figures"]
+    kind, bound, compared = record["precision"], record["tolerances"], record["comparison"]["figures"]
     nodes = [node | {"graph": graph} for graph, each in record["graphs"].items() for node in each["nodes"]]
     pins = [[node["graph"], node["node"], node["why"]] for node in nodes if node["pinned"]]
     paths = [(key, each) for key, each in compared.items() if "z_0" in each]
