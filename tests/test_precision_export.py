@@ -211,7 +211,11 @@ def test_a_reduced_bundle_is_typed_shares_its_weights_and_makes_nearly_the_same_
     assert result.code == 0, result.err
     bundle = Bundle.open(out)
     type_ = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "int8": TensorProto.INT8}[kind]
-    for name, graph in bundle.manifest.graphs.items():
+    pixels = bundle.manifest.graphs["pixels"]
+    assert (pixels.precision, pixels.float32_file) == ("fp32", None)
+    assert bundle.read(pixels.file) == (plain.bundle / pixels.file).read_bytes()
+    for name in NETWORK_GRAPHS:
+        graph = bundle.manifest.graphs[name]
         typed = onnx.load(str(out / graph.file), load_external_data=False)
         twin = onnx.load(str(out / f"{name}.float32.onnx"), load_external_data=False)
         assert graph.precision == kind
