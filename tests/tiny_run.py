@@ -18,7 +18,7 @@ from ul_train.heldout import HeldoutFigures
 from ul_train.log import RunLog
 from ul_train.options import TrainOptions
 from ul_train.run import Run
-from ul_train.stages import stages_called
+from ul_train.stages import stages_of
 from ul_train.train import report, train_stage
 
 CPU = torch.device("cpu")
@@ -81,8 +81,8 @@ def new_run(path: Path, config: Config) -> Run:
 def train(run: Run, *stages: str, tick: Tick = silent) -> list[bool]:
     """Train these stages on `splits()`, from where their checkpoints stand; whether there was something to do."""
     log = RunLog(run.path, run.config.run.log_every)
-    kinds = [kind for name in stages for kind in stages_called(name)]
-    return [train_stage(kind.of_run(run, CPU, "fp32"), run, splits(), log, TrainOptions(), tick) for kind in kinds]
+    kinds = [kind for name in stages for kind in stages_of(run.config, name)]
+    return [train_stage(run.stage(kind, CPU, "fp32"), run, splits(), log, TrainOptions(), tick) for kind in kinds]
 
 
 def measured(run: Run) -> HeldoutFigures:

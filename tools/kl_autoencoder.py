@@ -38,10 +38,14 @@ SCALE_IMAGES = 2048
 class AutoencoderStage(Joint):
     """Training of the autoencoder, in the place of stage joint and by the trainer of all stages."""
 
+    channels_last = False
+
     def __init__(
         self, config: "Config", autoencoder: nn.Module, steps: int, device: torch.device, precision: str
     ) -> None:
-        Stage.__init__(self, config, {"autoencoder": autoencoder}, {}, device, precision)
+        self.networks = lambda *_: {"autoencoder": autoencoder}  # type: ignore[method-assign]
+        super().__init__(config, device, precision)
+        self.rate_control = None
         self.settings = self.settings.model_copy(update={"steps": steps})  # the optimiser's are those of stage joint
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:

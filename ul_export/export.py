@@ -227,8 +227,8 @@ def export_bundle(run: Path, out: Path, options: ExportOptions) -> dict[str, Any
     networks, described = trained.networks, plan.described(trained)
     x, images = calibration_images(trained.run, options) if plan.precision else (None, {})
     how = f"at opset {plan.opset}" if plan.old is None else f"into the graphs of {plan.old.path}"
-    steps = trained.run.config.stages.base.steps
-    _LOG.info(f"exporting {described.name} (base step {trained.step} of {steps}, averaged weights) {how}")
+    steps = trained.run.config.stages.of(trained.stage).steps
+    _LOG.info(f"exporting {described.name} ({trained.stage} step {trained.step} of {steps}, averaged weights) {how}")
     parity: dict[str, Any] = {"reference": f"torch {torch.__version__}", "backend": "ort-cpu"}
     shown: dict[str, Any] = {"precision": plan.precision.name if plan.precision else "fp32", "opset": plan.opset}
     if plan.half_weights:

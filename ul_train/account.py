@@ -4,8 +4,9 @@ Networks live on the meta device and go through the real losses of the stages, w
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,7 +22,7 @@ from ul_runtime.diffusion import NATS_PER_BIT
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_train import objective as ul
 from ul_train.config import Config, load_config, preset_names
-from ul_train.stages import STAGES, Base, Batch, Joint, Stage
+from ul_train.stages import STAGES, Batch, Stage, stages_of
 
 LOW_PRECISION = (F.linear, F.conv2d, F.scaled_dot_product_attention)  # what autocast runs in bfloat16
 NORMS = (F.layer_norm, F.group_norm, F.rms_norm)  # what autocast runs in float32
@@ -108,8 +109,8 @@ _META = torch.device("meta")
 
 def account(config: Config, num_classes: int) -> Figures:
     """The account of a recipe for data of `num_classes` classes (0: none), the same on every machine. As JSON."""
-    stages, networks = _stages_on_meta(config, num_classes)
-    sizes = _sizes(config, networks)
+    stages = _stages_on_meta(config, num_classes)
+    sizes = _sizes(stages)
     return {
         "name": config.name,
         "image_shape": config.image_shape,
@@ -119,34 +120,37 @@ def account(config: Config, num_classes: int) -> Figures:
         "networks": sizes,
         "parameters": sum(size["parameters"] for size in sizes.values()),
         **{stage.name: _training(stage) for stage in stages},
-        "sampling": _sampling(config, sizes, num_classes),
+        "sampling": _sampling(stages, sizes, num_classes),
         "latent": _latent(config),
         "prepared_bytes_per_million": math.prod(config.image_shape) * 1_000_000,  # disk for 1,000,000 images, uint8
     }
 
 
-def _stages_on_meta(config: Config, num_classes: int) -> tuple[tuple[Stage, ...], dict[str, nn.Module]]:
-    """(the stages, all networks that they train by name)."""
+def _stages_on_meta(config: Config, num_classes: int) -> list[Stage]:
+    stages: dict[str | None, Stage] = {}
     precision = "fp32" if config.run.precision == "fp32" else "bf16"
     with _META:
-        joint = Joint(config, _META, precision)
-        base = Base(config, _META, precision, num_classes, joint.ema)
-    return (joint, base), joint.modules | base.modules
+        for kind in stages_of(config):
+            frozen = stages[kind.needs].sampled if kind.needs else None
+            stages[kind.name] = kind(config, _META, precision, num_classes, frozen)
+    return list(stages.values())
 
 
-def _sizes(config: Config, networks: Mapping[str, nn.Module]) -> dict[str, Figures]:
-    """Parameters of each network, and FLOPs of one call for one image."""
+def _sizes(stages: Sequence[Stage]) -> dict[str, Figures]:
+    """Parameters of each network that learns, and FLOPs of one call for one image."""
+    config, sizes = stages[0].config, {}
     with _META:
         x, z, logsnr = torch.empty(1, *config.image_shape), torch.empty(1, *config.latent_shape), torch.empty(1)
         label = torch.zeros(1, dtype=torch.int64)
-    inputs = {"encoder": (x,), "prior": (z, logsnr), "decoder": (x, logsnr, z), "base": (z, logsnr, label)}
-    return {
-        name: {
-            "parameters": _count({name: network}),
-            "forward_flops": read(lambda: network(*inputs[name]), (), bf16=False, backward=False).flops,  # noqa: B023
-        }
-        for name, network in networks.items()
-    }
+    for stage in stages:
+        inputs = {"encoder": (x,), "prior": (z, logsnr, label), "decoder": (x, logsnr, z)}
+        if not stage.conditional:
+            inputs["prior"] = (z, logsnr)
+        for name, network in stage.modules.items():
+            call = partial(network, *inputs[stage.places[name]])
+            flops = read(call, (), bf16=False, backward=False).flops
+            sizes[name] = {"parameters": _count({name: network}), "forward_flops": flops}
+    return sizes
 
 
 def _count(networks: Mapping[str, nn.Module]) -> int:
@@ -194,8 +198,9 @@ def _batch(config: Config, num: int) -> Batch:
     return Batch(image, torch.zeros(num, dtype=torch.int64), draws, eps_clean)
 
 
-def _sampling(config: Config, sizes: Mapping[str, Figures], num_classes: int) -> Figures:
-    """Making one image with the recipe's default sampler."""
+def _sampling(stages: Sequence[Stage], sizes: Mapping[str, Figures], num_classes: int) -> Figures:
+    """Making one image with the recipe's default sampler and the networks of the last stage."""
+    config = stages[0].config
     sampling, (low, high) = config.sampling, config.sampling.guidance_interval
     objective = config.make_objective()
     (z_min, z_max), (x_min, x_max) = objective.schedule_z.ends, objective.schedule_x.ends
@@ -205,12 +210,12 @@ def _sampling(config: Config, sizes: Mapping[str, Figures], num_classes: int) ->
     decoder_calls = len(sampler_table(*decoder, logsnr_min=x_min, logsnr_max=x_max, ends_clean=True))
     inside = int(((table[:, LOGSNR] >= low) & (table[:, LOGSNR] <= high)).sum())
     guided = inside if num_classes and sampling.guidance != 1.0 else 0
-    base, decoder_flops = sizes["base"]["forward_flops"], sizes["decoder"]["forward_flops"]
+    flops = {place: sizes[name]["forward_flops"] for stage in stages for name, place in stage.places.items()}
     return {
         "prior_calls": len(table),
         "guided_calls": guided,  # of these, with and without the label: twice the work
         "decoder_calls": decoder_calls,
-        "flops_per_image": (len(table) + guided) * base + decoder_calls * decoder_flops,
+        "flops_per_image": (len(table) + guided) * flops["prior"] + decoder_calls * flops["decoder"],
     }
 
 
@@ -252,8 +257,9 @@ def presets_table() -> Table:
     for name in preset_names():
         config = load_config(name, [])
         num_classes = 10 if config.image.labels else 0
-        sizes = _sizes(config, _stages_on_meta(config, num_classes)[1])
-        flops = _sampling(config, sizes, num_classes)["flops_per_image"]
+        stages = _stages_on_meta(config, num_classes)
+        sizes = _sizes(stages)
+        flops = _sampling(stages, sizes, num_classes)["flops_per_image"]
         shapes = (" x ".join(map(str, shape)) for shape in (config.image_shape, config.latent_shape))
         table.add_row(name, *shapes, f"{sum(size['parameters'] for size in sizes.values()):,}", si(flops, "FLOP"))
     return table
@@ -295,7 +301,7 @@ _STAGE_ROWS = (
 
 def _stage_table(figures: Figures) -> Table:
     table = Table("training", title="training", title_justify="left")
-    stages = {stage.name: figures[stage.name] for stage in STAGES}
+    stages = {stage.name: figures[stage.name] for stage in STAGES if stage.name in figures}
     for name in stages:
         table.add_column(name, justify="right")
     table.add_row("images a step, at once", *(f"{s['batch_size']}, {s['micro_batch']}" for s in stages.values()))

@@ -39,7 +39,7 @@ class State:
     config_sha256: str
     data_fingerprint: str
     counters: dict[str, int] = field(default_factory=dict)
-    encoder_checkpoint: str | None = None  # stage base: state hash of the joint checkpoint whose latents it learns
+    encoder_checkpoint: str | None = None  # state hash of the stage before, whose latents this one learns
     rate_control: dict[str, float] = field(default_factory=dict)  # of a run with a target for its bits
 
 

@@ -53,11 +53,11 @@ def train(
     """Train a Unified Latents model: encoder, prior and decoder together, then the base prior on their latents."""
     require_packages("torch", extras="train")
     from ul_train.config import load_config
-    from ul_train.stages import stages_called
+    from ul_train.stages import stages_of
 
     run = _run_called(recipe, options)
     config = load_config(str(run / "config.toml") if run else recipe, options.overrides)
-    stages_called(options.stage)  # a mistake in it is said at once
+    stages_of(config, options.stage)  # a mistake in it is said at once
     if dry_run:
         return _dry_run(config, json_)
     if options.export_check is not None:

@@ -156,10 +156,15 @@ class SamplingConfig(Section):
 
 
 class StagesConfig(Section):
-    """Optimisation of each stage, by the name of its class in stages.py."""
+    """Optimisation of each stage, by the name of its class in stages.py; None: a recipe may be without."""
 
     joint: StageConfig
     base: StageConfig
+
+    def of(self, name: str) -> StageConfig:
+        """Of a stage that the recipe has."""
+        stage: StageConfig = getattr(self, name)
+        return stage
 
 
 class Config(Section):
@@ -252,7 +257,7 @@ def _misfits_of_training(config: Config) -> Iterator[str]:
             f"sampling.decoder_steps is {steps}; give 1"
         )
     for name, stage in config.stages:
-        if stage.batch_size % stage.accumulate:
+        if stage is not None and stage.batch_size % stage.accumulate:
             size, parts = stage.batch_size, stage.accumulate
             yield f"stages.{name}.batch_size {size} must be a multiple of accumulate {parts}"
 
@@ -270,14 +275,12 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: not TOML: {error}") from None
-    if not {"joint", "base_stage"}.isdisjoint(values) and "stages" not in values:  # a recipe of before [stages.*]
-        values["stages"] = {new: values.pop(old) for new, old in _EARLIER_NAMES.items() if old in values}
+    earlier = {"joint": "joint", "base_stage": "base"}  # section of before [stages.*] -> stage
+    if not earlier.keys().isdisjoint(values) and "stages" not in values:
+        values["stages"] = {stage: values.pop(section) for section, stage in earlier.items() if section in values}
     for override in overrides:
         _apply_override(values, override)
     return validate(values, where)
-
-
-_EARLIER_NAMES = {"joint": "joint", "base": "base_stage"}  # stage -> section
 
 
 def _read_recipe(recipe: str) -> tuple[str, str]:

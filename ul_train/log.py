@@ -41,19 +41,18 @@ def name_points(axes: "Axes", points: Iterable[tuple[float, float, str]]) -> Non
 
 
 _LINE_EVERY_S = 10.0
-_ON_SCREEN = {  # name in the log: how the screen says it
-    "prior_nats": "prior {:.4g} nats",
-    "decoder_nats": "decoder {:.4g} nats",
-    "base_nats": "base {:.4g} nats",
-    "bits_per_pixel": "{:.3g} bits/pixel",
-    "psnr_db": "PSNR {:.2f} dB",
-    "images_per_s": "{:.3g} images/s",
-}
+_ON_SCREEN = {"bits_per_pixel": "{:.3g} bits/pixel", "psnr_db": "PSNR {:.2f} dB", "images_per_s": "{:.3g} images/s"}
 
 
 def on_screen(figures: dict[str, float]) -> str:
-    """The figures that matter while one waits, in short."""
-    return "  ".join(text.format(figures[name]) for name, text in _ON_SCREEN.items() if name in figures)
+    """The figures that matter while one waits, in short: losses in nats, rate, PSNR, speed."""
+    parts = []
+    for name, value in figures.items():
+        if name.endswith("_nats"):
+            parts.append(f"{name.removesuffix('_nats')} {value:.4g} nats")
+        elif name in _ON_SCREEN:
+            parts.append(_ON_SCREEN[name].format(value))
+    return "  ".join(parts)
 
 
 class RunLog:

@@ -50,7 +50,7 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
         "Steer loss_factor to this rate: short for --set objective.target_bits_per_pixel=BITS.",
         metavar="BITS",
     )
-    stage: str = option("all", "Which stage to train.", metavar="joint|base|all")
+    stage: str = option("all", "Which stage of the recipe to train, by the name of its section.", metavar="NAME")
     resume: bool = option(False, "Go on from the last checkpoint in --out.", "--resume")
     allow: list[str] = option([], "A recipe field that --resume may change; repeatable.", metavar="FIELD")
     compile: bool = option(False, "Compile the networks: a minute first, then faster.", "--compile")

@@ -36,7 +36,8 @@ from ul_runtime.manifest import (
 from ul_train import checkpoint as ckpt
 from ul_train.config import Config, config_hash, config_toml, load_config
 from ul_train.data.imageset import Splits
-from ul_train.model import joint_networks, make_base, make_decoder, make_encoder, weights_sha256
+from ul_train.model import weights_sha256
+from ul_train.stages import Stage, stages_of
 
 FORMAT, FORMAT_VERSION = "unified-latents-run", 1
 REJECTED = "rejected.txt"  # training images that could not be used: one a line, the first 10,000
@@ -145,55 +146,73 @@ class Run:
         """Committed checkpoints of a stage, oldest first."""
         return ckpt.list_checkpoints(self.path / "checkpoints", stage)
 
-    def finished_joint(self) -> Path:
-        """The last checkpoint of a completed stage 1; BadInputError without one."""
-        found, steps = self.checkpoints("joint"), self.config.stages.joint.steps
+    def check_finished(self, stage: str) -> None:
+        """BadInputError unless this stage has come to its last step."""
+        found, steps = self.checkpoints(stage), self.config.stages.of(stage).steps
         done = ckpt.read_state(found[-1])[0].step if found else 0
         if done < steps:
             raise BadInputError(
-                f"{self.path}: stage joint is at step {done} of {steps}; finish it with ul-train {self.path} --resume"
+                f"{self.path}: stage {stage} is at step {done} of {steps}; finish it with ul-train {self.path} --resume"
             )
-        return found[-1]
 
-    def finished(self) -> "Snapshot":
-        """The averaged networks of a finished run. BadInputError where a stage is missing.
+    def after(self, stage: type[Stage], device: torch.device | str = "cpu") -> "Snapshot":
+        """The averaged networks by the newest checkpoint of a stage, and by those of the stages that it needs.
 
-        BadInputError also where the base was trained on the latents of another encoder.
+        BadInputError: one is missing, damaged, of another recipe, or was trained on the networks of another.
         """
-        joint_path, found = self.finished_joint(), self.checkpoints("base")
-        networks: dict[str, nn.Module] = {"encoder": make_encoder(self.config), "decoder": make_decoder(self.config)}
-        joint = load_ema(joint_path, networks)
+        before = self._before(stage, device)
+        found = self.checkpoints(stage.name)
         if not found:
             raise BadInputError(
-                f"{self.path}: has no base stage, so nothing to sample from; run ul-train {self.path} --resume "
-                "--stage base"
+                f"{self.path}: has no {stage.name} stage, so nothing to sample from; run ul-train {self.path} --resume "
+                f"--stage {stage.name}"
             )
-        prior: dict[str, nn.Module] = {"base": make_base(self.config, len(self.info.class_names))}
-        base = load_ema(found[-1], prior)
-        if base.state.encoder_checkpoint != joint.state_hash:
+        path, modules = found[-1], stage.networks(self.config, len(self.info.class_names))
+        saved = ckpt.load_checkpoint(path)
+        if saved.state.encoder_checkpoint != (before.state_hash if before else None):
             raise BadInputError(
-                f"{found[-1]}: was trained on the latents of another encoder than {joint_path.name}; "
-                "train stage base again"
+                f"{path}: was trained on the latents of another encoder than "
+                f"{before.path.name if before else 'none'}; train stage {stage.name} again"
             )
-        if {joint.state.config_sha256, base.state.config_sha256} - {self.recipe_sha256, *self.info.earlier_recipes}:
+        if saved.state.config_sha256 not in (self.recipe_sha256, *self.info.earlier_recipes):
             raise BadInputError(
                 f"{self.path}/config.toml: is not the recipe of the checkpoints; restore the file that ul-train wrote"
             )
-        return Snapshot(self, "base", base.state.step, networks | {"prior": prior["base"]})
+        ckpt.load_tensors(modules, saved.ema, str(path))
+        networks = dict(before.networks) if before else {}
+        for name, module in modules.items():
+            networks[stage.places[name]] = module.to(device).eval().requires_grad_(False)
+        run = self if stage.conditional else replace(self, info=replace(self.info, class_names=()))
+        return Snapshot(run, stage.name, saved.state.step, networks, path, saved.state_hash)
+
+    def _before(self, stage: type[Stage], device: torch.device | str) -> "Snapshot | None":
+        """The networks that a stage begins from. BadInputError: the stage that it needs is not finished."""
+        if stage.needs is None:
+            return None
+        self.check_finished(stage.needs)
+        (needed,) = stages_of(self.config, stage.needs)
+        return self.after(needed, device)
+
+    def stage(self, kind: type[Stage], device: torch.device, precision: str) -> Stage:
+        """A stage before its first step. BadInputError: it needs an earlier stage that is not finished."""
+        num_classes, before = len(self.info.class_names), self._before(kind, device)
+        if before is None:
+            return kind(self.config, device, precision, num_classes)
+        return kind(self.config, device, precision, num_classes, before.networks, before.state_hash)
+
+    def finished(self) -> "Snapshot":
+        """The averaged networks of a run whose last stage has begun. BadInputError: see `after`."""
+        return self.after(stages_of(self.config)[-1])
 
     def newest(self) -> "Snapshot":
-        """The averaged networks of a run as it stands. BadInputError.
+        """The averaged networks of a run as it stands, by its last stage that has a checkpoint. BadInputError.
 
-        Before stage base has a checkpoint, the prior is that of stage joint, and the run has no classes.
+        Where the prior of that stage sees no labels, the run has no classes.
         """
-        if self.checkpoints("base"):
-            return self.finished()
-        found = self.checkpoints("joint")
-        if not found:
+        begun = [stage for stage in stages_of(self.config) if self.checkpoints(stage.name)]
+        if not begun:
             raise BadInputError(f"{self.path}: has no checkpoint yet; train it first: ul-train {self.path} --resume")
-        networks = joint_networks(self.config)
-        saved = load_ema(found[-1], networks)
-        return Snapshot(replace(self, info=replace(self.info, class_names=())), "joint", saved.state.step, networks)
+        return self.after(begun[-1])
 
     def manifest(self, opset: int = OPSET, *, step: int = 0, encoder_sha256: str | None = None) -> BundleInfo:
         """The manifest of a bundle of this run, without hashes, quality and parity."""
@@ -236,20 +255,13 @@ class Snapshot:
     stage: str
     step: int
     networks: dict[str, nn.Module]
+    path: Path  # of the checkpoint of that stage
+    state_hash: str  # of that checkpoint
 
     def manifest(self, opset: int = OPSET) -> BundleInfo:
         """The manifest of a bundle of these networks, without hashes, quality and parity."""
         encoder = weights_sha256(self.networks["encoder"])
         return self.run.manifest(opset, step=self.step, encoder_sha256=encoder)
-
-
-def load_ema(path: Path, modules: dict[str, nn.Module], device: torch.device | str = "cpu") -> ckpt.Checkpoint:
-    """Put the averaged weights of a checkpoint into `modules`, frozen, in evaluation mode."""
-    saved = ckpt.load_checkpoint(path)
-    ckpt.load_tensors(modules, saved.ema, str(path))
-    for module in modules.values():
-        module.to(device).eval().requires_grad_(False)
-    return saved
 
 
 def _read_info(path: Path) -> RunInfo:

@@ -1,4 +1,4 @@
-"""The stages of training: which networks learn, what they minimise, their averages. A further stage is a class here."""
+"""The stages of training: which networks learn, what they minimise, their averages."""
 
 import copy
 import math
@@ -14,12 +14,11 @@ from ul_runtime.errors import UsageError
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, silent
 from ul_train import objective as ul
-from ul_train.config import Config, StageConfig
+from ul_train.config import Config, StagesConfig
 from ul_train.data.imageset import ImageSet
 from ul_train.heldout import measure, reconstruction_sheet, sample_sheet
 from ul_train.log import RunLog
 from ul_train.model import joint_networks, make_base
-from ul_train.run import Run, load_ema
 
 
 @dataclass
@@ -45,50 +44,64 @@ def to_model(images: Tensor) -> Tensor:
 
 
 class Stage(ABC):
-    """Networks that learn (`modules`), their averages (`ema`), and networks that stay as they are (`frozen`)."""
+    """Networks that learn (`modules`), their averages (`ema`), and networks that stay as they are (`frozen`).
+
+    A further stage is a subclass in STAGES, and a section in config.StagesConfig.
+    """
 
     name: ClassVar[str]  # of its section in the recipe, its checkpoints, its figures
     number: ClassVar[int]  # in the seeds of its random numbers; no two stages share one, and it never changes
-
-    num_classes = 0
-    encoder_checkpoint: str | None = None  # state hash of the joint checkpoint whose latents it learns
-    rate_control: "RateControl | None" = None
+    needs: ClassVar[str | None] = None  # the stage that comes first, whose averaged networks are then `frozen`
+    places: ClassVar[dict[str, str]]  # of a network that learns, in sampling: encoder, prior or decoder
+    conditional: ClassVar[bool] = False  # a network sees the labels
+    channels_last: ClassVar[bool] = False  # on a CPU, where convolutions are a tenth faster in this layout
 
     def __init__(
         self,
         config: Config,
-        modules: dict[str, nn.Module],
-        frozen: dict[str, nn.Module],
         device: torch.device,
         precision: str,
+        num_classes: int = 0,
+        frozen: dict[str, nn.Module] | None = None,
+        encoder_checkpoint: str | None = None,
     ) -> None:
-        """`precision`: bf16 or fp32."""
-        self.config, self.modules, self.frozen = config, modules, frozen
-        self.device, self.precision = device, precision
-        self.settings: StageConfig = getattr(config.stages, self.name)
+        """`precision`: bf16 or fp32; `encoder_checkpoint`: state hash of the checkpoint that `frozen` is of."""
+        torch.manual_seed(config.seed + self.number)
+        self.config, self.device, self.precision = config, device, precision
+        self.num_classes = num_classes if self.conditional else 0
+        self.frozen, self.encoder_checkpoint = frozen or {}, encoder_checkpoint
+        self.settings = config.stages.of(self.name)
         self.objective = config.make_objective()
-        for module in modules.values():
+        self.rate_control = self.make_rate_control()
+        self.modules = self.networks(config, num_classes)
+        for module in self.modules.values():
+            if self.channels_last and device.type == "cpu":
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             module.to(device).train()
-        self.ema = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
-        self.compute = dict(modules)  # what the loss calls: the modules, compiled on request
+        self.ema = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in self.modules.items()}
+        self.compute = dict(self.modules)  # what the loss calls: the modules, compiled on request
 
-    @classmethod
+    @staticmethod
     @abstractmethod
-    def of_run(cls, run: Run, device: torch.device, precision: str) -> "Stage":
-        """The stage of a run before its first step. BadInputError: it needs an earlier stage that is not finished."""
+    def networks(config: Config, num_classes: int) -> dict[str, nn.Module]:
+        """The networks that learn, freshly initialised."""
 
     @abstractmethod
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar to minimise, figures for the log) of a micro-batch."""
 
-    @property
-    @abstractmethod
-    def sampled(self) -> dict[str, nn.Module]:
-        """The networks `encoder`, `prior`, `decoder` that held-out figures and previews are made by."""
-
     @abstractmethod
     def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
         """A contact sheet as PNG by the `sampled` networks; held-out figures go to the log."""
+
+    def make_rate_control(self) -> "RateControl | None":
+        """What steers loss_factor, if anything does."""
+        return None
+
+    @property
+    def sampled(self) -> dict[str, nn.Module]:
+        """The networks `encoder`, `prior`, `decoder` that held-out figures and previews are made by."""
+        return self.frozen | {self.places[name]: module for name, module in self.ema.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -128,22 +141,19 @@ class Joint(Stage):
     """Stage 1: encoder, prior and decoder together, freshly initialised from the seed."""
 
     name, number = "joint", 0
+    places = {"encoder": "encoder", "prior": "prior", "decoder": "decoder"}  # noqa: RUF012
+    channels_last = True
 
-    def __init__(self, config: Config, device: torch.device, precision: str) -> None:
-        torch.manual_seed(config.seed)
-        modules = joint_networks(config)
-        if device.type == "cpu":  # convolutions are a tenth faster in this layout
-            for module in modules.values():
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        super().__init__(config, modules, {}, device, precision)
-        o = config.objective
-        if o.target_bits_per_pixel is not None:
-            steps, least = self.settings.steps, LEAST[o.reconstruction or "diffusion"]
-            self.rate_control = RateControl(o.target_bits_per_pixel, steps, o.prior_ramp_steps, o.loss_factor, least)
+    @staticmethod
+    def networks(config: Config, num_classes: int) -> dict[str, nn.Module]:
+        return joint_networks(config)
 
-    @classmethod
-    def of_run(cls, run: Run, device: torch.device, precision: str) -> "Joint":
-        return cls(run.config, device, precision)
+    def make_rate_control(self) -> "RateControl | None":
+        o = self.config.objective
+        if o.target_bits_per_pixel is None:
+            return None
+        least = LEAST[o.reconstruction or "diffusion"]
+        return RateControl(o.target_bits_per_pixel, self.settings.steps, o.prior_ramp_steps, o.loss_factor, least)
 
     @property
     def loss_factor(self) -> float:
@@ -174,10 +184,6 @@ class Joint(Stage):
             "latent_std": z_clean.detach().std(),
         }
 
-    @property
-    def sampled(self) -> dict[str, nn.Module]:
-        return self.ema
-
     def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
         """Held-out images beside their reconstructions."""
         num_images = self.config.run.eval_images
@@ -191,26 +197,13 @@ class Joint(Stage):
 class Base(Stage):
     """Stage 2: the prior that makes images, on the latents of stage 1, whose averaged networks stay `frozen`."""
 
-    name, number = "base", 1
+    name, number, needs = "base", 1, Joint.name
+    places = {"base": "prior"}  # noqa: RUF012
+    conditional = True
 
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        precision: str,
-        num_classes: int,
-        frozen: dict[str, nn.Module],
-        encoder_checkpoint: str | None = None,
-    ) -> None:
-        torch.manual_seed(config.seed + 1)
-        super().__init__(config, {"base": make_base(config, num_classes)}, frozen, device, precision)
-        self.num_classes, self.encoder_checkpoint = num_classes, encoder_checkpoint
-
-    @classmethod
-    def of_run(cls, run: Run, device: torch.device, precision: str) -> "Base":
-        frozen = joint_networks(run.config)
-        joint = load_ema(run.finished_joint(), frozen, device)
-        return cls(run.config, device, precision, len(run.info.class_names), frozen, joint.state_hash)
+    @staticmethod
+    def networks(config: Config, num_classes: int) -> dict[str, nn.Module]:
+        return {"base": make_base(config, num_classes)}
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of the weighted denoising loss over the batch and the latent's values."""
@@ -220,23 +213,22 @@ class Base(Stage):
         nats = ul.base_nats(self.compute["base"], z_clean, batch.label, draws.eps_prior, draws.t_z, self.objective)
         return nats.mean() / z_clean[0].numel(), {"base_nats": nats.mean()}
 
-    @property
-    def sampled(self) -> dict[str, nn.Module]:
-        return {"encoder": self.frozen["encoder"], "prior": self.ema["base"], "decoder": self.frozen["decoder"]}
-
     def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
         """Samples of each class."""
         return sample_sheet(pipeline, f"samples at step {step}", tick)
 
 
 STAGES: tuple[type[Stage], ...] = (Joint, Base)  # in the order of training
+if (_names := [stage.name for stage in STAGES]) != list(StagesConfig.model_fields):
+    raise TypeError(f"stages {_names} are not those of StagesConfig, {list(StagesConfig.model_fields)}")
 
 
-def stages_called(name: str) -> tuple[type[Stage], ...]:
-    """The stage of this name, or `all`. UsageError."""
-    found = tuple(stage for stage in STAGES if name in (stage.name, "all"))
+def stages_of(config: Config, name: str = "all") -> list[type[Stage]]:
+    """The stages that a recipe has, in the order of training: the one of this name, or all. UsageError."""
+    stages = [stage for stage in STAGES if getattr(config.stages, stage.name) is not None]
+    found = [stage for stage in stages if name in (stage.name, "all")]
     if not found:
-        *names, last = (*(stage.name for stage in STAGES), "all")
+        *names, last = (*(stage.name for stage in stages), "all")
         raise UsageError(f"--stage {name}: expected {', '.join(names)} or {last}")
     return found
 

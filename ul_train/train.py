@@ -23,10 +23,9 @@ from ul_train.data.imageset import ImageSet, Splits
 from ul_train.data.prepare import open_splits
 from ul_train.heldout import HeldoutFigures, bound_eigenvalues, measure, reconstruction_sheet
 from ul_train.log import RunLog, drop_lines_after
-from ul_train.model import joint_networks
 from ul_train.options import ReportOptions, TrainOptions
-from ul_train.run import REJECTED, Run, load_ema
-from ul_train.stages import STAGES, Joint, Stage, missed, stages_called
+from ul_train.run import REJECTED, Run
+from ul_train.stages import Joint, Stage, missed, stages_of
 from ul_train.sweep import option_words, run_script
 from ul_train.torch_backend import choose_device, choose_precision, torch_pipeline
 from ul_train.trainer import Trainer
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config, options: TrainOptions) -> dict[str, Any]:
     """Train the stages asked for; returns the figures of the held-out report."""
-    out, stages = options.out, stages_called(options.stage)
+    out, stages = options.out, stages_of(config, options.stage)
     if out is None:
         raise UsageError("--out is missing; give the run directory to write")
     device = choose_device(options.device)
@@ -50,8 +49,8 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
         run = _run_to_resume(config, options, out)
         data = options.data or (run.info.data if run else "")
         heldout = options.heldout or (run.info.heldout if run else None)
-        if run and STAGES[0] not in stages:
-            replace(run, config=config).finished_joint()
+        if run and (needed := stages[0].needs):
+            replace(run, config=config).check_finished(needed)
         splits = open_splits(config.image, data, heldout, options.cache_folder)
         if not there:
             held.enter_context(durable.lock_directory(out))
@@ -64,10 +63,10 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
             run.check_data(splits)
             run = run.adopt(config)
         train_stages(run, stages, splits, options, device)
-    bases = run.checkpoints("base")
     report = out / "report.json"
     figures = json.loads(report.read_text()) if report.is_file() else {}
-    return {"run": str(out), **figures, "base": bases[-1].name if bases else "none"}
+    later = {stage.name: run.checkpoints(stage.name) for stage in stages_of(config) if stage.needs}
+    return {"run": str(out), **figures, **{name: found[-1].name if found else "none" for name, found in later.items()}}
 
 
 def _run_to_resume(config: Config, options: TrainOptions, out: Path) -> Run | None:
@@ -84,9 +83,11 @@ def _run_to_resume(config: Config, options: TrainOptions, out: Path) -> Run | No
     if exists:
         raise UsageError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
     durable.check_output_directory(out)
-    first = stages_called(options.stage)[0]
-    if first is not STAGES[0]:
-        raise UsageError(f"{out}: holds no run; stage {first.name} needs a finished stage joint: train that first")
+    first = stages_of(config, options.stage)[0]
+    if first.needs:
+        raise UsageError(
+            f"{out}: holds no run; stage {first.name} needs a finished stage {first.needs}: train that first"
+        )
     if options.data is None:
         raise UsageError("--data is missing; give a folder of images, an IDX folder, .npz, hf:NAME or shards")
     return None
@@ -99,7 +100,7 @@ def _anywhere(source: str) -> str:
 
 
 def train_stages(
-    run: Run, stages: tuple[type[Stage], ...], splits: Splits, options: TrainOptions, device: torch.device
+    run: Run, stages: list[type[Stage]], splits: Splits, options: TrainOptions, device: torch.device
 ) -> None:
     """Train each from where its checkpoints stand, and measure stage 1 once it is finished."""
     precision = choose_precision(run.config.run.precision, device)
@@ -108,7 +109,7 @@ def train_stages(
     log = RunLog(run.path, run.config.run.log_every)
     try:
         for kind in stages:
-            trained = train_stage(kind.of_run(run, device, precision), run, splits, log, options, check_stopped)
+            trained = train_stage(run.stage(kind, device, precision), run, splits, log, options, check_stopped)
             if kind is Joint and (trained or not (run.path / "report.json").is_file()):
                 report(run, splits, log, device, num_images=options.report_images, mean_of=4)
     finally:
@@ -126,7 +127,7 @@ def train_stage(
             logger.info(f"stage {stage.name} is finished at step {trainer.step}")
             return False
         logger.info(f"stage {stage.name} goes on from {found[-1].name}")
-    drop_lines_after(run.path, [each.name for each in STAGES], stage.name, trainer.step)
+    drop_lines_after(run.path, [each.name for each in stages_of(run.config)], stage.name, trainer.step)
     if options.compile:
         stage.compute = {key: torch.compile(module) for key, module in stage.modules.items()}  # type: ignore[misc]
     evaluation = Evaluation(stage, run, splits.heldout, log, tick)
@@ -202,9 +203,8 @@ def report(
 
     StoppedError on a signal; BadInputError before stage 1 is finished.
     """
-    networks = joint_networks(run.config)
-    load_ema(run.finished_joint(), networks, device)
-    pipeline = pipeline_of(run, networks, device, precision)
+    run.check_finished(Joint.name)
+    pipeline = pipeline_of(run, run.after(Joint, device).networks, device, precision)
     num_images = min(num_images, len(splits.heldout))
     eigenvalues, of_what = bound_eigenvalues(splits.heldout, splits.train, num_images)
     try:
@@ -231,7 +231,7 @@ def report_run(path: Path, options: ReportOptions) -> dict[str, Any]:
     if options.decoder_steps:
         sampling = run.config.sampling.model_copy(update={"decoder_steps": options.decoder_steps})
         run = replace(run, config=run.config.model_copy(update={"sampling": sampling}))
-    run.finished_joint()
+    run.check_finished(Joint.name)
     device, precision = choose_device(options.device), options.precision
     if precision not in ("fp32", "bf16"):
         raise UsageError(f"--precision {precision}: expected fp32 or bf16")

@@ -161,7 +161,7 @@ class Trainer:
         saved = ckpt.load_checkpoint(path)
         if saved.state.encoder_checkpoint != self.stage.encoder_checkpoint:
             raise BadInputError(
-                f"{path}: learned the latents of another encoder than the run's last one of stage joint; "
+                f"{path}: learned the latents of another encoder than the run's last one of stage {self.stage.needs}; "
                 f"remove the checkpoints {saved.state.stage}-* to train it again"
             )
         ckpt.load_tensors(self.stage.modules, saved.weights, str(path))
