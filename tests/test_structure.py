@@ -1,49 +1,88 @@
 """What the packages may import, and what no line of them may call."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("ul_runtime", "ul_train", "ul_export")
-MAY_IMPORT = {"ul_runtime": {"ul_runtime"}, "ul_train": {"ul_runtime", "ul_train"}, "ul_export": set(PACKAGES)}
+PACKAGES = ("ul_runtime", "ul_train", "ul_export")  # from below: each may import those before it
 NEVER_IN_RUNTIME = {"torch", "onnx", "onnxscript", "safetensors.torch", "sklearn", "datasets"}
 NEVER = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 TRUE_IS_REFUSED = {"allow_pickle", "trust_remote_code"}
 PINNED = ROOT / "ul_export" / "evaluation" / "features.py"  # unpickles bytes of a known SHA-256
 
 
-TAKES_ONNX = ROOT / "ul_runtime" / "onnx_weights.py"  # when it is called, for OpenVINO and TensorRT alone
-
-
 def files(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of all modules that are imported, anywhere."""
+    """Full names of all that is imported, anywhere: by statement, or by name through importlib or a subprocess."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports name their package"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words = node.value.split()
+            yield from (word for word in words if len(words) == 1 and re.fullmatch(r"ul_\w+\.[\w.]+", word))
+
+
+def at_run_time(tree: ast.AST) -> ast.AST:
+    """Without what only type checkers read."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return tree
+
+
+def arrows(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Which module imports which, of these, at whatever depth of the code."""
+    found: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        targets = set()
+        for name in imports(at_run_time(ast.parse(source))):
+            while name and name not in sources:
+                name = name.rpartition(".")[0]
+            targets.add(name)
+        found[module] = targets - {"", module}
+    return found
+
+
+def circles(sources: Mapping[str, str]) -> list[list[str]]:
+    """Modules that import each other, in a circle of any length, folders included: arrows between packages."""
+    found = arrows(sources)
+    try:
+        tuple(TopologicalSorter(found).static_order())
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def upward(package: str, source: str) -> list[str]:
+    """Imports of a package above this one, even of what only type checkers read."""
+    above = PACKAGES[PACKAGES.index(package) + 1 :]
+    return [name for name in imports(ast.parse(source)) if any(is_within(name, other) for other in above)]
 
 
 def is_within(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-def misdirected(package: str, source: str, takes_onnx: bool = False) -> list[str]:
-    """Imports that point up, or into what the runtime must do without."""
-    names = [name for name in imports(ast.parse(source)) if not (takes_onnx and is_within(name, "onnx"))]
-    up = [name for name in names for other in PACKAGES if is_within(name, other) and other not in MAY_IMPORT[package]]
-    heavy = [name for name in names for module in NEVER_IN_RUNTIME if is_within(name, module)]
-    return up + (heavy if package == "ul_runtime" else [])
+def heavy(source: str) -> list[str]:
+    """Imports that the runtime must do without."""
+    return [name for name in imports(ast.parse(source)) for module in NEVER_IN_RUNTIME if is_within(name, module)]
 
 
 def is_restricted_load(node: ast.AST) -> bool:
@@ -72,10 +111,33 @@ def unsafe(source: str, pinned: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_imports_point_down(package: str) -> None:
+def test_no_package_names_one_above_it(package: str) -> None:
     assert len(files(package)) >= 3
-    found = {str(path): misdirected(package, path.read_text(), path == TAKES_ONNX) for path in files(package)}
-    assert {path: names for path, names in found.items() if names} == {}
+    assert {str(path): found for path in files(package) if (found := upward(package, path.read_text()))} == {}
+
+
+def test_the_runtime_names_nothing_heavy() -> None:
+    assert {str(path): found for path in files("ul_runtime") if (found := heavy(path.read_text()))} == {}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    sources = {module_name(path): path.read_text() for package in PACKAGES for path in files(package)}
+    assert sum(map(len, arrows(sources).values())) > len(sources)
+    assert circles(sources) == []
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"ul_a.x": "import ul_a.y", "ul_a.y": "from ul_a.x import f"},
+        {"ul_a.x": "import ul_a.y", "ul_a.y": "def f():\n    from ul_a import z", "ul_a.z": "from ul_a.x import g"},
+        {"ul_a": "from ul_a.x import f", "ul_a.x": "from ul_a import VERSION"},
+        {"ul_a.x": "import_module('ul_a.y')", "ul_a.y": "import ul_a.x"},
+    ],
+)
+def test_the_check_for_circles_finds_one(sources: dict[str, str]) -> None:
+    assert circles(sources) != []
+    assert circles(dict(list(sources.items())[:1])) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -87,14 +149,20 @@ def test_nothing_unpickles_extracts_or_swallows(package: str) -> None:
 @pytest.mark.parametrize(
     ("package", "source"),
     [
-        ("ul_runtime", "import torch"),
-        ("ul_runtime", "def f():\n    from onnx import helper"),
         ("ul_runtime", "from ul_train.config import Config"),
+        ("ul_runtime", "if TYPE_CHECKING:\n    from ul_export.export import export_bundle"),
+        ("ul_runtime", "import_module('ul_train.torch_backend')"),
         ("ul_train", "import ul_export.export"),
+        ("ul_train", "words = [sys.executable, '-m', 'ul_export.cli']"),
     ],
 )
-def test_the_direction_check_finds_a_wrong_import(package: str, source: str) -> None:
-    assert misdirected(package, source) != []
+def test_the_check_of_directions_finds_a_wrong_import(package: str, source: str) -> None:
+    assert upward(package, source) != []
+
+
+@pytest.mark.parametrize("source", ["import torch", "def f():\n    from onnx import helper"])
+def test_the_check_for_heavy_imports_finds_one(source: str) -> None:
+    assert heavy(source) != []
 
 
 @pytest.mark.parametrize(
