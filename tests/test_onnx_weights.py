@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from ul_runtime.backends.onnx_weights import _DTYPES, with_weights
 from ul_runtime.bundle import Bundle
 from ul_runtime.manifest import GRAPH_NAMES
-from ul_runtime.onnx_weights import _DTYPES, with_weights
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 

@@ -12,11 +12,11 @@ from onnx import TensorProto, helper
 from ul_export.precision.lower import PRECISIONS
 from ul_export.precision.reduce import with_their_weights
 from ul_runtime.backends import tensorrt_build as libraries
+from ul_runtime.backends.onnx_weights import with_weights
 from ul_runtime.backends.tensorrt_build import Plan, Profile, Timings, _Phases, build_engine
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES, TensorFormat
-from ul_runtime.onnx_weights import with_weights
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
 

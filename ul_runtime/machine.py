@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from ul_runtime.errors import UsageError
-from ul_runtime.option import option
+from ul_runtime.settings import option
 
 VERSION = "0.1.0"  # of these packages
 

@@ -1,20 +1,42 @@
-"""What a sampling run can be told: sampler settings over the bundle's defaults, and the labels of the images."""
+"""What a run can be told: options as fields of dataclasses, sampler settings over the bundle's defaults, labels.
 
+Commands import it for their help: what takes long to import is imported where it is used.
+"""
+
+import dataclasses
 import difflib
 import math
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias, TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from ul_runtime.errors import UsageError
-from ul_runtime.samplers import parse_grid, parse_sampler
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NO_LABEL = "none"
 MOST_STEPS = 65536  # as in a manifest
 Label: TypeAlias = int | str
+
+
+def option(
+    default: Any,
+    help: str,
+    *names: str,
+    metavar: str | None = None,
+    shown: str | bool = True,
+    min: int | None = None,
+) -> Any:
+    """A field of a dataclass that commands offer as an option; ul_runtime.cli.options.with_options expands it.
+
+    `names` default to the field's own; `shown` is the default as help says it.
+    """
+    metadata = {"option": {"names": names, "help": help, "metavar": metavar, "show_default": shown, "min": min}}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Overrides(TypedDict, total=False):
@@ -40,6 +62,8 @@ class SamplerSettings:
     num_steps: int
 
     def __post_init__(self) -> None:
+        from ul_runtime.samplers import parse_grid, parse_sampler
+
         parse_sampler(self.sampler)
         parse_grid(self.grid)
         if not 1 <= self.num_steps <= MOST_STEPS:
@@ -154,8 +178,10 @@ SEEDS = 2**64
 INDICES = 2**63
 
 
-def as_indices(images: int | Sequence[int] | np.ndarray) -> np.ndarray:
+def as_indices(images: "int | Sequence[int] | np.ndarray") -> "np.ndarray":
     """A count (0, 1, ...) or a list of indices as int64; UsageError for what is not whole or out of range."""
+    import numpy as np
+
     if isinstance(images, (int, np.integer)):
         if images < 1:
             raise UsageError(f"the number of images is {images}; expected 1 or more")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ul_runtime.machine import cache_dir
-from ul_runtime.option import option
+from ul_runtime.settings import option
 
 
 @dataclass(frozen=True)

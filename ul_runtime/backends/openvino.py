@@ -20,8 +20,8 @@ import openvino as ov  # noqa: E402
 import openvino.opset13 as opset  # noqa: E402
 
 from ul_runtime.backends import NO_BF16, HostBackend, cannot_load, check_threads, run_failed  # noqa: E402
+from ul_runtime.backends.onnx_weights import with_weights  # noqa: E402
 from ul_runtime.errors import UsageError  # noqa: E402
-from ul_runtime.onnx_weights import with_weights  # noqa: E402
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ul_runtime import durable
+from ul_runtime.backends.onnx_weights import with_weights
 from ul_runtime.backends.tensorrt_build import (
     REFITTABLE,
     Library,
@@ -33,7 +34,6 @@ from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, ULError, UntrustedError
 from ul_runtime.machine import engine_dir, gpus
 from ul_runtime.manifest import GraphName
-from ul_runtime.onnx_weights import with_weights
 from ul_runtime.progress import Tick, silent
 
 _LOG = logging.getLogger(__name__)
