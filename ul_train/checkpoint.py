@@ -54,11 +54,6 @@ class Checkpoint:
     state_hash: str
 
 
-def name_of(stage: str, step: int) -> str:
-    """Directory name of a checkpoint."""
-    return f"{stage}-{step:06d}"
-
-
 def tensors_of(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     """All parameters of the networks by name, detached, on the CPU."""
     return {
@@ -112,9 +107,11 @@ def save_checkpoint(
     folder: Path, state: State, weights: dict[str, Tensor], ema: dict[str, Tensor], optimizer: dict[str, Tensor]
 ) -> Path:
     """Write `folder/<stage>-<step>`, whole or absent; an existing one of this name is replaced. OutputError."""
-    final = folder / name_of(state.stage, state.step)
+    final = folder / f"{state.stage}-{state.step:06d}"
     files: dict[str, dict[str, Any]] = {}
-    _sweep(folder)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    for name in {match[1] for name in names if (match := UNFINISHED.fullmatch(name))}:
+        durable.sweep(folder, name)  # what saves and prunings that were killed have left
     with durable.temporary_directory_beside(final) as temporary:
         for file, tensors in zip(TENSOR_FILES, (weights, ema, optimizer), strict=True):
             data = save(tensors)
@@ -133,13 +130,6 @@ def _sealed(record: dict[str, Any]) -> bytes:
     """JSON whose last value is the SHA-256 of all of it, taken with zeros in that place."""
     data = (json.dumps({**record, "sha256": _NO_HASH}, indent=1) + "\n").encode()
     return data.replace(_NO_HASH.encode(), hashlib.sha256(data).hexdigest().encode())
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what saves and prunings that were killed have left."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    for name in {match[1] for name in names if (match := UNFINISHED.fullmatch(name))}:
-        durable.sweep(folder, name)
 
 
 def list_checkpoints(folder: Path, stage: str) -> list[Path]:

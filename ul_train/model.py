@@ -1,4 +1,4 @@
-"""The four networks of a recipe, and a backend that runs their step graphs in torch."""
+"""The four networks of a recipe."""
 
 import hashlib
 
@@ -45,7 +45,7 @@ def make_prior(config: Config) -> LatentViT:
 
 
 def make_base(config: Config, num_classes: int) -> LatentViT:
-    """z_t, logsnr, label -> v_pred; the prior of stage 2, which makes the pictures."""
+    """z_t, logsnr, label -> v_pred; the prior of stage 2, which makes the images."""
     return _vit(config, config.base, num_classes)
 
 

@@ -52,13 +52,13 @@ def run_to_end(program: Sequence[str]) -> str:
     A signal is left to the command, which saves what it has; then StoppedError.
     """
     with stop_on_signal(), subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
-        said, _ = process.communicate()
+        printed, _ = process.communicate()
         check_stopped()
     if process.returncode == StoppedError.exit_code:
         raise StoppedError("stopped; run the same command again to go on")
     if process.returncode:
-        sys.exit(process.returncode)  # it has said why
-    return said
+        sys.exit(process.returncode)  # the command has printed why
+    return printed
 
 
 _REPORT_IMAGES = 16  # in the report at the end of training, which is not the one that counts

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
-from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, check_stopped, progress, silent, stop_on_signal
 from ul_train.activations import warnings, watched
 from ul_train.config import Config
@@ -104,8 +102,7 @@ def train_stages(
 ) -> None:
     """Train each from where its checkpoints stand, and measure stage 1 once it is finished."""
     precision = choose_precision(run.config.run.precision, device)
-    threads = torch.get_num_threads()
-    logger.info(f"training in {run.path} on {device}, {precision}, {threads} threads")
+    logger.info(f"training in {run.path} on {device}, {precision}, {torch.get_num_threads()} threads")
     log = RunLog(run.path, run.config.run.log_every)
     try:
         for kind in stages:
@@ -153,7 +150,9 @@ class Evaluation:
         """At this step. StoppedError."""
         stage = self.stage
         with watched(stage.ema) as largest:
-            pipeline = pipeline_of(self.run, stage.sampled, stage.device, stage.precision)
+            pipeline = torch_pipeline(
+                self.run.manifest(), **stage.sampled, device=stage.device, precision=stage.precision
+            )
             preview = stage.preview(pipeline, self.heldout, step, self.log, self.tick)
         durable.atomic_write(self.run.path / "previews" / f"{stage.name}-{step:06d}.png", preview)
         for block, text in warnings(largest, step, self.largest, self.step, stage.settings.steps):
@@ -165,12 +164,6 @@ class Evaluation:
         self.log.write(stage.name, step, finite)
 
 
-def pipeline_of(run: Run, networks: dict[str, nn.Module], device: torch.device, precision: str) -> Pipeline:
-    """The runtime's pipeline over torch networks `encoder`, `prior`, `decoder`."""
-    encoder, prior, decoder = (networks[name] for name in ("encoder", "prior", "decoder"))
-    return torch_pipeline(run.manifest(), encoder, prior, decoder, device, precision)
-
-
 def check_export(stage: Stage, run: Run, log: RunLog, threads: int | None, step: int) -> None:
     """Check the export of the newest checkpoint by ul-export --check, in a process of its own.
 
@@ -178,7 +171,7 @@ def check_export(stage: Stage, run: Run, log: RunLog, threads: int | None, step:
     """
     where = f"stage {stage.name}, step {step}"
     try:
-        said = run_script("ul-export", str(run.path), "--check", "--json", *option_words({"--threads": threads}))
+        printed = run_script("ul-export", str(run.path), "--check", "--json", *option_words({"--threads": threads}))
     except StoppedError:
         raise StoppedError(
             f"{where}: stopped in the export check, saved; go on with ul-train {run.path} --resume"
@@ -186,7 +179,7 @@ def check_export(stage: Stage, run: Run, log: RunLog, threads: int | None, step:
     except SystemExit:
         log.warn(f"{where}: the export check failed; the checkpoint is kept, training ends")
         raise
-    log.write(stage.name, step, {f"export.{name}": value for name, value in json.loads(said).items()})
+    log.write(stage.name, step, {f"export.{name}": value for name, value in json.loads(printed).items()})
 
 
 def report(
@@ -204,7 +197,8 @@ def report(
     StoppedError on a signal; BadInputError before stage 1 is finished.
     """
     run.check_finished(Joint.name)
-    pipeline = pipeline_of(run, run.after(Joint, device).networks, device, precision)
+    networks = run.after(Joint, device).networks
+    pipeline = torch_pipeline(run.manifest(), **networks, device=device, precision=precision)
     num_images = min(num_images, len(splits.heldout))
     eigenvalues, of_what = bound_eigenvalues(splits.heldout, splits.train, num_images)
     try:
