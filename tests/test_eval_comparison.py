@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ul_export.evaluation.comparison import Comparison
-from ul_export.evaluation.options import EvalOptions
+from ul_export.options import EvalOptions
 from ul_train.data.imageset import ImageSet, Splits
 
 COUNT = 101
@@ -17,7 +17,9 @@ def comparison(labels: np.ndarray) -> Comparison:
     pixels = np.zeros((len(labels), 1, 16, 16), np.uint8)
     images = ImageSet(pixels, labels, ("a", "b", "c"), "0" * 64)
     anything: Any = None
-    return Comparison(anything, Splits(images, images, anything), (), EvalOptions(data="", images=COUNT, seeds=2), {})
+    return Comparison(
+        anything, Splits(images, images, anything), "heldout", (), EvalOptions(data="", images=COUNT, seeds=2), {}
+    )
 
 
 @pytest.mark.parametrize("shares", [(0.34, 0.33, 0.33), (0.9, 0.07, 0.03), (1.0, 0.0, 0.0)])

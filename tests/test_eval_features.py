@@ -14,7 +14,7 @@ from tiny_run import splits
 from ul_export.evaluation import features as module
 from ul_export.evaluation.classifier import accuracy, load_classifier, save_classifier, train_classifier
 from ul_export.evaluation.features import FeatureSpace, default_spaces, features_of, open_space, packaged_weights
-from ul_export.evaluation.options import EvalOptions
+from ul_export.options import EvalOptions
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError, UsageError
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul_export.evaluation.statistics import (
-    Nearest,
     density_coverage,
+    nearest,
     precision_recall,
     share_nearer,
     squared_distances,
@@ -82,12 +82,10 @@ def test_samples_at_one_place_have_precision_and_no_recall_or_coverage():
 @given(chunk=st.integers(1, 30))
 def test_a_search_in_chunks_finds_the_nearest_of_all(chunk):
     queries, among = points(6), points(25, seed=1)
-    found = Nearest.none(len(queries), 4)
-    for first in range(0, len(among), chunk):
-        found = found.among(queries, among[first : first + chunk], first)
+    index, far = nearest(queries, (among[first : first + chunk] for first in range(0, len(among), chunk)), 4)
     brute = np.linalg.norm(queries[:, None].astype(np.float64) - among, axis=2)
-    assert np.array_equal(found.index, np.argsort(brute, axis=1)[:, :4])
-    assert found.distance == pytest.approx(np.sort(brute, axis=1)[:, :4], abs=1e-6)
+    assert np.array_equal(index, np.argsort(brute, axis=1)[:, :4])
+    assert far == pytest.approx(np.sort(brute, axis=1)[:, :4], abs=1e-6)
 
 
 @given(
@@ -103,7 +101,7 @@ def test_copies_are_nearer_than_held_out_images_and_fresh_draws_are_not():
     train, heldout, fresh = points(400), points(300, seed=1), points(300, seed=2)
 
     def to_train(queries: np.ndarray) -> np.ndarray:
-        return Nearest.none(len(queries), 1).among(queries, train, 0).distance[:, 0]
+        return nearest(queries, [train], 1)[1][:, 0]
 
     assert share_nearer(to_train(train[:300]), to_train(heldout)) == 1.0
     assert share_nearer(to_train(fresh), to_train(heldout)) == pytest.approx(0.5, abs=0.1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ul_runtime.cli.options import option
+from ul_runtime.settings import option
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""What ul-export can be told."""
+"""Options of the commands ul-export, ul-eval and ul-bench."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ul_runtime.cli.options import option
+from ul_runtime.settings import option, threads_option
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ExportOptions:
         shown="20; --bf16: 22",
     )
     weights: str = option("fp32", "How weights are stored where graphs compute in float32.", metavar="fp32|fp16")
-    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core")
+    threads: int | None = threads_option()
     cache: Path | None = option(None, "Prepared images.", metavar="DIR", shown="$UL_CACHE or the user's cache")
     overwrite: bool = option(False, "Replace a bundle at --out.")
 
@@ -44,3 +44,52 @@ class EngineOptions:
     engines: Path | None = option(
         None, "Where engines are kept: a folder of your own.", metavar="DIR", shown="the user's cache"
     )
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Of ul-eval: `images` samples a seed stand against as many real images."""
+
+    data: str = option(..., "Real images, as given to ul-train.", metavar="SOURCE")
+    heldout: str | None = option(None, "Held-out images.", metavar="SOURCE", shown="the source's own, or 5 %")
+    out: Path | None = option(None, "Folder for eval.json, report.html and images.", metavar="DIR")
+    images: int = option(1000, "Samples a seed, and real images beside them.", metavar="COUNT")
+    seeds: int = option(3, "Repetitions, for the spread.", metavar="COUNT")
+    seed: int = option(0, "The first of the seeds.", metavar="INT")
+    features: list[str] = option(
+        [],
+        "efficientnet-lite0 (ImageNet), classifier, pixels, or an ONNX file: x b c h w in [-1, 1] -> b d. "
+        "Repeat it for several; the first one finds neighbours.",
+        metavar="NAME|FILE.onnx",
+        shown="classifier for grey images with classes, else efficientnet-lite0; and pixels",
+    )
+    classifier: Path | None = option(
+        None, "Keeps the classifier: trained on --data if it is not there.", metavar="FILE.safetensors"
+    )
+    classifier_steps: int = option(1500, "Its training steps, of 64 images.", metavar="COUNT")
+    train_images: int | None = option(None, "Training images searched for neighbours.", metavar="COUNT", shown="all")
+    bits_samples: int = option(16, "Noise levels an image for its bits.", metavar="COUNT")
+    cache: Path | None = option(None, "Prepared images.", metavar="DIR", shown="$UL_CACHE or the user's cache")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Of ul-bench: what is measured, how often, and beside what."""
+
+    peers: str = option(
+        "",
+        "Measured in turn with ort-cpu: openvino, openvino-bf16, torch, torch-compile, torch-loop "
+        "(sampling as a user writes it), and these three with -bf16.",
+        metavar="NAME,...",
+        shown="none",
+    )
+    run: Path | None = option(None, "Run directory of the bundle, for the torch peers.", metavar="RUN")
+    batch_sizes: str | None = option(None, "Batch sizes.", metavar="IMAGES,...", shown="1,8,64; with --quick 1,8")
+    repeats: int = option(20, "Measurements of each step.", metavar="COUNT")
+    image_repeats: int = option(5, "Measurements of whole batches of images.", metavar="COUNT")
+    threads: int | None = threads_option()
+    start_up: bool = option(
+        True, "Measure import, load and first image in fresh processes.", "--start-up/--no-start-up"
+    )
+    plot: Path | None = option(None, "Draw images/s against batch size (needs matplotlib).", metavar="FILE.png")
+    quick: bool = option(False, "One or two measurements of each: to see that it works, not for figures.")

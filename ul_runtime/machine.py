@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from ul_runtime.errors import UsageError
-from ul_runtime.settings import option
+from ul_runtime.settings import option, threads_option
 
 VERSION = "0.1.0"  # of these packages
 
@@ -25,7 +25,7 @@ class MachineOptions:
 
     backend: str = option("auto", "What runs the graphs.", metavar="auto|ort-cpu|openvino|tensorrt|ort-cuda|torch")
     precision: str | None = option(None, "What the networks compute in.", metavar="fp32|bf16", shown="the bundle's")
-    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core")
+    threads: int | None = threads_option()
     spinning: bool = option(
         True, "Let idle threads spin (ort-cpu): faster, keeps cores busy.", "--spinning/--no-spinning"
     )

@@ -94,7 +94,7 @@ _watching = _asked = False  # within `stop_on_signal`; a signal came there
 def check_stopped(amount: float = 0.0) -> None:
     """The tick that shows nothing: StoppedError after a signal within `stop_on_signal`."""
     if _asked:
-        raise StoppedError("stopped; run the same command again to go on")
+        raise StoppedError("stopped")
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -39,6 +39,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def threads_option() -> Any:
+    """--threads, which several commands take."""
+    return option(None, "CPU threads.", metavar="COUNT", shown="one per core")
+
+
 class Overrides(TypedDict, total=False):
     """Keyword arguments of generate and decode; what is absent or None comes from the bundle's manifest."""
 

@@ -22,7 +22,7 @@ from ul_export.bench.measure import (
     start_up,
     work_of_an_image,
 )
-from ul_export.bench.options import BenchOptions
+from ul_export.options import BenchOptions
 from ul_runtime.backends import check_threads
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.backends.ort_cpu import session_options

@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from ul_export.bench.options import BenchOptions
+from ul_export.options import BenchOptions
 from ul_runtime.cli.options import AsJson, BundleAlone, SamplingOptions, with_options
 from ul_runtime.errors import run_command
 

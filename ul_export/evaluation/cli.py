@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from ul_export.evaluation.options import EvalOptions
+from ul_export.options import EvalOptions
 from ul_runtime.cli.options import AsJson, BundleArgument, SamplingOptions, with_options
 from ul_runtime.errors import require_packages, run_command
 from ul_runtime.machine import OneGpuOptions

@@ -14,24 +14,21 @@ from ul_export.evaluation.measures import (
     measure_reconstructions,
     measure_samples,
 )
-from ul_export.evaluation.options import EvalOptions
 from ul_export.evaluation.report import CONTACT_SHEETS, contact_sheets, html_report
 from ul_export.evaluation.statistics import COVERAGE_NEIGHBOURS
+from ul_export.options import EvalOptions
 from ul_runtime import durable
 from ul_runtime.cli.options import SamplingOptions
 from ul_runtime.errors import UsageError
 from ul_runtime.loading import open_pipeline
 from ul_runtime.machine import OneGpuOptions, cache_dir, origin
-from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import stop_on_signal
 from ul_runtime.settings import check_count, check_seed
 from ul_train.config import ImageConfig
-from ul_train.data.imageset import Splits
 from ul_train.data.prepare import open_splits
 
 _PACKAGES = ("unified-latents", "numpy", "scipy", "onnxruntime", "torch")
 _FEWEST = COVERAGE_NEIGHBOURS + 1  # images that have so many neighbours
-_FILES = ("eval.json", "report.html", *CONTACT_SHEETS)
 
 
 def check(options: EvalOptions) -> None:
@@ -50,7 +47,7 @@ def check(options: EvalOptions) -> None:
     if options.classifier is not None and options.classifier.suffix != ".safetensors":
         raise UsageError(f"--classifier {options.classifier}: expected a name that ends in .safetensors")
     if options.out is not None:
-        durable.check_output_directory(options.out, _FILES)
+        durable.check_output_directory(options.out, ("eval.json", "report.html", *CONTACT_SHEETS))
 
 
 def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machine: OneGpuOptions) -> dict[str, Any]:
@@ -61,16 +58,18 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
     if machine.threads:
         torch.set_num_threads(machine.threads)
     with stop_on_signal():
-        splits = _open_images(pipeline, options)
-        reference_split(splits, options.images)  # there are enough of them, or UsageError
-        compare, absent = image_measures(pipeline.manifest.image.size)
-        names = options.features or default_spaces(pipeline.image_shape[0], splits.train.class_names)
+        image = pipeline.manifest.image
+        asked = ImageConfig.model_validate(image.model_dump(include={"size", "channels", "background", "fit"}))
+        splits = open_splits(asked, options.data, options.heldout, cache_dir(options.cache))
+        split = reference_split(splits, options.images)
+        measures, absent = image_measures(image.size)
+        names = options.features or default_spaces(image.channels, splits.train.class_names)
         spaces = [open_space(name, splits, options, machine.threads) for name in names]
-        comparison = Comparison(pipeline, splits, spaces, options, sampling.overrides)
-        generation, samples = measure_samples(comparison)
-        reconstruction, decoded = measure_reconstructions(comparison, compare)
+        comparison = Comparison(pipeline, splits, split, spaces, options, sampling.overrides)
+        generation, samples, features = measure_samples(comparison)
+        reconstruction, decoded = measure_reconstructions(comparison, measures)
         bits = measure_bits(comparison)
-        memorisation, nearest = find_neighbours(comparison, samples)
+        memorisation, index, distance = find_neighbours(comparison, features)
         result = {
             "bundle": {"path": str(path), "name": pipeline.manifest.name, "hash": pipeline.hash},
             "data": _data(comparison),
@@ -87,17 +86,13 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
             **origin("ul-eval", _PACKAGES),
         }
         if options.out is not None:
-            _write(options.out, result, contact_sheets(comparison, samples, decoded, nearest))
+            sheets = contact_sheets(comparison, samples, decoded, index, distance)
+            durable.make_directory(options.out)
+            for name, data in sheets.items():
+                durable.atomic_write(options.out / name, data)
+            durable.atomic_write(options.out / "report.html", html_report(result, sheets).encode())
+            durable.write_json(options.out / "eval.json", result)  # the last: it says that all are there
     return result
-
-
-def _open_images(pipeline: Pipeline, options: EvalOptions) -> Splits:
-    """The real images, converted as the bundle takes them."""
-    image = pipeline.manifest.image
-    asked = ImageConfig.model_validate(
-        {"size": image.size, "channels": image.channels, "background": image.background, "fit": image.fit}
-    )
-    return open_splits(asked, options.data, options.heldout, cache_dir(options.cache))
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:
@@ -123,15 +118,6 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append("the classes of --data are not the bundle's: samples are of all its classes in turn")
     if comparison.reference_split == "train":
         notes.append("too few images are held out for two halves: samples are compared with images trained on")
-    if len(comparison.heldout_ids) < comparison.count:
+    if len(comparison.heldout_ids) < comparison.options.images:
         notes.append(f"{len(comparison.heldout_ids)} images are held out: so many are reconstructed")
     return notes
-
-
-def _write(out: Path, result: dict[str, Any], sheets: dict[str, bytes]) -> None:
-    """All files of the folder, eval.json last. OutputError."""
-    durable.make_directory(out)
-    for name, data in sheets.items():
-        durable.atomic_write(out / name, data)
-    durable.atomic_write(out / "report.html", html_report(result, sheets).encode())
-    durable.write_json(out / "eval.json", result)

@@ -12,9 +12,9 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, max_pool2d, normalize, pad, relu
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, max_pool2d, normalize, pad, relu
 
-from ul_export.evaluation.options import EvalOptions
+from ul_export.options import EvalOptions
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, session_options
 from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, one_line, require_packages
 from ul_runtime.images import from_uint8
@@ -82,11 +82,9 @@ def features_of(space: FeatureSpace, images: Images, ids: np.ndarray, tick: Tick
     return np.concatenate(parts)
 
 
-def resized(x: np.ndarray, height: int, width: int) -> torch.Tensor:
+def resized(x: np.ndarray, height: int, width: int) -> Tensor:
     """x `b c h w` at another size: bilinear, and without aliasing where it shrinks."""
-    return torch.nn.functional.interpolate(
-        torch.from_numpy(x), (height, width), mode="bilinear", align_corners=False, antialias=True
-    )
+    return interpolate(torch.from_numpy(x), (height, width), mode="bilinear", align_corners=False, antialias=True)
 
 
 def _pixels(x: np.ndarray) -> np.ndarray:
@@ -94,7 +92,7 @@ def _pixels(x: np.ndarray) -> np.ndarray:
     channels, size = x.shape[1:3]
     side = int((_MOST_PIXEL_VALUES // channels) ** 0.5)
     if size > side:
-        x = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(x), side).numpy()
+        x = adaptive_avg_pool2d(torch.from_numpy(x), side).numpy()
     return x.reshape(len(x), -1)
 
 
@@ -151,31 +149,51 @@ def _onnx_file(path: Path, channels: int, threads: int | None) -> FeatureSpace:
         data = path.read_bytes()
     except OSError as error:
         raise BadInputError(f"--features {path}: cannot be read ({error.strerror})") from None
-    (batch, wanted, height, width), run = open_model(data, str(path), threads)
-    if isinstance(batch, int):
-        raise BadInputError(f"{path}: its batch is fixed to {batch}; export it with a dynamic first axis")
-    if isinstance(wanted, int) and wanted not in (channels, 3):
-        raise BadInputError(f"{path}: takes {wanted} channels, the images have {channels}; export it for {channels}")
+    session = _open_session(data, path, channels, threads)
+    (image,), output = session.get_inputs(), session.get_outputs()[0].name
+    _, wanted, *fixed = image.shape
 
     def extract(x: np.ndarray) -> np.ndarray:
-        size = tuple(given if isinstance(given, int) else x.shape[2] for given in (height, width))
-        if size != x.shape[2:]:
-            x = resized(x, *size).numpy()
+        height, width = (given if isinstance(given, int) else x.shape[2] for given in fixed)
+        if (height, width) != x.shape[2:]:
+            x = resized(x, height, width).numpy()
         if isinstance(wanted, int) and wanted != channels:
             x = np.repeat(x, wanted, axis=1)
-        return run(np.ascontiguousarray(x))
+        try:
+            return session.run([output], {image.name: np.ascontiguousarray(x)})[0]
+        except (*ORT_ERRORS, ValueError) as error:
+            raise ULError(f"{path}: ONNX Runtime failed on {list(x.shape)}: {one_line(error)}") from error
 
     return FeatureSpace(str(path), extract, {"sha256": hashlib.sha256(data).hexdigest()})
 
 
-def packaged_weights(package: str, file: str, sha256: str, extras: str) -> dict[str, torch.Tensor]:
+def _open_session(data: bytes, path: Path, channels: int, threads: int | None) -> ort.InferenceSession:
+    """A model that takes images of so many channels. BadInputError: it cannot be loaded, or takes something else."""
+    try:
+        session = ort.InferenceSession(data, session_options(threads), providers=["CPUExecutionProvider"])
+    except (*ORT_ERRORS, ValueError) as error:
+        advice = "expected an ONNX file that holds its weights itself"
+        raise BadInputError(f"{path}: cannot be loaded: {one_line(error)}; {advice}") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
+        given = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
+        raise BadInputError(f"{path}: takes {given}; expected one input, float32 b c h w")
+    batch, wanted = inputs[0].shape[:2]
+    if isinstance(batch, int):
+        raise BadInputError(f"{path}: its batch is fixed to {batch}; export it with a dynamic first axis")
+    if isinstance(wanted, int) and wanted not in (channels, 3):
+        raise BadInputError(f"{path}: takes {wanted} channels, the images have {channels}; export it for {channels}")
+    return session
+
+
+def packaged_weights(package: str, file: str, sha256: str, extras: str) -> dict[str, Tensor]:
     """The tensors of `file` in an installed package, which is not imported.
 
     UsageError: not installed. BadInputError: missing, or other bytes than those of `sha256`.
     """
     require_packages(package, extras=extras)
     spec = find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
+    folders = (spec and spec.submodule_search_locations) or ()
     path = next((at for folder in folders if (at := Path(folder, file)).is_file()), None)
     advice = f"install it again: pip install --force-reinstall --no-deps 'unified-latents[{extras}]'"
     if path is None:
@@ -193,7 +211,9 @@ def open_perceptual() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
     @torch.inference_mode()
     def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        layers = zip(_trunk(_prepared(a), weights), _trunk(_prepared(b), weights), strict=True)
+        size = max(_PERCEPTUAL_PX, a.shape[2])
+        rgb_a, rgb_b = (resized(x, size, size).expand(-1, 3, -1, -1) for x in (a, b))
+        layers = zip(_trunk(rgb_a, weights), _trunk(rgb_b, weights), strict=True)
         total = torch.zeros(len(a))
         for k, (of_a, of_b) in enumerate(layers):
             apart = (normalize(of_a, dim=1) - normalize(of_b, dim=1)) ** 2
@@ -201,13 +221,6 @@ def open_perceptual() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         return total.numpy()
 
     return distance
-
-
-def _prepared(x: np.ndarray) -> Tensor:
-    """RGB of at least 64 px."""
-    size = max(_PERCEPTUAL_PX, x.shape[2])
-    image = torch.from_numpy(x) if size == x.shape[2] else resized(x, size, size)
-    return image.expand(-1, 3, -1, -1)
 
 
 def _trunk(x: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
@@ -225,30 +238,3 @@ def _trunk(x: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
     third = relu(convolved(blurred(max_pool2d(second, 3, 1), "slice3.8"), "slice3.9", 1))
     fourth = relu(convolved(third, "slice4.11", 1))
     return [first, second, third, fourth, relu(convolved(fourth, "slice5.13", 1))]
-
-
-def open_model(
-    data: bytes, where: str, threads: int | None
-) -> tuple[list[int | str | None], Callable[[np.ndarray], np.ndarray]]:
-    """An ONNX model of one image input: its shape `b c h w` (names or None where free), and x -> first output.
-
-    The weights must lie in `data`. BadInputError: cannot be loaded, or another input; ULError: it fails.
-    """
-    try:
-        session = ort.InferenceSession(data, session_options(threads), providers=["CPUExecutionProvider"])
-    except (*ORT_ERRORS, ValueError) as error:
-        advice = "expected an ONNX file that holds its weights itself"
-        raise BadInputError(f"{where}: cannot be loaded: {one_line(error)}; {advice}") from error
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
-        given = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
-        raise BadInputError(f"{where}: takes {given}; expected one input, float32 b c h w")
-    outputs = [session.get_outputs()[0].name]
-
-    def run(x: np.ndarray) -> np.ndarray:
-        try:
-            return session.run(outputs, {inputs[0].name: x})[0]
-        except (*ORT_ERRORS, ValueError) as error:
-            raise ULError(f"{where}: ONNX Runtime failed on {list(x.shape)}: {one_line(error)}") from error
-
-    return inputs[0].shape, run

@@ -1,7 +1,6 @@
 """The figures: of samples, of reconstructions, of bits, and of samples that are copies of training images."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,11 +10,11 @@ from ul_export.evaluation.comparison import Comparison
 from ul_export.evaluation.features import EXTRACT_BATCH, PERCEPTUAL, features_of, open_perceptual
 from ul_export.evaluation.statistics import (
     SMALLEST_PX,
-    Nearest,
     distances,
     figure,
     figures,
     frechet_distance,
+    nearest,
     share_nearer,
     squared_error,
     ssim,
@@ -29,71 +28,50 @@ from ul_train.heldout import psnr_db
 
 Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two x `b c h w` in [-1, 1] -> `b`
 NEIGHBOURS = 5  # of each sample
-MOST_SHOWN = 32  # reconstructions
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Images uint8 `n c h w` of a seed, and their features `n d` by space."""
+def measure_samples(comparison: Comparison) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
+    """Figures of the samples of all seeds, by space and name. NonFiniteError.
 
-    images: np.ndarray
-    features: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Reconstructions:
-    """The first held-out images, and what they decode to by the first seed, both uint8 `n c h w`."""
-
-    originals: np.ndarray
-    decoded: np.ndarray
-
-
-def measure_samples(comparison: Comparison) -> tuple[dict[str, Any], Samples]:
-    """Figures of the samples of all seeds, by space and name; and the samples of the first. NonFiniteError."""
-    real = comparison.real_features  # with a progress bar of its own: one at a time
-    drawn: list[Samples] = []
-    model: dict[str, list[dict[str, float]]] = {space.name: [] for space in comparison.spaces}
-    floor: dict[str, list[dict[str, float]]] = {space.name: [] for space in comparison.spaces}
-    with progress("sampling", comparison.count * len(comparison.seeds), "images") as tick:
+    Also the first seed's samples, uint8 `n c h w`, and their features `n d` by space.
+    """
+    count, real = comparison.options.images, comparison.real_features
+    drawn: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    model: dict[str, list[dict[str, float]]] = {name: [] for name in real}
+    floor: dict[str, list[dict[str, float]]] = {name: [] for name in real}
+    with progress("sampling", count * len(comparison.seeds), "images") as tick:
         for seed in comparison.seeds:
-            samples = _draw(comparison, seed, tick)
-            drawn = drawn or [samples]
-            first, second = (_chosen(real, half) for half in comparison.halves(seed))
-            for name in model:
+            labels = comparison.labels(seed)
+            batches = comparison.pipeline.generate(count, seed=seed, labels=labels, tick=tick, **comparison.overrides)
+            images = np.ascontiguousarray(np.concatenate([batch.images for batch in batches]).transpose(0, 3, 1, 2))
+            features = comparison.features(images, np.arange(count), lambda _: tick(0))
+            drawn = drawn or [(images, features)]
+            first, second = comparison.halves(seed)
+            for name in real:
                 tick(0)
-                model[name].append(distances(samples.features[name], first[name]))
-                floor[name].append(distances(second[name], first[name]))
-    return {name: figures(comparison.count, model[name], floor[name]) for name in model}, drawn[0]
+                model[name].append(distances(features[name], real[name][first]))
+                floor[name].append(distances(real[name][second], real[name][first]))
+    return {name: figures(count, model[name], floor[name]) for name in real}, *drawn[0]
 
 
-def _draw(comparison: Comparison, seed: int, tick: Tick) -> Samples:
-    batches = comparison.pipeline.generate(
-        comparison.count, seed=seed, labels=comparison.labels(seed), tick=tick, **comparison.overrides
-    )
-    images = np.ascontiguousarray(np.concatenate([batch.images for batch in batches]).transpose(0, 3, 1, 2))
-    return Samples(images, _features(comparison, images, tick))
+def find_neighbours(
+    comparison: Comparison, features: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """How near samples are to training images, in the first space.
 
-
-def _features(comparison: Comparison, images: np.ndarray, tick: Tick) -> dict[str, np.ndarray]:
-    """By space, of images uint8 `n c h w` that are counted already."""
-    ids = np.arange(len(images))
-    return {space.name: features_of(space, images, ids, lambda _: tick(0)) for space in comparison.spaces}
-
-
-def find_neighbours(comparison: Comparison, samples: Samples) -> tuple[dict[str, Any], Nearest]:
-    """How near samples are to training images, in the first space; and the nearest training images of each."""
+    Also the nearest training images of each sample, nearest first: index and distance, both `n k`.
+    """
     space, train = comparison.spaces[0], comparison.splits.train
     ids = epoch_order(len(train), 0, 0)[: comparison.options.train_images or len(train)]
-    generated, heldout = samples.features[space.name], comparison.heldout_features[space.name]
-    queries = np.concatenate([generated, heldout])
-    nearest = Nearest.none(len(queries), min(NEIGHBOURS, len(ids)))
+    generated, heldout = features[space.name], comparison.heldout_features[space.name]
     with progress("searching training images", len(ids), "images") as tick:
-        for part in _parts(len(ids), EXTRACT_BATCH):
-            nearest = nearest.among(queries, features_of(space, train.images, ids[part], tick), part.start)
-    of_samples, of_heldout = np.split(nearest.distance[:, 0], [len(generated)])
+        chunks = (features_of(space, train.images, ids[part], tick) for part in _parts(len(ids), EXTRACT_BATCH))
+        index, distance = nearest(np.concatenate([generated, heldout]), chunks, min(NEIGHBOURS, len(ids)))
+    count = len(generated)
+    of_samples, of_heldout = distance[:count, 0], distance[count:, 0]
     record = {
         "features": space.name,
-        "count": len(generated),
+        "count": count,
         "heldout_count": len(heldout),
         "train_images": len(ids),
         "all_train_images": len(train),
@@ -102,8 +80,7 @@ def find_neighbours(comparison: Comparison, samples: Samples) -> tuple[dict[str,
         "nearer_than_heldout": share_nearer(of_samples, of_heldout),
         "real": share_nearer(of_heldout[::2], of_heldout[1::2]),
     }
-    index = ids[nearest.index]
-    return record, Nearest(index[: len(generated)], nearest.distance[: len(generated)])
+    return record, ids[index[:count]], distance[:count]
 
 
 def image_measures(size: int) -> tuple[dict[str, Compare], dict[str, str]]:
@@ -124,11 +101,12 @@ def image_measures(size: int) -> tuple[dict[str, Compare], dict[str, str]]:
     return measures, absent
 
 
-def measure_reconstructions(
-    comparison: Comparison, measures: dict[str, Compare]
-) -> tuple[dict[str, Any], Reconstructions]:
-    """One decode of every held-out image and seed; real: of one held-out image to another. And the first images."""
-    ids, heldout = comparison.heldout_ids, comparison.splits.heldout
+def measure_reconstructions(comparison: Comparison, measures: dict[str, Compare]) -> tuple[dict[str, Any], np.ndarray]:
+    """One decode of every held-out image and seed; real: of one held-out image to another.
+
+    Also the first seed's decoded images, uint8 `n c h w`.
+    """
+    ids = comparison.heldout_ids
     if len(ids) < 2:
         raise UsageError("one image is held out, and reconstructions need two or more; name more with --heldout")
     real, originals = comparison.real_features, comparison.heldout_features
@@ -137,36 +115,23 @@ def measure_reconstructions(
     with progress("reconstructing", len(ids) * len(comparison.seeds), "images") as tick:
         for k, seed in enumerate(comparison.seeds):
             partners = np.roll(ids, 1 + k % (len(ids) - 1))
-            decoded, similar, unrelated = _reconstruct(comparison, ids, partners, seed, measures, tick)
+            decoded, similar, unrelated = _reconstruct(comparison, partners, seed, measures, tick)
             model.append(similar)
             chance.append(unrelated)
-            shown = shown or [decoded[:MOST_SHOWN]]
-            features = _features(comparison, decoded, tick)
-            rfd.append(_frechet_distances(features, originals))
-            first, second = (_chosen(real, half[: len(ids)]) for half in comparison.halves(seed))
-            rfd_real.append(_frechet_distances(second, first))
+            shown = shown or [decoded]
+            features = comparison.features(decoded, np.arange(len(ids)), lambda _: tick(0))
+            rfd.append({name: frechet_distance(features[name], originals[name]) for name in real})
+            first, second = (half[: len(ids)] for half in comparison.halves(seed))
+            rfd_real.append({name: frechet_distance(real[name][second], real[name][first]) for name in real})
     record = figures(len(ids), model, chance) | {"frechet_distance": figures(len(ids), rfd, rfd_real)}
-    return record, Reconstructions(np.asarray(heldout.images[ids[:MOST_SHOWN]]), shown[0])
-
-
-def _chosen(features: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: values[rows] for name, values in features.items()}
-
-
-def _frechet_distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
-    return {name: frechet_distance(a[name], b[name]) for name in a}
+    return record, shown[0]
 
 
 def _reconstruct(
-    comparison: Comparison,
-    ids: np.ndarray,
-    partners: np.ndarray,
-    seed: int,
-    measures: dict[str, Compare],
-    tick: Tick,
+    comparison: Comparison, partners: np.ndarray, seed: int, measures: dict[str, Compare], tick: Tick
 ) -> tuple[np.ndarray, dict[str, float], dict[str, float]]:
     """(decoded uint8 `n c h w`, its likeness to the originals, that of the held-out images `partners` to them)."""
-    images, pipeline = comparison.splits.heldout, comparison.pipeline
+    ids, images, pipeline = comparison.heldout_ids, comparison.splits.heldout, comparison.pipeline
     decoder = Overrides(decoder_steps=comparison.overrides.get("decoder_steps"))
     decoded: list[np.ndarray] = []
     similar: dict[str, list[np.ndarray]] = {name: [] for name in measures}
@@ -201,10 +166,9 @@ def measure_bits(comparison: Comparison) -> dict[str, Any]:
 
 
 def _bits_per_pixel(comparison: Comparison, images: ImageSet, ids: np.ndarray, seed: int, tick: Tick) -> float:
-    pipeline, bits = comparison.pipeline, []
+    pipeline, num_samples, bits = comparison.pipeline, comparison.options.bits_samples, []
     for part in _parts(len(ids), pipeline.default_batch_size):
         z_clean = pipeline.encode(from_uint8(images.batch(ids[part])[0]), seed=seed, indices=ids[part]).z_clean
-        num_samples = comparison.options.bits_samples
         bits.append(pipeline.bits(z_clean, seed=seed, indices=ids[part], num_samples=num_samples, tick=tick))
     return float(np.concatenate(bits).mean()) / float(np.prod(pipeline.image_shape[1:]))
 

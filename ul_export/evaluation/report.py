@@ -1,20 +1,17 @@
 """The figures of ul-eval for people: a table, and one HTML file with its images inside."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ul_export.evaluation.comparison import Comparison
-from ul_export.evaluation.measures import Reconstructions, Samples
-from ul_export.evaluation.statistics import Nearest
 from ul_export.html_page import image, page, paragraph, table
 from ul_runtime.png import contact_sheet, png_bytes
-from ul_train.data.imageset import Images
 
 _WIDTH = 110  # of tables that no terminal limits
 # figure -> (name, better, what it says)
@@ -47,40 +44,24 @@ _TILES = 64
 _ROWS = 8  # of samples with their neighbours
 
 
-class Row(NamedTuple):
-    """A line of the tables."""
-
-    section: str
-    name: str
-    better: str
-    images: str
-    value: str
-    real: str
-    about: str
-
-
-def rows(result: Mapping[str, Any]) -> Iterator[Row]:
-    """Every figure, in order."""
-    for space, figures in result["generation"].items():
-        for name, figure in figures.items():
-            yield _row(f"samples, {space}", name, figure)
-    reconstruction = dict(result["reconstruction"])
+def rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Every figure in order: of what, name, better, count, the bundle's value, the real images' value, about."""
+    reconstruction, copies = dict(result["reconstruction"]), result["memorisation"]
     frechet = reconstruction.pop("frechet_distance")
-    for name, figure in reconstruction.items():
-        yield _row("reconstructions", name, figure)
-    for space, figure in frechet.items():
-        yield _row(f"reconstructions, {space}", "frechet_distance", figure)
-    yield _row("latents", "bits_per_pixel", result["bits_per_pixel"])
-    found = result["memorisation"]
-    share = {"value": found["nearer_than_heldout"], "real": found["real"], "count": found["count"]}
-    yield _row(f"copies, {found['features']}", "nearer_than_heldout", share)
-
-
-def _row(section: str, key: str, figure: Mapping[str, Any]) -> Row:
-    name, better, about = FIGURES[key]
-    real = _with_spread(figure["real"], figure.get("real_spread"))
-    value = _with_spread(figure["value"], figure.get("spread"))
-    return Row(section, name, better, str(figure["count"]), value, real, about)
+    share = {"value": copies["nearer_than_heldout"], "real": copies["real"], "count": copies["count"]}
+    sections = {
+        **{f"samples, {space}": figures for space, figures in result["generation"].items()},
+        "reconstructions": reconstruction,
+        **{f"reconstructions, {space}": {"frechet_distance": figure} for space, figure in frechet.items()},
+        "latents": {"bits_per_pixel": result["bits_per_pixel"]},
+        f"copies, {copies['features']}": {"nearer_than_heldout": share},
+    }
+    for section, figures in sections.items():
+        for key, figure in figures.items():
+            name, better, about = FIGURES[key]
+            real = _with_spread(figure["real"], figure.get("real_spread"))
+            value = _with_spread(figure["value"], figure.get("spread"))
+            yield section, name, better, str(figure["count"]), value, real, about
 
 
 def _with_spread(value: float | None, spread: float | None) -> str:
@@ -111,9 +92,9 @@ def print_report(result: Mapping[str, Any]) -> None:
     for name in ("count", "bundle", "real"):
         shown.add_column(name, justify="right")
     before = ""
-    for row in rows(result):
-        shown.add_row("" if row.section == before else row.section, *row[1:-1])
-        before = row.section
+    for section, *cells, _about in rows(result):
+        shown.add_row("" if section == before else section, *cells)
+        before = section
     console.print(shown)
     for line in sentences(result):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -152,42 +133,36 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contact_sheets(
-    comparison: Comparison, samples: Samples, reconstructions: Reconstructions, nearest: Nearest
+    comparison: Comparison, samples: np.ndarray, decoded: np.ndarray, index: np.ndarray, distance: np.ndarray
 ) -> dict[str, bytes]:
-    """PNG by file name."""
-    seed = comparison.seeds[0]
+    """PNG by file name, of what ul_export.evaluation.measures returns."""
+    seed, train, heldout = comparison.seeds[0], comparison.splits.train.images, comparison.splits.heldout.images
     real_ids = comparison.real_ids[comparison.halves(seed)[1]][:_TILES]
     matched = ", of the same classes in the same order" if comparison.labels(seed) else ""
-    pairs = [side for pair in zip(reconstructions.originals, reconstructions.decoded, strict=True) for side in pair]
-    closest = np.argsort(nearest.distance[:, 0], kind="stable")
-    about = f"by {comparison.spaces[0].name}"
+    originals = heldout[comparison.heldout_ids[: _TILES // 2]]
+    pairs = [side for pair in zip(originals, decoded[: len(originals)], strict=True) for side in pair]
 
-    def neighbours(rows: np.ndarray, title: str) -> bytes:
-        return _neighbours(comparison.splits.train.images, samples, nearest, rows[:_ROWS], f"{title}, {about}")
+    def neighbours(chosen: np.ndarray, title: str) -> bytes:
+        """A row a sample: the sample, then its nearest training images with their distances."""
+        images: list[np.ndarray] = []
+        captions = []
+        for row in chosen[:_ROWS]:
+            images += [samples[row], *train[index[row]]]
+            captions += [f"sample {row}", *(f"{apart:.3g}" for apart in distance[row])]
+        columns = ("sample", *(f"nearest {k + 1}" for k in range(index.shape[1])))
+        return _png(images, f"{title}, by {comparison.spaces[0].name}", columns, captions)
 
+    closest = np.argsort(distance[:, 0], kind="stable")
     sheets = (
-        _png(samples.images[:_TILES], f"samples, seed {seed}"),
-        _png(np.asarray(comparison.reference.images[real_ids]), f"real images, {comparison.reference_split}{matched}"),
+        _png(samples[:_TILES], f"samples, seed {seed}"),
+        _png(comparison.reference.images[real_ids], f"real images, {comparison.reference_split}{matched}"),
         _png(pairs, f"held-out images beside their reconstructions, seed {seed}", ("original", "decoded") * 4),
-        neighbours(np.arange(comparison.count), "the first samples and their nearest training images"),
+        neighbours(np.arange(len(samples)), "the first samples and their nearest training images"),
         neighbours(closest, "the samples nearest to a training image"),
     )
     return dict(zip(CONTACT_SHEETS, sheets, strict=True))
 
 
-def _neighbours(train: Images, samples: Samples, nearest: Nearest, rows: np.ndarray, title: str) -> bytes:
-    """A row a sample: the sample, then its nearest training images with their distances."""
-    images: list[np.ndarray] = []
-    captions = []
-    for row in rows:
-        images += [samples.images[row], *train[nearest.index[row]]]
-        captions += [f"sample {row}", *(f"{distance:.3g}" for distance in nearest.distance[row])]
-    names = ("sample", *(f"nearest {k + 1}" for k in range(nearest.index.shape[1])))
-    return _png(images, title, names, captions)
-
-
-def _png(
-    images: Sequence[np.ndarray] | np.ndarray, title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()
-) -> bytes:
+def _png(images: Iterable[np.ndarray], title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()) -> bytes:
     """A contact sheet of images uint8 `c h w`."""
     return png_bytes(contact_sheet([image.transpose(1, 2, 0) for image in images], title, columns, captions))

@@ -1,7 +1,6 @@
 """Statistics: distances between sets of features and between images, nearest neighbours, and means over seeds."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,21 +29,12 @@ def figures(
 
 def figure(count: int, model: Sequence[float], real: Sequence[float]) -> dict[str, Any]:
     """Means and sample standard deviations over the seeds, of the model and of real images; None: not known."""
-    return {
-        "count": count,
-        "value": _mean(model),
-        "spread": _spread(model),
-        "real": _mean(real),
-        "real_spread": _spread(real),
-    }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if np.isfinite(values).all() else None
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else None
+    result: dict[str, Any] = {"count": count}
+    for mean, spread, values in (("value", "spread", model), ("real", "real_spread", real)):
+        known = bool(np.isfinite(values).all())
+        result[mean] = float(np.mean(values)) if known else None
+        result[spread] = float(np.std(values, ddof=1)) if known and len(values) > 1 else None
+    return result
 
 
 def distances(features: np.ndarray, real: np.ndarray) -> dict[str, float]:
@@ -70,24 +60,17 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     Over all pairs, not over random subsets: zero in the mean where both are of one distribution, at any count.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return _within(a) + _within(b) - 2.0 * _between(a, b) / (len(a) * len(b))
+    d = a.shape[1]
 
+    def between(x: np.ndarray, y: np.ndarray) -> float:
+        rows = (x[first : first + _KERNEL_ROWS] for first in range(0, len(x), _KERNEL_ROWS))
+        return sum(float(((part @ y.T / d + 1.0) ** 3).sum()) for part in rows)
 
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a @ b.T / a.shape[1] + 1.0) ** 3
+    def within(x: np.ndarray) -> float:
+        with_itself = ((np.square(x).sum(axis=1) / d + 1.0) ** 3).sum()
+        return float((between(x, x) - with_itself) / (len(x) * (len(x) - 1)))
 
-
-def _rows(a: np.ndarray) -> Iterator[np.ndarray]:
-    return (a[first : first + _KERNEL_ROWS] for first in range(0, len(a), _KERNEL_ROWS))
-
-
-def _between(a: np.ndarray, b: np.ndarray) -> float:
-    return sum(float(_kernel(rows, b).sum()) for rows in _rows(a))
-
-
-def _within(a: np.ndarray) -> float:
-    with_itself = ((np.square(a).sum(axis=1) / a.shape[1] + 1.0) ** 3).sum()
-    return float((_between(a, a) - with_itself) / (len(a) * (len(a) - 1)))
+    return within(a) + within(b) - 2.0 * between(a, b) / (len(a) * len(b))
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -171,25 +154,21 @@ def density_coverage(samples: np.ndarray, real: np.ndarray, k: int = COVERAGE_NE
     return inside / (k * len(samples)), float(covered.mean())
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """The k nearest of each of n queries, nearest first: `index` int64 and `distance` float64, both `n k`."""
+def nearest(queries: np.ndarray, chunks: Iterable[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Index int64 and distance float64, both `n k`, of the k nearest of each query `n d`, nearest first.
 
-    index: np.ndarray
-    distance: np.ndarray
-
-    @classmethod
-    def none(cls, queries: int, k: int) -> "Nearest":
-        """Before anything was searched."""
-        return cls(np.full((queries, k), -1), np.full((queries, k), np.inf))
-
-    def among(self, queries: np.ndarray, features: np.ndarray, first: int) -> "Nearest":
-        """Updated by features `m d`, which have the indices first, first + 1, ...: a search goes chunk by chunk."""
-        distance = np.concatenate([self.distance, np.sqrt(squared_distances(queries, features))], axis=1)
+    The features `m d` that are searched come in chunks, one after the other.
+    """
+    index, distance = np.full((len(queries), k), -1), np.full((len(queries), k), np.inf)
+    first = 0
+    for features in chunks:
         new = np.broadcast_to(np.arange(first, first + len(features)), (len(queries), len(features)))
-        index = np.concatenate([self.index, new], axis=1)
-        order = np.argsort(distance, axis=1, kind="stable")[:, : self.index.shape[1]]
-        return Nearest(np.take_along_axis(index, order, axis=1), np.take_along_axis(distance, order, axis=1))
+        index = np.concatenate([index, new], axis=1)
+        distance = np.concatenate([distance, np.sqrt(squared_distances(queries, features))], axis=1)
+        order = np.argsort(distance, axis=1, kind="stable")[:, :k]
+        index, distance = np.take_along_axis(index, order, axis=1), np.take_along_axis(distance, order, axis=1)
+        first += len(features)
+    return index, distance
 
 
 def share_nearer(a: np.ndarray, b: np.ndarray) -> float:
@@ -241,8 +220,7 @@ def sliced_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     if a.shape != b.shape:
         raise ValueError(f"features of shape {list(a.shape)} and {list(b.shape)}; expected as many of each")
-    bases = _bases(a.shape[1])
-    total = 0.0
+    bases, total = _bases(a.shape[1]), 0.0
     for basis in bases:
         basis = basis.astype(a.dtype)
         apart = np.sort(basis @ a.T, axis=1) - np.sort(basis @ b.T, axis=1)  # a direction in each row

@@ -14,11 +14,11 @@ from ul_runtime.cli.options import (
     OptionalBundle,
     OptionalOutFolder,
     SamplingOptions,
-    option,
     with_options,
 )
 from ul_runtime.errors import UsageError, run_command
 from ul_runtime.machine import MachineOptions
+from ul_runtime.settings import option
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline

@@ -13,7 +13,7 @@ import typer
 
 from ul_runtime.errors import UsageError
 from ul_runtime.machine import VERSION
-from ul_runtime.settings import option as option
+from ul_runtime.settings import option
 
 if TYPE_CHECKING:
     from ul_runtime.settings import Overrides
