@@ -21,7 +21,7 @@ def test_a_signal_stops_the_work_at_its_next_tick(number: signal.Signals) -> Non
         for k in range(5):
             if k == 2:
                 os.kill(os.getpid(), number)
-                with pytest.raises(StoppedError, match="^stopped$"):
+                with pytest.raises(StoppedError, match=r"^stopped$"):
                     tick(1)
                 break
             tick(1)
