@@ -12,7 +12,7 @@ from ul_runtime.backends import choose
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.backends.tensorrt_engines import EngineCache, Facts
-from ul_runtime.cli import doctor
+from ul_runtime.cli import examine as doctor
 from ul_runtime.cli.doctor import main
 from ul_runtime.errors import ULError, UsageError
 from ul_runtime.loading import open_bundle

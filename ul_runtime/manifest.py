@@ -312,13 +312,14 @@ def _check_tensors(where: str, tensors: tuple[TensorFormat, ...], expected: dict
             raise ValueError(f"{where}: {tensor.name} is {given}; image and latent need {dtype} {list(want)}")
 
 
-def _checked_object(pairs: list[tuple[str, Any]]) -> None:
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """ValueError for what pydantic would take or be long about: a key that occurs twice, and very many keys."""
     if len(pairs) > MAX_KEYS:
         raise ValueError(f"{len(pairs)} keys in one object; at most {MAX_KEYS} are allowed")
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
             raise ValueError(f"key {key[:100]!a} occurs twice")
+    return dict(pairs)
 
 
 def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
@@ -326,7 +327,9 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise BadInputError(f"{where}: {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
     try:
-        json.loads(data.decode(), object_pairs_hook=_checked_object)
+        found = json.loads(data.decode(), object_pairs_hook=_checked_object)
+        if isinstance(found, dict) and (name := found.get("format")) != FORMAT:
+            raise ValueError(f"format is {str(name)[:60]!a}, expected {FORMAT!r}")
         return Manifest.model_validate_json(data, strict=True, context=where)
     except ValidationError as error:
         raise BadInputError(f"{where}: {first_error(error)}; export the bundle again") from error
