@@ -102,9 +102,6 @@ FAULTS = {
     "noise scaled by sigma squared": Fault(
         "ul_runtime/diffusion.py", "+ sigma(logsnr) * eps\n", "+ sigma(logsnr) ** 2 * eps\n", PROCESS, "diffuse_has"
     ),
-    "the score with its sign turned": Fault(
-        "ul_runtime/diffusion.py", "(alpha(logsnr) * x - z_t)", "(z_t - alpha(logsnr) * x)", PROCESS, "score_is"
-    ),
     "the prior ending clean": Fault(
         "ul_runtime/samplers.py", "    if ends_clean:", "    if True:", SAMPLERS, "z_0_leaves_the_prior_with_its_noise"
     ),
