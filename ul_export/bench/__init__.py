@@ -1,0 +1,1 @@
+"""ul-bench: how fast a bundle runs."""
