@@ -1,4 +1,4 @@
-"""The loops of every sampler on a device, from noise to images: one step is enqueued, or replayed, row after row.
+"""How a GPU runs the loops of loop.py, from noise to images: one step is enqueued, or replayed, row after row.
 
 The host reads nothing before the last step of the last loop is done. Table, noise, labels and guidance are data, so
 that no step is captured anew for them; noise is made on the device, and what one loop ends with the next one takes.
