@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ul_runtime.settings import option
+from ul_runtime.settings import option, threads_option
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class EvalOptions:
 
     images: int = option(1000, "Images of rFD and gFD.", metavar="COUNT")
     eval_option: list[str] = option([], "Of ul-eval, such as --features=pixels; repeatable.", metavar="--X=Y")
-    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core")
+    threads: int | None = threads_option()
     cache: Path | None = option(None, "Prepared images, as for ul-train.", metavar="DIR")
 
     @property

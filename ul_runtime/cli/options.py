@@ -136,16 +136,19 @@ class DecoderOptions:
 
     @property
     def overrides(self) -> "Overrides":
-        """As Pipeline.generate and Pipeline.decode take them. UsageError."""
+        """As Pipeline.generate and Pipeline.decode take them."""
         given: Any = dataclasses.asdict(self)
-        if "guidance_interval" in given:
-            given["guidance_interval"] = parse_interval(given["guidance_interval"])
         return given
 
 
 @dataclass(frozen=True)
 class SamplingOptions(DecoderOptions, PriorOptions):
     """Both; the prior's come first."""
+
+    @property
+    def overrides(self) -> "Overrides":
+        """As Pipeline.generate takes them. UsageError."""
+        return {**super().overrides, "guidance_interval": parse_interval(self.guidance_interval)}
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
