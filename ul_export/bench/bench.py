@@ -4,11 +4,12 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +17,7 @@ import onnxruntime as ort
 from ul_export.bench.measure import (
     Runner,
     add_shares,
+    fresh_process,
     measure_runners,
     num_turns,
     pipeline_runner,
@@ -32,9 +34,6 @@ from ul_runtime.loading import open_bundle
 from ul_runtime.machine import origin
 from ul_runtime.progress import check_stopped, progress, stop_on_signal
 from ul_runtime.settings import Overrides, check_count, parse_counts, resolve_settings
-
-if TYPE_CHECKING:
-    from ul_export.bench.peers import TorchRun
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("unified-latents", "numpy", "onnxruntime", "openvino", "torch")
@@ -59,8 +58,7 @@ def run_bench(path: Path, options: BenchOptions, overrides: Overrides) -> dict[s
     if options.quick:
         repeats, image_repeats, seconds = min(repeats, 2), 1, _QUICK_CEILING_S
     bundle = open_bundle(path)
-    torch_run = _torch_run(bundle, options.run, threads) if options.run is not None else None
-    makers = [_maker(name, bundle, torch_run, overrides, threads) for name in (FIRST, *peers)]
+    makers = _makers((FIRST, *peers), bundle, options.run, overrides, threads)
     precisions = {make().precision for make in makers}  # what cannot be made is refused here
     settings = resolve_settings(bundle.manifest.defaults, overrides, can_guide=bool(bundle.manifest.classes))
     if find_spec("onnx") is None:
@@ -71,7 +69,8 @@ def run_bench(path: Path, options: BenchOptions, overrides: Overrides) -> dict[s
         turns = num_turns(work, len(sizes) * len(makers), repeats, image_repeats)
         with progress("measuring", turns, "turns") as tick:
             results = measure_runners(makers, work, sizes, repeats, image_repeats, tick)
-        best = _best(before, ceilings(threads, precisions, seconds))
+        after = ceilings(threads, precisions, seconds)
+        best = {name: max(each, after[name], key=itemgetter("gflops_per_s")) for name, each in before.items()}
         add_shares(results, best)
         started = _start_ups(path, peers, options.run, threads) if options.start_up else None
     return {
@@ -115,27 +114,26 @@ def check(options: BenchOptions) -> tuple[list[str], list[int]]:
     return peers, sizes
 
 
-def _torch_run(bundle: Bundle, run: Path, threads: int) -> "TorchRun":
-    require_packages("torch", extras="train")
-    from ul_export.bench.peers import TorchRun
+def _makers(
+    names: Sequence[str], bundle: Bundle, run: Path | None, overrides: Overrides, threads: int
+) -> list[Callable[[], Runner]]:
+    """What makes the runners of these names anew. UsageError, BadInputError: `run` is not the bundle's."""
+    torch_run = None
+    if run is not None:
+        require_packages("torch", extras="train")
+        from ul_export.bench.peers import TorchRun
 
-    loaded = TorchRun.load(run, threads)
-    loaded.check_same(bundle)
-    return loaded
+        torch_run = TorchRun.load(run, threads)
+        torch_run.check_same(bundle)
 
-
-def _maker(
-    name: str, bundle: Bundle, torch_run: "TorchRun | None", overrides: Overrides, threads: int
-) -> Callable[[], Runner]:
-    if torch_run is not None and name in TORCH_PEERS:
-        return partial(torch_run.runner, name, overrides)
-    backend, precision = BACKENDS[name]
-
-    def make() -> Runner:
+    def make(name: str) -> Runner:
+        if torch_run is not None and name in TORCH_PEERS:
+            return torch_run.runner(name, overrides)
+        backend, precision = BACKENDS[name]
         opened = open_backend(backend, bundle, precision=precision, threads=threads)
         return pipeline_runner(name, bundle.manifest, opened, overrides)
 
-    return make
+    return [partial(make, name) for name in names]
 
 
 def ceilings(threads: int, precisions: set[str], seconds: float) -> dict[str, dict[str, float | str]]:
@@ -147,23 +145,21 @@ def ceilings(threads: int, precisions: set[str], seconds: float) -> dict[str, di
     for precision in sorted(precisions & {"fp32", "bf16"}):
         for size in _PRODUCT_SIZES:
             a, b = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
-            for library, product in _products(precision, threads, b).items():
+            for library, product in _products(precision, threads, b):
                 rate = _best_rate(partial(product, a), 2 * size**3, seconds) / 1e9
                 if rate > float(found.get(precision, {}).get("gflops_per_s", 0.0)):
                     found[precision] = {"gflops_per_s": rate, "by": f"{library}, {size} x {size} x {size}"}
     return found
 
 
-def _products(precision: str, threads: int, b: np.ndarray) -> dict[str, Callable[[np.ndarray], object]]:
-    """What multiplies by b here, by library."""
-    products: dict[str, Callable[[np.ndarray], object]] = {}
+def _products(precision: str, threads: int, b: np.ndarray) -> Iterator[tuple[str, Callable[[np.ndarray], object]]]:
+    """What multiplies by b here, each with its library."""
     if precision == "fp32" and find_spec("onnx") is not None:
-        products["ONNX Runtime"] = ort_product(threads, b)
+        yield "ONNX Runtime", ort_product(threads, b)
     if find_spec("openvino") is not None:
         from ul_runtime.backends import openvino
 
-        products["OpenVINO"] = openvino.product(precision, threads, b)
-    return products
+        yield "OpenVINO", openvino.product(precision, threads, b)
 
 
 def ort_product(threads: int, b: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -188,15 +184,6 @@ def _best_rate(call: Callable[[], object], flops: int, seconds: float) -> float:
     return flops / min(times)
 
 
-def _best(*found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The highest ceiling of each precision."""
-    names = {name for ceilings_ in found for name in ceilings_}
-    return {
-        name: max((c[name] for c in found if name in c), key=lambda ceiling: ceiling["gflops_per_s"])
-        for name in sorted(names)
-    }
-
-
 def _start_ups(path: Path, peers: Sequence[str], run: Path | None, threads: int) -> dict[str, Any]:
     """Start-up of every runner but the compiled ones, whose first images take minutes (`warm_up_s`)."""
     started = {}
@@ -208,9 +195,9 @@ def _start_ups(path: Path, peers: Sequence[str], run: Path | None, threads: int)
             if name in BACKENDS:
                 started[name] = start_up(path, *BACKENDS[name], threads)
             elif run is not None:
-                from ul_export.bench.peers import torch_start_up
+                from ul_export.bench.peers import LOAD
 
-                started[name] = torch_start_up(run, name, threads)
+                started[name] = fresh_process(LOAD, run, name, threads)
         except ULError:
             check_stopped()  # Ctrl-C ends the fresh process as well
             raise

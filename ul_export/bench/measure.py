@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -26,7 +26,11 @@ from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, silent
 from ul_runtime.settings import Overrides
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+Arrays: TypeAlias = dict[str, np.ndarray]
+_REST_S = 0.05  # before each turn: threads of the one before that wait busily go to sleep
+_WARM_S = 0.05  # of a step, before it is measured
+_TIMEOUT_S = 600.0  # of a fresh process
 # Operators that multiply and accumulate, but of a kind that no exported graph has: refused rather than left out.
 _UNCOUNTED = {"DeformConv", "Einsum", "GRU", "LSTM", "QLinearConv", "QLinearMatMul", "RNN"}
 
@@ -52,7 +56,16 @@ def run_nodes(backend: OrtCpuBackend, graph_name: GraphName, inputs: dict[str, n
         session = backend.build(graph_name, options)
         session.run(None, inputs)
         events = json.loads(Path(session.end_profiling()).read_bytes())
-    return [_node(event) for event in events if "input_type_shape" in event.get("args", {})]
+    nodes = []
+    for event in events:
+        about = event.get("args", {})
+        if "input_type_shape" in about:  # shapes come as [{"float": [1, 64]}, ...]
+            taken, made = (
+                tuple(tuple(shape) for typed in about[key] for shape in typed.values())
+                for key in ("input_type_shape", "output_type_shape")
+            )
+            nodes.append(Node(about["op_name"], taken, made, event["name"].removesuffix("_kernel_time")))
+    return nodes
 
 
 def node_flops(node: Node) -> int:
@@ -78,38 +91,26 @@ def count_flops(nodes: Iterable[Node]) -> int:
     return sum(node_flops(node) for node in nodes)
 
 
-def _node(event: dict[str, Any]) -> Node:
-    """An event of the profile; shapes come as [{"float": [1, 64]}, ...]."""
-    about = event["args"]
-    inputs, outputs = (
-        tuple(tuple(shape) for typed in about[key] for shape in typed.values())
-        for key in ("input_type_shape", "output_type_shape")
-    )
-    return Node(about["op_name"], inputs, outputs, event["name"].removesuffix("_kernel_time"))
-
-
-_REST_S = 0.05  # before each turn: threads of the one before that wait busily go to sleep
-_WARM_S = 0.05  # of a step, before it is measured
-Arrays: TypeAlias = dict[str, np.ndarray]
-Step: TypeAlias = tuple[GraphName, int]  # a graph, and its branches of guidance (1: none)
-
-
 @dataclass
 class TimedBackend(WrappedBackend):
-    """Counts the calls of a backend by step, and keeps their seconds and last inputs."""
+    """Counts the calls of a backend by step, and keeps their seconds and last inputs.
+
+    Steps are prior_step, guided_prior_step (of two branches) and decoder_step.
+    """
 
     seconds: float = 0.0
-    calls: Counter[Step] = field(default_factory=Counter)
-    inputs: dict[Step, Arrays] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    last: dict[str, tuple[GraphName, Arrays]] = field(default_factory=dict)
 
     def run(self, graph_name: GraphName, inputs: Arrays) -> Arrays:
         """See Backend.run."""
         start = time.perf_counter()
         outputs = self.backend.run(graph_name, inputs)
         self.seconds += time.perf_counter() - start
-        step = graph_name, inputs["label"].shape[1] if "label" in inputs else 1
+        guided = "label" in inputs and inputs["label"].shape[1] > 1
+        step = f"guided_{graph_name}" if guided else graph_name
         self.calls[step] += 1
-        self.inputs[step] = inputs
+        self.last[step] = graph_name, inputs
         return outputs
 
 
@@ -139,8 +140,8 @@ def pipeline_runner(name: str, manifest: BundleInfo, backend: Backend, overrides
 class Work:
     """What one image takes: how often each step is called, and the FLOPs of a call."""
 
-    calls: dict[Step, int]
-    flops: dict[Step, int]
+    calls: dict[str, int]
+    flops: dict[str, int]
 
     @property
     def image_flops(self) -> int:
@@ -149,7 +150,7 @@ class Work:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        steps = {step_name(step): {"calls": self.calls[step], "flops": self.flops[step]} for step in self.calls}
+        steps = {step: {"calls": count, "flops": self.flops[step]} for step, count in self.calls.items()}
         return {"steps": steps, "flops": self.image_flops}
 
 
@@ -158,14 +159,8 @@ def work_of_an_image(bundle: Bundle, threads: int, overrides: Overrides) -> Work
     backend = OrtCpuBackend(bundle, threads=threads)
     timed = TimedBackend(backend)
     list(Pipeline(bundle.manifest, timed).generate(1, **overrides))
-    flops = {step: count_flops(run_nodes(backend, step[0], inputs)) for step, inputs in timed.inputs.items()}
+    flops = {step: count_flops(run_nodes(backend, graph, inputs)) for step, (graph, inputs) in timed.last.items()}
     return Work(dict(timed.calls), flops)
-
-
-def step_name(step: Step) -> str:
-    """For people and JSON: prior_step, guided_prior_step, decoder_step."""
-    graph, branches = step
-    return graph if branches == 1 else f"guided_{graph}"
 
 
 def in_turn(
@@ -211,20 +206,15 @@ def measure_runners(
     results = []
     for batch in batch_sizes:
         runners = [make() for make in makers]
-        rows = _warm_up(runners, batch, tick)
+        warm_up = in_turn([partial(runner.generate, batch, lambda _: tick(0)) for runner in runners], 1, tick)
+        rows: list[dict[str, Any]] = [
+            {"contender": made.name, "precision": made.precision, "batch_size": batch, "warm_up_s": round(seconds, 3)}
+            for made, (seconds,) in zip(runners, warm_up, strict=True)
+        ]
         _measure_steps(runners, rows, batch, work, repeats, tick)
         _measure_images(runners, rows, batch, work, image_repeats, tick)
         results += rows
     return results
-
-
-def _warm_up(runners: Sequence[Runner], batch: int, tick: Tick) -> list[dict[str, Any]]:
-    """A result of each runner, with the seconds of its first batch."""
-    tasks = [partial(runner.generate, batch, lambda _: tick(0)) for runner in runners]
-    return [
-        {"contender": runner.name, "precision": runner.precision, "batch_size": batch, "warm_up_s": round(seconds, 3)}
-        for runner, (seconds,) in zip(runners, in_turn(tasks, 1, tick), strict=True)
-    ]
 
 
 def _measure_steps(
@@ -233,12 +223,12 @@ def _measure_steps(
     """Put each step into the results, on the inputs that it last had in the first runner's loop."""
     able = [(runner.backend, row) for runner, row in zip(runners, results, strict=True) if runner.backend is not None]
     first = able[0][0]
-    for step, inputs in dict(first.inputs).items():
-        expected = first.run(step[0], inputs)["pred"]
-        seconds = in_turn([partial(backend.run, step[0], inputs) for backend, _ in able], repeats, tick, warm=True)
+    for step, (graph, inputs) in dict(first.last).items():
+        expected = first.run(graph, inputs)["pred"]
+        seconds = in_turn([partial(backend.run, graph, inputs) for backend, _ in able], repeats, tick, warm=True)
         for (backend, row), times in zip(able, seconds, strict=True):
-            gap = float(np.abs(backend.run(step[0], inputs)["pred"] - expected).max())
-            row[step_name(step)] = _figures(times, work.flops[step] * batch) | {"largest_difference": gap}
+            gap = float(np.abs(backend.run(graph, inputs)["pred"] - expected).max())
+            row[step] = _figures(times, work.flops[step] * batch) | {"largest_difference": gap}
 
 
 def _measure_images(
@@ -288,24 +278,18 @@ def load():
 print_seconds(started, load)
 """
 _GENERATE = "from ul_runtime.cli.generate import main; main()"
-_TIMEOUT_S = 600.0
-_Result = TypeVar("_Result")
 
 
 def print_seconds(started: float, load: Callable[[], Callable[[], object]]) -> None:
     """Print seconds as one JSON line: of imports (since `started`), of `load`, of two calls of what it returns."""
-    seconds = {"import_s": time.perf_counter() - started}
-
-    def timed(name: str, call: Callable[[], _Result]) -> _Result:
-        start = time.perf_counter()
-        result = call()
-        seconds[name] = time.perf_counter() - start
-        return result
-
-    generate = timed("load_s", load)
-    timed("first_image_s", generate)
-    timed("next_image_s", generate)
-    print(json.dumps({name: round(value, 4) for name, value in seconds.items()}))
+    imported = time.perf_counter()
+    generate = load()
+    loaded = time.perf_counter()
+    generate()
+    first = time.perf_counter()
+    generate()
+    seconds = np.diff([started, imported, loaded, first, time.perf_counter()]).round(4).tolist()
+    print(json.dumps(dict(zip(("import_s", "load_s", "first_image_s", "next_image_s"), seconds, strict=True))))
 
 
 def fresh_process(code: str, *arguments: object) -> dict[str, Any]:

@@ -8,32 +8,37 @@ torch-loop     eager, and the loop that a user of the networks would write: anot
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ul_export.bench.measure import Runner, fresh_process, pipeline_runner
+from ul_export.bench.measure import Runner, pipeline_runner
 from ul_export.onnx_graphs import OPSETS
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import UsageError
-from ul_runtime.manifest import BundleInfo, LogsnrRange
+from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import table_between
 from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
-from ul_runtime.settings import Overrides, SamplerSettings, Settings, resolve_settings
+from ul_runtime.settings import Overrides, Settings, resolve_settings
 from ul_train.run import Run
 from ul_train.torch_backend import TorchBackend, in_precision
 
-_LOAD = """
+# Prints the start-up of a runner in a process of its own, without a bundle; takes the run, its name and threads.
+LOAD = """
 import sys, time
 started = time.perf_counter()
 from pathlib import Path
-from ul_export.bench.peers import load_images
 from ul_export.bench.measure import print_seconds
+from ul_export.bench.peers import TorchRun
+from ul_runtime.progress import silent
 run, name, threads = sys.argv[1:]
-print_seconds(started, lambda: load_images(Path(run), name, int(threads)))
+def load():
+    runner = TorchRun.load(Path(run), int(threads)).runner(name, {})
+    return lambda: runner.generate(1, silent)
+print_seconds(started, load)
 """
 _CPU = torch.device("cpu")
 
@@ -59,9 +64,8 @@ class TorchRun:
         for field in ("run_id", "config_sha256", "data_fingerprint", "step", "weights"):
             if getattr(ours, field) != getattr(its, field):
                 message = f"its {field} is {getattr(ours, field)}, the bundle's {getattr(its, field)}"
-                raise UsageError(
-                    f"{self.path}: is not the run of {bundle.path}: {message}; give the run that was exported"
-                )
+                advice = "give the run that was exported"
+                raise UsageError(f"{self.path}: is not the run of {bundle.path}: {message}; {advice}")
 
     def runner(self, name: str, overrides: Overrides) -> Runner:
         """One of TORCH_PEERS."""
@@ -107,26 +111,22 @@ class UserLoop:
             v, v_0 = self.prior(torch.cat([z, z]), both, torch.cat([label, no_label])).chunk(2)
             return w * v + (1.0 - w) * v_0
 
+        def decoder(x: Tensor, logsnr: float) -> Tensor:
+            return self.decoder(x, torch.full((batch,), logsnr, device=self.device), z_0)
+
         z = torch.randn(batch, latent.channels, latent.size, latent.size, device=self.device)
         x = torch.randn(batch, image.channels, image.size, image.size, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            z = _sample(prior, _table(self.settings.prior, self.info.logsnr_z, ends_clean=False), z, tick)
-            table = _table(self.settings.decoder, self.info.logsnr_x, ends_clean=True)
-            x = _sample(self._decoder(z), table, x, tick)
+            z_0 = _sample(prior, table_between(self.settings.prior, self.info.logsnr_z, ends_clean=False), z, tick)
+            table = table_between(self.settings.decoder, self.info.logsnr_x, ends_clean=True)
+            x = _sample(decoder, table, x, tick)
         return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    def _decoder(self, z_0: Tensor) -> Callable[[Tensor, float], Tensor]:
-        return lambda x, logsnr: self.decoder(x, torch.full((len(x),), logsnr, device=self.device), z_0)
 
-
-def _table(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bool) -> Tensor:
-    return torch.tensor(table_between(sampler, ends, ends_clean=ends_clean), dtype=torch.float32)
-
-
-def _sample(predict_v: Callable[[Tensor, float], Tensor], table: Tensor, state: Tensor, tick: Tick) -> Tensor:
+def _sample(predict_v: Callable[[Tensor, float], Tensor], table: np.ndarray, state: Tensor, tick: Tick) -> Tensor:
     """The state after all steps of the table."""
     earlier = [torch.zeros_like(state)] * 2
-    for row in table.tolist():
+    for row in table.astype(np.float32).tolist():
         tick(0)
         pred = row[ALPHA] * state - row[SIGMA] * predict_v(state, row[LOGSNR]).float()
         state = row[A] * state + row[B_0] * pred + row[B_1] * earlier[0]
@@ -136,14 +136,3 @@ def _sample(predict_v: Callable[[Tensor, float], Tensor], table: Tensor, state: 
             state = state + row[S] * torch.randn_like(state)
         earlier = [pred, earlier[0]]
     return state
-
-
-def torch_start_up(run: Path, name: str, threads: int) -> dict[str, Any]:
-    """As ul_export.bench.measure.start_up, for one of TORCH_PEERS."""
-    return fresh_process(_LOAD, run, name, threads)
-
-
-def load_images(run: Path, name: str, threads: int) -> Callable[[], object]:
-    """What makes one image, without a bundle: a runner in a process of its own."""
-    runner = TorchRun.load(run, threads).runner(name, Overrides())
-    return lambda: runner.generate(1, silent)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ul_runtime import durable
+from ul_train.log import figure_png
 
 _STEPS = {"prior_step": "prior step", "guided_prior_step": "guided prior step", "decoder_step": "decoder step"}
 _WIDTH = 110  # of tables that no terminal limits
@@ -102,6 +102,4 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{result['bundle']['name']}, threads: {result['threads']}, {result['machine']['processor']}")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper")
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    durable.atomic_write(path, buffer.getvalue())
+    durable.atomic_write(path, figure_png(figure, 120))
