@@ -163,6 +163,11 @@ def _anonymous_word(word: str) -> str:
     return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def cache_dir(given: Path | None = None) -> Path:
     """`given`, else $UL_CACHE, else the user's cache."""
     return given or Path(os.environ.get("UL_CACHE") or platformdirs.user_cache_path("unified-latents"))

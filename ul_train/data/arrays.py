@@ -6,7 +6,6 @@ import os
 import re
 import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,22 +13,18 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from numpy.lib import format as npy
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.images import MAX_PIXELS, ImageRejectedError, open_regular
+from ul_runtime.npz import DAMAGED, check_expanded, npz_array, npz_header
 from ul_train.data.records import Record, Source, file_identity, printable
 
 _FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 FASHION_NAMES = tuple(_FASHION.split(","))
 DIGITS = "sklearn-digits"
-MAX_RATIO = 200  # decompressed to compressed; real images stay far below, a bomb is near 1,000
-MAX_EXPANDED = 64 << 20  # bytes that may be expanded at any ratio
 _IDX_IMAGES = re.compile(r"(.*[-_])?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 _MAX_SIDE = 8192
 _MAX_NAMES_BYTES = 16 << 20
-_MAX_HEADER = 10_000
-_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError)
 
 
 @contextmanager
@@ -39,29 +34,10 @@ def _reading(path: Path, kind: str) -> Iterator[BinaryIO]:
     try:
         with open_regular(path) as file:
             yield file
-    except _DAMAGED as error:
+    except (*DAMAGED, gzip.BadGzipFile) as error:
         raise BadInputError(f"{shown}: not a readable {kind} ({error}); get it again or save it again") from error
     except (OSError, ImageRejectedError) as error:
         raise BadInputError(f"{shown}: cannot be read ({error})") from error
-
-
-def _memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _check_expanded(where: str, packed: int, expanded: int) -> None:
-    """BadInputError, before memory is taken, for a bomb or for more than this machine has."""
-    if expanded > MAX_EXPANDED and expanded > MAX_RATIO * max(1, packed):
-        raise BadInputError(
-            f"{where} would expand {packed:,} bytes to {expanded:,}; "
-            f"more than {MAX_RATIO} times is refused above {MAX_EXPANDED:,} bytes; save it uncompressed"
-        )
-    if expanded > _memory():
-        raise BadInputError(
-            f"{where} takes {expanded / 2**30:,.1f} GiB of memory, this machine has {_memory() / 2**30:,.1f}; "
-            f"save the images as a folder or as .tar shards"
-        )
 
 
 def _records(images: np.ndarray, labels: Iterable[str | None]) -> Iterator[Record]:
@@ -144,7 +120,7 @@ def _idx_array(path: Path, num_sizes: int) -> np.ndarray:
         if not all(0 < side <= _MAX_SIDE for side in shape[1:]):
             raise BadInputError(f"{where}: declares {shape[2]}x{shape[1]} px, 1 to {_MAX_SIDE} is expected")
         size = math.prod(shape)
-        _check_expanded(where, packed, size)
+        check_expanded(where, packed, size)
         held = packed - len(header)
         if stream is not file or held == size:
             data = stream.read(size + 1)  # one byte more than declared: at the end gzip compares its checksum
@@ -153,35 +129,6 @@ def _idx_array(path: Path, num_sizes: int) -> np.ndarray:
         difference = "more data than it declares" if held > size else "truncated, it declares more than it holds"
         raise BadInputError(f"{where}: {difference}; get it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def _npz_header(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array that can be read as safely. BadInputError: pickles, lies, bombs."""
-    where = f"{printable(path)}: {name}"
-    info = archive.getinfo(f"{name}.npy")
-    _check_expanded(where, info.compress_size, info.file_size)
-    with archive.open(info) as stream:
-        version = npy.read_magic(stream)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-        if read is None:
-            raise BadInputError(f"{where}: .npy version {version}, 1.0 or 2.0 is expected; save it again")
-        shape, fortran_order, dtype = read(stream, max_header_size=_MAX_HEADER)
-        declared = stream.tell() + math.prod(shape) * dtype.itemsize
-    if dtype.hasobject:
-        raise BadInputError(f"{where} holds Python objects, which are never unpickled; save plain arrays")
-    if fortran_order and len(shape) > 1:
-        raise BadInputError(f"{where} is in Fortran order; save numpy.ascontiguousarray of it")
-    if declared != info.file_size:
-        raise BadInputError(f"{where} declares {shape} ({declared:,} bytes) but holds {info.file_size:,} bytes")
-    return shape, dtype
-
-
-def _npz_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    _npz_header(archive, name, path)
-    with archive.open(f"{name}.npy") as stream:
-        array = npy.read_array(stream, allow_pickle=False, max_header_size=_MAX_HEADER)
-        stream.read(1)  # at the end, zipfile compares the checksum
-    return array
 
 
 def npz_source(path: Path, labelled: bool) -> Source:
@@ -195,14 +142,14 @@ def npz_source(path: Path, labelled: bool) -> Source:
         if "images.npy" not in names:
             found = ", ".join(printable(name).removesuffix(".npy") for name in names[:5]) or "nothing"
             raise BadInputError(f"{where}: has {found}; an array named images is expected (uint8, n h w [c])")
-        shape, dtype = _npz_header(archive, "images", path)
+        shape, dtype = npz_header(archive, "images", where)
         possible = len(shape) == 3 or (len(shape) == 4 and {shape[1], shape[3]} & {1, 3, 4})
         if dtype != np.uint8 or not possible or not 0 < math.prod(shape[1:]) <= 4 * MAX_PIXELS:
             expected = "expected uint8 n h w, n h w c or n c h w with c = 1, 3 or 4"
             raise BadInputError(f"{where}: images is {dtype} {shape}; {expected}")
         labelled = labelled and "labels.npy" in names
         if labelled:
-            label_shape, label_dtype = _npz_header(archive, "labels", path)
+            label_shape, label_dtype = npz_header(archive, "labels", where)
             if label_dtype.kind not in "iu" or label_shape != shape[:1]:
                 raise BadInputError(f"{where}: labels is {label_dtype} {label_shape}; expected {shape[0]} integers")
         class_names = _class_names(archive, path) if labelled and "class_names.npy" in names else None
@@ -216,10 +163,10 @@ def npz_source(path: Path, labelled: bool) -> Source:
 
 
 def _class_names(archive: zipfile.ZipFile, path: Path) -> tuple[str, ...]:
-    shape, dtype = _npz_header(archive, "class_names", path)
+    shape, dtype = npz_header(archive, "class_names", printable(path))
     if dtype.kind != "U" or len(shape) != 1 or math.prod(shape) * dtype.itemsize > _MAX_NAMES_BYTES:
         raise BadInputError(f"{printable(path)}: class_names is {dtype} {shape}; expected one row of text")
-    names = tuple(str(name) for name in _npz_array(archive, "class_names", path))
+    names = tuple(str(name) for name in npz_array(archive, "class_names", printable(path)))
     if len(set(names)) != len(names):
         raise BadInputError(f"{printable(path)}: class_names has the same name twice")
     return names
@@ -227,8 +174,8 @@ def _class_names(archive: zipfile.ZipFile, path: Path) -> tuple[str, ...]:
 
 def _npz_records(path: Path, labelled: bool, class_names: tuple[str, ...] | None) -> Iterator[Record]:
     with _reading(path, ".npz") as file, zipfile.ZipFile(file) as archive:
-        images = _npz_array(archive, "images", path)
-        numbers: list[int] = _npz_array(archive, "labels", path).tolist() if labelled else []
+        images = npz_array(archive, "images", printable(path))
+        numbers: list[int] = npz_array(archive, "labels", printable(path)).tolist() if labelled else []
     if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)  # n c h w
     if images.ndim == 4 and images.shape[3] == 1:
