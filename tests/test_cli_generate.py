@@ -117,7 +117,7 @@ def test_a_folder_of_another_job_is_refused_naming_the_setting(command, analytic
         (("--decoder-steps", -1), 2, "number of steps is -1"),
         (("--label", "gren"), 2, "label 'gren' is not a class of the bundle; did you mean 'green'?"),
         (("--label", "car"), 2, "label 'car' is not a class of the bundle"),
-        (("--label", 7), 2, "label 7 is out of range; expected 0 to 2"),
+        (("--label", "#7"), 2, "label '#7' is out of range; expected '#0' to '#2'"),
         (("--sampler", "euler"), 2, "sampler 'euler' is not known"),
         (("--guidance-interval", "3"), 2, "expected LO,HI"),
         (("--guidance-interval", "3,1"), 2, "expected LO below HI"),

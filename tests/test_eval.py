@@ -184,7 +184,7 @@ def test_the_first_samples_stand_beside_their_nearest_training_images(command, b
     pool = epoch_order(len(labels), 0, 0)[: 2 * COUNT][epoch_order(2 * COUNT, 0, 1)]
     second = np.sort(np.argsort(labels[pool], kind="stable")[1::2])  # every second one of each class
     replaced = pool[second]
-    asked = [int(label) for label in labels[replaced]]
+    asked = [CLASSES[label] for label in labels[replaced]]
     drawn = list(ul_runtime.load(bundle).generate(COUNT, seed=0, labels=asked, steps=4))
     samples = np.concatenate([batch.images for batch in drawn]).transpose(0, 3, 1, 2)
     tiles, captions = [], []

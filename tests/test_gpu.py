@@ -77,7 +77,7 @@ def test_changed_settings_capture_nothing_anew_and_change_the_pictures(pipeline)
     captured = loop.captured
     for change in (
         {"seed": 1},
-        {"labels": 2},
+        {"labels": "#2"},
         {"steps": 9},
         {"sampler": "unipc2"},
         {"grid": "karras"},

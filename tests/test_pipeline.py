@@ -114,7 +114,7 @@ def test_classes_come_in_turn_and_look_like_their_class(pipeline):
     assert images.mean(axis=(1, 2)).argmax(axis=1).tolist() == labels.tolist()
 
 
-@pytest.mark.parametrize(("labels", "expected"), [("green", [1] * 3), (2, [2] * 3), (["none", "red"], [3, 0, 3])])
+@pytest.mark.parametrize(("labels", "expected"), [("green", [1] * 3), ("#2", [2] * 3), (["none", "red"], [3, 0, 3])])
 def test_labels_by_name_number_and_none(pipeline, labels, expected):
     assert made(pipeline, 3, labels=labels)[1].tolist() == expected
 
@@ -297,7 +297,7 @@ def test_float_to_uint8_is_round_of_x_plus_1_times_127_5():
         ({"guidance": math.nan}, "guidance is nan"),
         ({"guidance_interval": (2.0, -1.0)}, "LO below HI"),
         ({"labels": "gren"}, "did you mean 'green'"),
-        ({"labels": 3}, "label 3 is out of range; expected 0 to 2"),
+        ({"labels": "#3"}, "label '#3' is out of range"),
         ({"labels": []}, "list of labels is empty"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"seed": -1}, "seed"),
@@ -322,7 +322,7 @@ def test_a_bundle_without_classes_takes_no_label_and_no_guidance(tmp_path):
     pipeline = ul_runtime.load(tmp_path / "bundle")
     assert made(pipeline, 2)[1].tolist() == [0, 0]
     with pytest.raises(UsageError, match="has no classes"):
-        pipeline.generate(1, labels=0)
+        pipeline.generate(1, labels="#0")
     with pytest.raises(UsageError, match="the bundle has none"):
         pipeline.generate(1, guidance=2.0)
 

@@ -18,7 +18,7 @@ from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULErr
 from ul_runtime.machine import MachineOptions
 from ul_runtime.workers import Opened, Workers
 
-OPTIONS = {"seed": 3, "labels": [1, "none"], "steps": 3, "guidance": 1.5}
+OPTIONS = {"seed": 3, "labels": ["#1", "none"], "steps": 3, "guidance": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_two_processes_make_what_one_makes(bundle):
 
 def test_what_is_not_finite_is_left_out_and_said_after_all_others(bundle):
     pipeline = ul_runtime.load(bundle, threads=1)
-    options = OPTIONS | {"guidance": 1e38, "labels": 1}
+    options = OPTIONS | {"guidance": 1e38, "labels": "#1"}
     with Workers(pipeline, opened(bundle, 1)) as workers, pytest.raises(NonFiniteError, match="are not finite"):
         list(workers.generate(3, batch_size=2, **options))
 

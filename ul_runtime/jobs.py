@@ -32,7 +32,7 @@ from ul_runtime.png import (
     read_png,
 )
 from ul_runtime.progress import Tick, progress, silent, stop_on_signal
-from ul_runtime.settings import NO_LABEL, check_seed
+from ul_runtime.settings import check_seed, no_label
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "unified-latents-images"
@@ -200,7 +200,7 @@ def fill(
     if (channels := pipeline.manifest.image.channels) not in (1, 3, 4):
         raise BadInputError(f"{pipeline.path}: images have {channels} channels; PNG takes 1, 3 or 4")
     batches(np.zeros(0, np.int64), silent)  # refuses what cannot be before anything is written
-    names = [*pipeline.manifest.classes, NO_LABEL]
+    names = [*pipeline.manifest.classes, no_label(pipeline.manifest.classes)]
     with open_image_folder(out, job, pipeline.manifest.name, num_images) as folder:
         done, made, in_float32, failed = folder.done(), 0, [], None
         start = time.monotonic()

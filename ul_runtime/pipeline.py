@@ -3,7 +3,7 @@
 Image i depends only on (bundle, seed, i, its label, settings, backend); on a GPU, in last digits, on batch size too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -34,7 +34,6 @@ from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import sampler_table
 from ul_runtime.settings import (
     SEEDS,
-    Label,
     Overrides,
     SamplerSettings,
     Settings,
@@ -125,7 +124,7 @@ class Pipeline:
         images: int | Sequence[int] | np.ndarray,
         *,
         seed: int = 0,
-        labels: Label | Sequence[Label] | None = None,
+        labels: str | Iterable[str] | None = None,
         batch_size: int | None = None,
         keep_x: bool = True,
         tick: Tick = silent,
@@ -135,7 +134,8 @@ class Pipeline:
 
         `batch_size` None = what suits the device, at most all. On a GPU a smaller last batch is computed as one of
         that size, so that no byte depends on how many are left.
-        Labels go by index, in turn: image i has labels[i mod len]; None = all classes, "none" = no label.
+        Labels go by index, in turn: image i has labels[i mod len]; None = all classes, "none" = no label,
+        "#3" = class number 3.
         `guidance` w: pred = w pred(label) + (1 - w) u where logsnr is in `guidance_interval`; u is the prediction of
         the pipeline's guide or, without one, of this bundle for no label. `guidance_rescale` in [0, 1], 0 = off, draws
         the guided prediction's standard deviation, of each image, back to that of pred(label).

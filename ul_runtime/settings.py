@@ -7,9 +7,10 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ul_runtime.errors import UsageError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 NO_LABEL = "none"
 MOST_STEPS = 65536  # as in a manifest
-Label: TypeAlias = int | str
+_NUMBER = re.compile(r"#(0|[1-9][0-9]{0,9})")  # of a class
 
 
 def option(
@@ -144,36 +145,51 @@ def resolve_settings(defaults: Any, given: Overrides, *, can_guide: bool) -> Set
     )
 
 
-def label_index(label: Label, classes: Sequence[str]) -> int:
-    """A class name, a class number or `none` as a number; `none` is len(classes). UsageError for any other."""
-    if isinstance(label, str) and label in classes:
+def no_label(classes: Sequence[str]) -> str:
+    """How "no label" is written for these classes: `none`, or `#none` if a class is called `none`."""
+    name = NO_LABEL
+    while name in classes:
+        name = f"#{name}"
+    return name
+
+
+def label_index(label: str, classes: Sequence[str]) -> int:
+    """The number of a label: a class name, or else `#3` for class number 3, `none` or `#none` for len(classes).
+
+    UsageError for any other text, and for what is no text: 1 may be the class called 1, or class number 1.
+    """
+    if not isinstance(label, str):
+        raise UsageError(f"label {label!r}: is no text; expected a class name, '#3' for class number 3, or 'none'")
+    if label in classes:
         return list(classes).index(label)
-    if label == NO_LABEL:
+    if label.lstrip("#") == NO_LABEL:
         return len(classes)
     if not classes:
         raise UsageError(f"label {label!r}: the bundle has no classes; leave the label out")
-    try:
-        number = int(label)
-    except ValueError:
-        near = difflib.get_close_matches(str(label).lower(), [name.lower() for name in classes], n=1, cutoff=0.5)
-        names = [name for name in classes if near and name.lower() == near[0]]
-        hint = f"did you mean {names[0]!r}?" if names else f"the classes are {_some(classes)}"
-        raise UsageError(f"label {label!r} is not a class of the bundle; {hint}") from None
-    if not 0 <= number < len(classes):
-        message = f"label {number} is out of range; expected 0 to {len(classes) - 1}, a class name or {NO_LABEL!r}"
-        raise UsageError(message)
+    if not _NUMBER.fullmatch(label):
+        raise UsageError(f"label {label!r} is not a class of the bundle; {_nearest(label, classes)}")
+    if (number := int(label[1:])) >= len(classes):
+        raise UsageError(f"label {label!r} is out of range; expected '#0' to '#{len(classes) - 1}', or a class name")
     return number
+
+
+def _nearest(label: str, classes: Sequence[str]) -> str:
+    near = difflib.get_close_matches(label.strip().lower(), [name.lower() for name in classes], n=1, cutoff=0.5)
+    names = [name for name in classes if near and name.lower() == near[0]]
+    if label.isdecimal() and int(label) < len(classes):
+        return f"'#{int(label)}' is class number {int(label)}, {classes[int(label)]!r}"
+    return f"did you mean {names[0]!r}?" if names else f"the classes are {_some(classes)}"
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def label_cycle(labels: Label | Sequence[Label] | None, classes: Sequence[str]) -> tuple[int, ...]:
+def label_cycle(labels: str | Iterable[str] | None, classes: Sequence[str]) -> tuple[int, ...]:
     """The labels that images take in turn: image i has entry i mod len. None = all classes, if there are any."""
     if labels is None:
         return tuple(range(len(classes))) or (0,)
-    given = [labels] if isinstance(labels, (int, str)) else list(labels)
+    given = list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str) else [labels]
     if not given:
         raise UsageError("the list of labels is empty; expected at least one, or None for all classes in turn")
     return tuple(label_index(label, classes) for label in given)

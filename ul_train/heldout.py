@@ -207,5 +207,5 @@ def sample_sheet(pipeline: Pipeline, title: str, tick: Tick = silent) -> bytes:
     """PNG: 8 samples of each of the first ten classes, or 64 without classes."""
     names = pipeline.manifest.classes[:10]
     num = 8 * len(names) if names else 64
-    batches = pipeline.generate(num, labels=list(range(len(names))) if names else None, tick=tick)
+    batches = pipeline.generate(num, labels=names or None, tick=tick)
     return png_bytes(contact_sheet([image for batch in batches for image in batch.images], title, names))

@@ -75,13 +75,12 @@ class Comparison:
         in_first[class_by_class[::2]] = True
         return order[in_first], order[~in_first]
 
-    def labels(self, seed: int) -> list[int] | None:
+    def labels(self, seed: int) -> list[str] | None:
         """The bundle's classes of the second half, in whose place the samples stand; None = all in turn."""
         names, classes = self.reference.class_names, self.pipeline.manifest.classes
         if not names or not set(names) <= set(classes):
             return None
-        to_bundle = [classes.index(name) for name in names]
-        return [to_bundle[label] for label in self.reference.labels[self.real_ids[self.halves(seed)[1]]]]
+        return [names[label] for label in self.reference.labels[self.real_ids[self.halves(seed)[1]]]]
 
 
 def reference_split(splits: Splits, count: int) -> str:

@@ -33,7 +33,10 @@ class GenerateOptions(JobOptions):
 
     num_images: int = option(64, "How many images.", "--num-images", "-n", metavar="COUNT")
     label: list[str] = option(
-        [], "Class of the images; repeat it for several in turn.", metavar="NAME|INT|none", shown="all classes in turn"
+        [],
+        "Class of the images; repeat it for several in turn. Quote a number: '#3'.",
+        metavar="NAME|#NUMBER|none",
+        shown="all classes in turn",
     )
 
 
@@ -75,7 +78,7 @@ def generate(
     from ul_runtime.jobs import fill, job_of, summary
     from ul_runtime.loading import open_pipeline
     from ul_runtime.png import ALL_CLASSES, GenerateJob
-    from ul_runtime.settings import INDICES, NO_LABEL, check_count, label_cycle
+    from ul_runtime.settings import INDICES, check_count, label_cycle, no_label
     from ul_runtime.workers import generate_on_gpus
 
     check_count("--num-images", options.num_images, most=INDICES)
@@ -83,7 +86,7 @@ def generate(
     if pipeline.guide_hash == pipeline.hash:
         print("the guide is the bundle itself: guidance has no effect", file=sys.stderr, flush=True)
     settings = pipeline.settings(**overrides)
-    classes = [*pipeline.manifest.classes, NO_LABEL]
+    classes = [*pipeline.manifest.classes, no_label(pipeline.manifest.classes)]
     names = [classes[number] for number in label_cycle(options.label or None, pipeline.manifest.classes)]
     labels = names if options.label else ALL_CLASSES
     batch_size = options.batch_size  # of the job, not of what is left of it
@@ -132,9 +135,11 @@ def _replay(
 
 
 def _title(pipeline: "Pipeline", seed: int, settings: "Settings", names: list[str]) -> str:
+    from ul_runtime.settings import no_label
+
     prior, decoder = len(pipeline.prior_table(settings.prior)), len(pipeline.decoder_table(settings.decoder))
     loops = f"{prior} {settings.prior.sampler} + {decoder} {settings.decoder.sampler}"
-    only = f"{names[0]}, " if len(names) == 1 and names[0] != "none" else ""
+    only = f"{names[0]}, " if len(names) == 1 and names[0] != no_label(pipeline.manifest.classes) else ""
     by = f" by {pipeline.guide.manifest.name}" if pipeline.guide else ""
     guidance = f", guidance {settings.guidance:g}{by}" if settings.guidance != 1.0 else ""
     return f"{pipeline.manifest.name}, {only}seed {seed}, {loops} calls{guidance}"

@@ -25,7 +25,7 @@ from ul_runtime.png import (
     read_png,
 )
 from ul_runtime.progress import progress, stop_on_signal
-from ul_runtime.settings import NO_LABEL, Overrides
+from ul_runtime.settings import Overrides, no_label
 
 
 def replay(
@@ -81,7 +81,8 @@ def _make(image: Path, info: ImageInfo, job: GenerateJob, index: int, pipeline: 
     if job.guide != pipeline.guide_hash:
         message = f"guided by {_guide(job.guide)}, --guide gives {_guide(pipeline.guide_hash)}"
         raise BadInputError(f"{image}: {message}; give the guide that made it, none if there was none")
-    if info.label is None or info.label not in (*pipeline.manifest.classes, NO_LABEL):
+    classes = pipeline.manifest.classes
+    if info.label is None or info.label not in (*classes, no_label(classes)):
         raise BadInputError(f"{image}: label {info.label!a} is not a class of the bundle")
     overrides = _overrides(job)
     try:
