@@ -110,6 +110,36 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(
         assert same_tensors(whole / name, broken / name)
 
 
+@pytest.mark.case(
+    "F21",
+    "a stop in the middle of a window of run.log_every steps, or before or within an evaluation",
+    "every line of log.jsonl but its images/s is that of an unbroken run: a checkpoint keeps the sums of the window, "
+    "and an evaluation that was cut off is done first",
+)
+@pytest.mark.case("A5", "the same, after 20 SIGKILLs", "the log is equal too")
+@pytest.mark.parametrize("calls", [1, 6, 7, 8, 12, 18])
+def test_every_line_of_the_log_is_that_of_an_unbroken_run(tmp_path: Path, calls: int) -> None:
+    """Stopped after so many looks at whether to stop: in steps, in evaluations."""
+    rhythm = ("run.log_every=5", "run.eval_every=6", "run.checkpoint_every=100", "run.eval_images=2")
+    config = tiny(*rhythm, "stages.joint.steps=13", "stages.base.steps=7", *STEERED)
+    for name in ("whole", "broken"):
+        run = new_run(tmp_path / name, config)
+        if name == "broken":
+            with pytest.raises(StoppedError):
+                train(run, "joint", tick=stop_at(calls))
+        train(run, "joint", "base")
+    whole, broken = (log_lines(tmp_path / name) for name in ("whole", "broken"))
+    assert [(line["stage"], line["step"]) for line in whole if "loss" in line] == [
+        ("joint", 5), ("joint", 10), ("joint", 13), ("base", 5), ("base", 7),
+    ]  # fmt: skip
+    assert broken == whole
+
+
+def log_lines(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
 def test_the_comparison_of_runs_sees_another_seed(tmp_path: Path) -> None:
     for seed in (0, 1):
         train(new_run(tmp_path / str(seed), tiny(f"seed={seed}")), "joint")

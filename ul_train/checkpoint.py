@@ -41,6 +41,7 @@ class State:
     counters: dict[str, int] = field(default_factory=dict)
     encoder_checkpoint: str | None = None  # state hash of the stage before, whose latents this one learns
     rate_control: dict[str, float] = field(default_factory=dict)  # of a run with a target for its bits
+    log_sums: dict[str, tuple[float, int]] = field(default_factory=dict)  # (sum, number) since the log's last line
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,14 @@ def on_screen(figures: dict[str, float]) -> str:
 
 
 class RunLog:
-    """Figures of a run by (stage, step). Losses on screen are means over the steps since the last line."""
+    """Figures of a run by (stage, step). Losses on screen are means over the steps since the last line.
+
+    `sums`: of each figure since then, (sum, number); a checkpoint keeps them, so that a resume continues the means.
+    """
 
     def __init__(self, run: Path, log_every: int) -> None:
         self.run, self.log_every = run, log_every
-        self.sums: dict[str, list[float]] = {}
+        self.sums: dict[str, tuple[float, int]] = {}
         self._writer: SummaryWriter | None = None
         self._bar: Progress | None = None  # on a terminal: a bar, and two rows of figures below it
         self._figures: Progress
@@ -71,7 +74,6 @@ class RunLog:
     @contextmanager
     def stage(self, name: str, steps: int, batch_size: int, first_step: int) -> Iterator[None]:
         """Progress of one stage, from `first_step` to `steps`."""
-        self.sums = {}
         self._steps, self._batch_size, self._first_step = steps, batch_size, first_step
         self._started = self._last_line = time.monotonic()
         if not sys.stderr.isatty():
@@ -93,12 +95,14 @@ class RunLog:
     def step(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """Figures of one training step; written every `log_every` steps as means over those that are finite."""
         for name, value in figures.items():
-            self.sums.setdefault(name, []).extend([value] if math.isfinite(value) else [])
+            if math.isfinite(value):
+                total, number = self.sums.get(name, (0.0, 0))
+                self.sums[name] = total + value, number + 1
         if self._bar is not None:
             self._bar.update(self._tasks[0], completed=step)
         if step % self.log_every and step != self._steps:
             return
-        means = {name: sum(values) / len(values) for name, values in self.sums.items() if values}
+        means = {name: total / number for name, (total, number) in self.sums.items()}
         self.sums = {}
         now = time.monotonic()
         figures = {**means, "images_per_s": (step - self._first_step) * self._batch_size / (now - self._started)}
@@ -127,10 +131,11 @@ class RunLog:
         else:
             self._figures.update(self._tasks[2], description=f"{text} at step {step}", visible=True)
 
-    def warn(self, text: str) -> None:
-        """A warning on stderr and in the log."""
+    def warn(self, text: str, stage: str | None = None, step: int = 0) -> None:
+        """A warning on stderr and in the log, of a step of a stage, which a resume may do again."""
         logger.warning(f"warning: {text}")
-        durable.append_line(self.run / "log.jsonl", json.dumps({"warning": text}))
+        of_step = {} if stage is None else {"stage": stage, "step": step}
+        durable.append_line(self.run / "log.jsonl", json.dumps(of_step | {"warning": text}))
 
     def close(self) -> None:
         """Flush TensorBoard."""

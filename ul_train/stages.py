@@ -188,10 +188,11 @@ class Joint(Stage):
         """Held-out images beside their reconstructions."""
         num_images = self.config.run.eval_images
         figures = measure(pipeline, heldout, num_images, mean_of=1, bits_samples=4, tick=tick)
+        sheet = reconstruction_sheet(pipeline, heldout, f"step {step}: {figures.in_short}", tick)
         log.evaluation(self.name, step, figures.as_dict())
         if figures.latent_died and step > self.config.objective.prior_ramp_steps:
-            log.warn(figures.collapse_warning)
-        return reconstruction_sheet(pipeline, heldout, f"step {step}: {figures.in_short}", tick)
+            log.warn(figures.collapse_warning, self.name, step)
+        return sheet
 
 
 class Base(Stage):

@@ -128,6 +128,8 @@ def train_stage(
     if options.compile:
         stage.compute = {key: torch.compile(module) for key, module in stage.modules.items()}  # type: ignore[misc]
     evaluation = Evaluation(stage, run, splits.heldout, log, tick)
+    due = trainer.step > 0 and trainer.step % run.config.run.eval_every == 0
+    trainer.evaluated = not due or evaluation.preview_of(trainer.step).exists()  # or else a stop has cut it off
     check = partial(check_export, stage, run, log, options.threads)
     trainer.train(evaluation, check, options.export_check, tick)
     return True
@@ -146,6 +148,10 @@ class Evaluation:
     step: int = 0
     warned: set[str] = field(default_factory=set)  # blocks
 
+    def preview_of(self, step: int) -> Path:
+        """The preview's file."""
+        return self.run.path / "previews" / f"{self.stage.name}-{step:06d}.png"
+
     def __call__(self, step: int) -> None:
         """At this step. StoppedError."""
         stage = self.stage
@@ -154,11 +160,11 @@ class Evaluation:
                 self.run.manifest(), **stage.sampled, device=stage.device, precision=stage.precision
             )
             preview = stage.preview(pipeline, self.heldout, step, self.log, self.tick)
-        durable.atomic_write(self.run.path / "previews" / f"{stage.name}-{step:06d}.png", preview)
+        durable.atomic_write(self.preview_of(step), preview)
         for block, text in warnings(largest, step, self.largest, self.step, stage.settings.steps):
             if block not in self.warned:
                 self.warned.add(block)
-                self.log.warn(f"stage {stage.name}, step {step}: {text}")
+                self.log.warn(f"stage {stage.name}, step {step}: {text}", stage.name, step)
         self.largest, self.step = largest, step
         finite = {f"largest.{block}": value for block, value in largest.items() if math.isfinite(value)}
         self.log.write(stage.name, step, finite)
@@ -177,7 +183,7 @@ def check_export(stage: Stage, run: Run, log: RunLog, threads: int | None, step:
             f"{where}: stopped in the export check, saved; go on with ul-train {run.path} --resume"
         ) from None
     except SystemExit:
-        log.warn(f"{where}: the export check failed; the checkpoint is kept, training ends")
+        log.warn(f"{where}: the export check failed; the checkpoint is kept, training ends", stage.name, step)
         raise
     log.write(stage.name, step, {f"export.{name}": value for name, value in json.loads(printed).items()})
 

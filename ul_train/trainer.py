@@ -41,6 +41,7 @@ class Trainer:
     run: Path
     log: RunLog
     step: int = 0
+    evaluated: bool = True  # False: the evaluation of this step is due
     counters: dict[str, int] = field(default_factory=lambda: {"skipped": 0, "skipped_in_a_row": 0})
 
     def __post_init__(self) -> None:
@@ -64,28 +65,39 @@ class Trainer:
         """
         settings, run = self.stage.settings, self.stage.config.run
         with self.log.stage(self.stage.name, settings.steps, settings.batch_size, self.step):
+            if self._stops_in(evaluate):
+                raise self._stopped()
             while self.step < settings.steps:
                 figures = self.train_step()
                 self.step += 1
                 self.log.step(self.stage.name, self.step, figures)
-                last, stopped = self.step == settings.steps, False
-                try:
-                    if not last:
-                        tick(1)
-                    if last or self.step % run.eval_every == 0:
-                        evaluate(self.step)
-                except StoppedError:  # perhaps in the middle of the evaluation: save, then stop
-                    stopped = True
+                last = self.step == settings.steps
+                self.evaluated = not last and self.step % run.eval_every > 0
+                stopped = self._stops_in(evaluate, silent if last else tick)
                 checking = check_every is not None and self.step % check_every == 0
                 if last or stopped or checking or self.step % run.checkpoint_every == 0:
                     self.save()
                 if stopped and not last:
-                    raise StoppedError(
-                        f"stopped at step {self.step} of {settings.steps} of stage {self.stage.name}, saved; "
-                        f"go on with ul-train {self.run} --resume"
-                    )
+                    raise self._stopped()
                 if checking:
                     check(self.step)
+
+    def _stops_in(self, evaluate: Hook, tick: Tick = silent) -> bool:
+        """Evaluate this step if that is due; whether a stop came before or in the middle of it."""
+        try:
+            tick(1)
+            if not self.evaluated:
+                evaluate(self.step)
+                self.evaluated = True
+        except StoppedError:
+            return True
+        return False
+
+    def _stopped(self) -> StoppedError:
+        return StoppedError(
+            f"stopped at step {self.step} of {self.stage.settings.steps} of stage {self.stage.name}, saved; "
+            f"go on with ul-train {self.run} --resume"
+        )
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step, or none when loss or gradient is not finite: the weights never take such an update."""
@@ -136,7 +148,8 @@ class Trainer:
                 "lower the learning rate, or use --set run.precision=fp32, and start again"
             )
         skipped = self.counters["skipped"]
-        self.log.warn(f"{where}: loss {loss}, gradient norm {norm}; this step was skipped, {skipped} so far")
+        text = f"{where}: loss {loss}, gradient norm {norm}; this step was skipped, {skipped} so far"
+        self.log.warn(text, self.stage.name, self.step + 1)
 
     def save(self) -> None:
         """Commit a checkpoint and remove those that the policy does not keep."""
@@ -150,6 +163,7 @@ class Trainer:
             counters=self.counters,
             rate_control=self.stage.rate_control.state() if self.stage.rate_control else {},
             encoder_checkpoint=self.stage.encoder_checkpoint,
+            log_sums=self.log.sums,
         )
         optimizer = ckpt.optimizer_tensors(self.optimizer, list(self.parameters))
         weights, ema = ckpt.tensors_of(self.stage.modules), ckpt.tensors_of(self.stage.ema)
@@ -170,3 +184,4 @@ class Trainer:
         if self.stage.rate_control is not None:
             self.stage.rate_control.restore(saved.state.rate_control)
         self.step, self.counters = saved.state.step, dict(saved.state.counters)
+        self.log.sums = {name: (total, number) for name, (total, number) in saved.state.log_sums.items()}
