@@ -68,8 +68,55 @@ def test_the_file_holds_both_latents_labels_bits_and_names(command, analytic_bun
     assert latents.arrays["label"].tolist() == [1, 1, 3, 3, 0, 0]
     assert latents.info["names"] == [str(path) for path in sorted(photos.rglob("*.png"))]
     printed = json.loads(result.out)
+    assert (printed["num_images"], printed["num_rejected"]) == (6, 0)
     assert printed["bits_per_image"] == pytest.approx(latents.arrays["bits"].mean(), abs=1e-3)
     assert printed["bits_per_pixel"] == pytest.approx(latents.arrays["bits"].mean() / 64, abs=1e-6)
+
+
+@pytest.mark.case(
+    "F12", "ul-encode on a folder with a broken and a small image", "the others are encoded; exit code 65"
+)
+def test_images_that_cannot_be_read_cost_none_of_the_others(command, analytic_bundle, photos, tmp_path):
+    out = (tmp_path / "before.npz", tmp_path / "after.npz")
+    assert command(encode, analytic_bundle, photos, "--out", out[0], "--bits-samples", 1, *THREAD).code == 0
+    (photos / "green" / "0a.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    Image.new("RGB", (4, 4)).save(photos / "red" / "9.png")
+    (photos / "red" / "raw.dng").write_bytes(b"II*\0")
+    result = command(encode, analytic_bundle, photos, "--out", out[1], "--bits-samples", 1, "--json", *THREAD)
+    assert result.code == 65
+    assert f"3 of 9 images cannot be read, the others are in {out[1]}: " in result.err
+    assert "0a.png: corrupt or truncated" in result.err
+    assert "9.png: smaller than the model (4x4, model 8x8)" in result.err
+    assert "raw.dng: unsupported (.dng; convert it to PNG)" in result.err
+    assert json.loads(result.out)["num_rejected"] == 3
+    before, after = map(read_latents, out)
+    assert after.info["names"] == before.info["names"]
+    assert all(np.array_equal(before.arrays[name], after.arrays[name]) for name in before.arrays)
+
+
+def labels_of(command, bundle, source, out) -> list[str]:
+    assert command(encode, bundle, source, "--out", out, "--bits-samples", 1, *THREAD).code == 0
+    names = (*json.loads((bundle / "manifest.json").read_text())["classes"], "none")
+    return [names[label] for label in read_latents(out).arrays["label"]]
+
+
+@pytest.mark.case(
+    "F11", "ul-encode on class folders with sub-folders, links and escaped names", "the class is that of ul-train"
+)
+def test_an_image_has_the_class_that_training_gives_it(command, tmp_path):
+    decomposed = "e\u0301te\u0301"
+    bundle = write_analytic_bundle(tmp_path / "bundle", classes=("a\\nb", "\u00e9t\u00e9", "red")).path
+    for name in ("a\nb", f"{decomposed}/2019/red", "red", "other", ".red", "__MACOSX/red"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "in" / name / "0.png")
+    (tmp_path / "in" / "red" / "._1.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "away").mkdir()
+    (tmp_path / "in" / "red").rename(tmp_path / "away" / "red")
+    (tmp_path / "in" / "red").symlink_to(tmp_path / "away" / "red")
+    labels = labels_of(command, bundle, tmp_path / "in", tmp_path / "all.npz")
+    assert labels == ["a\\nb", "\u00e9t\u00e9", "none", "red"]
+    assert labels_of(command, bundle, tmp_path / "in" / "red", tmp_path / "one.npz") == ["red"]
+    assert labels_of(command, bundle, tmp_path / "in" / "red" / "0.png", tmp_path / "file.npz") == ["red"]
 
 
 def test_bits_do_not_depend_on_the_batch(command, analytic_bundle, photos, tmp_path):

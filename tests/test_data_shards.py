@@ -77,7 +77,7 @@ def test_bad_samples_are_listed(tmp_path: Path) -> None:
     splits = opened(path, tmp_path, max_rejected_share=0.9)
     assert reasons(splits.index.train) == {
         "s.tar/x1": "no class",
-        "s.tar/x2": "no image in this sample",
+        "s.tar/x2": "a label without an image",
         "s.tar/x3": "not an image of a known format",
         "s.tar/x4.json": "unreadable label",
         "s.tar/x4": "no class",
@@ -140,3 +140,88 @@ def test_braces_multiply_and_are_bounded() -> None:
     for bad in ("a{3..1}.tar", "a{0..999999999}.tar", "a{0..999}{0..999}.tar"):
         with pytest.raises(BadInputError, match="100,000"):
             expand_braces(bad)
+
+
+@pytest.mark.case("F5", "shards whose labels have other names than the images", "refused: no label belongs to an image")
+def test_labels_that_belong_to_no_image_are_refused(tmp_path: Path) -> None:
+    members = [*((f"{v}.png", png(v)) for v in range(4)), *((f"label_{v}.cls", b"cat") for v in range(4))]
+    path = tar(tmp_path / "s.tar", members)
+    with pytest.raises(
+        BadInputError, match=r"4 labels have no image \(first: s\.tar/label_0\) and no image has a label"
+    ):
+        opened(path, tmp_path)
+    with pytest.raises(BadInputError, match="no image in this sample"):
+        opened(path, tmp_path, labels=False, max_rejected_share=0.4)
+    assert set(of(opened(path, tmp_path, labels=False)).values()) == {""}
+
+
+@pytest.mark.case("F1")
+def test_members_that_are_no_image_are_counted(tmp_path: Path) -> None:
+    members = [
+        *samples(0, 6),
+        ("a.txt", b"a caption"),
+        ("a.png", png(20)),
+        ("a.cls", b"0"),
+        ("b.heic2", b"\0\0\0\x18ftypheic"),
+        ("b.cls", b"0"),
+        ("c", png(21)),
+        ("d.tga", bytes(18)),
+        ("e.png", png(22)),
+        ("e.json", b'{"category": "cat"}'),
+        ("e.cls", b"1"),
+        ("f.png", png(23)),
+        ("f.mask_png", png(0)),
+        ("f.cls", b"1"),
+        ("README", b"text"),
+    ]
+    train = opened(tar(tmp_path / "s.tar", members), tmp_path).index.train
+    assert reasons(train) == {
+        "s.tar/b": "an image of another ending",
+        "s.tar/c": "an image of another ending",
+        "s.tar/d": "unsupported",
+    }
+    assert train.ignored == {
+        ".txt": 1,
+        ".json without label, cls, class": 1,
+        "beside the image of a sample (.mask_png)": 1,
+        "no ending": 1,
+    }
+
+
+@pytest.mark.case(
+    "F22", "shards of cat/00001.png and dog/00001.png", "no classes, and it is said where classes come from"
+)
+def test_folders_in_shards_are_said_to_be_no_classes(tmp_path: Path) -> None:
+    path = tar(tmp_path / "s.tar", [(f"{'cat' if v % 2 else 'dog'}/{v}.png", png(v)) for v in range(4)])
+    train = opened(path, tmp_path).index.train
+    assert train.ignored == {"names of folders (the classes of shards are .cls and .json members)": 4}
+    assert opened(path, tmp_path, labels=False).index.train.ignored == {}
+
+
+@pytest.mark.case("R17", "keys with a dot, as v1.2_00001.png", "rejected, and the rule of the first dot is said")
+def test_keys_with_a_dot_are_explained(tmp_path: Path) -> None:
+    path = tar(tmp_path / "s.tar", [*samples(0, 4), ("v1.2_1.png", png(50)), ("v1.2_2.png", png(51)), ("v1.cls", b"1")])
+    (rejected,) = opened(path, tmp_path).index.train.rejected
+    assert str(rejected) == (
+        "s.tar/v1.2_2.png: second image of one sample (a key ends at the first dot of the name: here v1)"
+    )
+
+
+@pytest.mark.case("F2", "a caption as the label of a shard", "refused before the first step")
+def test_captions_as_labels_are_refused(tmp_path: Path) -> None:
+    members = [*samples(0, 4), ("x.png", png(50)), ("x.json", b'{"label": "' + b"a cat on a wall " * 20 + b'"}')]
+    with pytest.raises(BadInputError, match=r"a class name of 320 characters.*if the labels are captions"):
+        opened(tar(tmp_path / "s.tar", members), tmp_path)
+
+
+@pytest.mark.case("R13")
+def test_a_class_of_broken_images_is_named(tmp_path: Path) -> None:
+    members = [*samples(0, 6), ("x.png", b"broken"), ("x.cls", b"bird")]
+    notes = opened(tar(tmp_path / "s.tar", members), tmp_path).index.notes
+    assert any("no usable image of 1 more, which are no classes then (bird)" in note for note in notes)
+
+
+def test_hidden_files_are_no_shards(tmp_path: Path) -> None:
+    tar(tmp_path / "in" / "s.tar", samples(0, 4))
+    (tmp_path / "in" / "._s.tar").write_bytes(b"\0\5\x16\7")
+    assert opened(tmp_path / "in", tmp_path).index.train.num_rejected == 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ul_runtime.errors import BadInputError
-from ul_runtime.images import list_images, load_image
+from ul_runtime.find_images import find_images
+from ul_runtime.images import ImageRejectedError, load_image
 from ul_runtime.manifest import ImageFormat
 from ul_train.config import load_config
 from ul_train.data.prepare import open_splits
@@ -36,8 +36,8 @@ def test_what_is_encoded_equals_what_training_saw(tmp_path, fit, background):
     splits = open_splits(config.image, str(folder), str(other), tmp_path / "cache")
     trained = splits.train.batch(np.arange(4))[0]
     image = Run.in_memory(config).manifest().image
-    for k, path in enumerate(list_images([folder])):
-        x, _ = load_image(path, image)
+    for k, file in enumerate(find_images([folder])[0]):
+        x, _ = load_image(file.path, image)
         assert x.dtype == np.float32
         assert np.array_equal(np.rint((x + 1) * 127.5).astype(np.uint8), trained[k])
 
@@ -47,7 +47,7 @@ def test_small_images_are_padded_where_training_pads_and_refused_where_it_crops(
     x, _ = load_image(file, ImageFormat(channels=1, size=32, background="#000000", fit="pad"))
     assert (x[0, 2:30, 2:30] == 1).all()
     assert (x == -1).sum() == 32**2 - 28**2
-    with pytest.raises(BadInputError, match=r"a\.png: smaller than the model \(28x28, model 32x32\); remove it or"):
+    with pytest.raises(ImageRejectedError, match=r"smaller than the model.*28x28, model 32x32"):
         load_image(file, ImageFormat(channels=1, size=32, fit="crop"))
 
 
@@ -58,13 +58,13 @@ def test_what_was_converted_is_returned(tmp_path):
     assert "animated (first frame)" in changes
 
 
-def test_what_is_no_whole_image_is_refused_by_name(tmp_path):
+def test_what_is_no_whole_image_is_refused_with_its_reason(tmp_path):
     whole = saved(tmp_path, Image.effect_noise((64, 64), 50), "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.jpg").touch()
-    for name in ("cut.png", "text.png", "empty.jpg"):
-        with pytest.raises(BadInputError, match=name):
+    for name, reason in (("cut.png", "truncated"), ("text.png", "not an image"), ("empty.jpg", "zero bytes")):
+        with pytest.raises(ImageRejectedError, match=reason):
             load_image(tmp_path / name, ImageFormat(channels=3, size=4))
 
 
@@ -72,5 +72,5 @@ def test_folders_are_listed_in_order_of_name_and_files_as_given(tmp_path):
     for name in ("b/2.png", "b/1.jpg", "a/3.PNG", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    listed = [str(path.relative_to(tmp_path)) for path in list_images([tmp_path / "b/2.png", tmp_path])]
+    listed = [str(file.path.relative_to(tmp_path)) for file in find_images([tmp_path / "b/2.png", tmp_path])[0]]
     assert listed == ["b/2.png", "a/3.PNG", "b/1.jpg", "b/2.png"]

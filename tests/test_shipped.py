@@ -15,7 +15,7 @@ from ul_runtime import loading
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import BadInputError, UntrustedError, UsageError
-from ul_runtime.images import list_images
+from ul_runtime.find_images import find_images
 from ul_train.config import validate
 
 QUICK = ("--steps", 2, "--decoder-steps", 1, "--threads", 1)
@@ -136,7 +136,7 @@ def test_a_setting_that_does_not_exist_is_refused_with_the_one_meant():
 def test_the_contact_sheet_beside_pictures_is_no_picture_to_encode(command, tmp_path):
     out = tmp_path / "out"
     assert command(generate, "--num-images", 2, "--out", out, *QUICK).code == 0
-    assert [file.name for file in list_images([out])] == ["000000.png", "000001.png"]
-    assert [file.name for file in list_images([out / "contact_sheet.png"])] == ["contact_sheet.png"]
+    assert [file.path.name for file in find_images([out])[0]] == ["000000.png", "000001.png"]
+    assert [file.path.name for file in find_images([out / "contact_sheet.png"])[0]] == ["contact_sheet.png"]
     (out / "generate.json").unlink()
-    assert len(list_images([out])) == 3, "any other folder may hold a picture of that name"
+    assert len(find_images([out])[0]) == 3, "any other folder may hold a picture of that name"

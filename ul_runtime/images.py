@@ -6,7 +6,6 @@ import stat
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps
 
-from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.errors import UsageError
 from ul_runtime.manifest import ImageFormat
-from ul_runtime.png import is_contact_sheet
 
 SUFFIXES = frozenset({".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -268,33 +266,10 @@ def _fit(image: Image.Image, to: Conversion) -> Image.Image:
     return canvas
 
 
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """The files given, and for folders all image files below them, in order of name. BadInputError if none.
-
-    The contact sheet of a folder of ul-generate is left out.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            inside = [file for file in below if file.is_file() and not is_contact_sheet(file)]
-            if not inside:
-                raise BadInputError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise BadInputError(f"{path}: no such file or folder; expected images or folders of them")
-    return found
-
-
 def load_image(path: Path, image: ImageFormat) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(x float32 `c h w` in [-1, 1], what had to be converted); BadInputError says why a file cannot be used."""
+    """(x float32 `c h w` in [-1, 1], what had to be converted); ImageRejectedError says why a file cannot be used."""
     to = Conversion(image.size, image.channels, image.background, image.fit)
-    try:
-        pixels, changes = convert(path, to)
-    except ImageRejectedError as error:
-        raise BadInputError(f"{error.at(str(path))}; remove it or convert it") from None
+    pixels, changes = convert(path, to)
     return from_uint8(pixels), changes
 
 

@@ -35,6 +35,7 @@ MAX_MANIFEST_BYTES = 2**20
 MAX_DEPTH = 16
 MAX_FILES = 64
 MAX_KEYS = 4096
+MAX_NAME = 128  # characters
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ROW_SIZE = 8
 HISTORY = 2
@@ -46,7 +47,7 @@ NETWORK_GRAPHS: tuple[GraphName, ...] = ("encoder", "prior_step", "decoder_step"
 GRAPH_NAMES: tuple[GraphName, ...] = (*NETWORK_GRAPHS, "pixels")
 Shape = tuple[int | str, ...]
 
-Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # safe to print
+Text = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # safe to print
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=65536)]
 Dimension = Count | Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]

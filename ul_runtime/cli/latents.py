@@ -3,10 +3,11 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -25,6 +26,8 @@ from ul_runtime.machine import OneGpuOptions
 if TYPE_CHECKING:
     import numpy as np
 
+    from ul_runtime.find_images import Found
+    from ul_runtime.images import Rejected
     from ul_runtime.latents import Latents
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.progress import Tick
@@ -129,9 +132,12 @@ def encode(
     machine: OneGpuOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Encode images to latents (z_0, z_clean), their labels (class folders) and the bits of each."""
+    """Encode images to latents (z_0, z_clean), their labels (class folders) and the bits of each.
+
+    Images that cannot be read are left out and listed; the exit code is then 65.
+    """
     from ul_runtime import durable
-    from ul_runtime.images import list_images
+    from ul_runtime.find_images import find_images, first_three, in_words
     from ul_runtime.latents import SUFFIXES, latents_bytes
     from ul_runtime.loading import open_pipeline
     from ul_runtime.settings import check_count
@@ -143,70 +149,110 @@ def encode(
         raise UsageError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if out.exists():
         raise UsageError(f"{out}: exists; choose another name or remove it")
-    files = list_images(images)
+    files, ignored = find_images(images)
+    if ignored:
+        print(f"no images, not looked at: {in_words(ignored)}", file=sys.stderr)
     pipeline = open_pipeline(bundle, machine)
     durable.make_directory(out.parent)
-    arrays = _encode_files(pipeline, files, options)
+    arrays, encoded, rejected = _encode_files(pipeline, files, options)
+    if not encoded:
+        raise BadInputError(f"no image can be read: {first_three(rejected)}; nothing was written")
     info = {
         "bundle": pipeline.hash,
         "seed": options.seed,
         **pipeline.computed_by,
         "bits_samples": options.bits_samples,
         "classes": list(pipeline.manifest.classes),
-        "names": [str(file) for file in files],
+        "names": [str(file.path) for file in encoded],
     }
     durable.atomic_write(out, latents_bytes(out.suffix, arrays, info))
     mean = float(arrays["bits"].mean())
     result = {
         "out": str(out),
-        "num_images": len(files),
+        "num_images": len(encoded),
+        "num_rejected": len(rejected),
         "bits_per_image": round(mean, 3),
         "bits_per_pixel": round(mean / pipeline.manifest.image.size**2, 6),
     }
-    text = f"{len(files)} images in {out}: {mean:.1f} bits/image, {result['bits_per_pixel']:.4f} bits/pixel"
+    text = f"{len(encoded)} images in {out}: {mean:.1f} bits/image, {result['bits_per_pixel']:.4f} bits/pixel"
     print(json.dumps(result) if as_json else text)
+    if rejected:
+        found = f"{len(rejected)} of {len(files)} images cannot be read, the others are in {out}"
+        raise BadInputError(f"{found}: {first_three(rejected)}")
 
 
-def _encode_files(pipeline: "Pipeline", files: list[Path], options: EncodeOptions) -> dict[str, "np.ndarray"]:
-    """Arrays of the file of latents: z_0, z_clean `n c h w`, label `n`, bits `n`. Says what had to be converted."""
+_Encoded: TypeAlias = "tuple[dict[str, np.ndarray], list[Found], list[Rejected]]"
+
+
+def _encode_files(pipeline: "Pipeline", files: "list[Found]", options: EncodeOptions) -> _Encoded:
+    """Arrays of the file of latents (z_0, z_clean `n c h w`, label `n`, bits `n`), the files that these are of, and
+    those that cannot be read. Says what had to be converted."""
     import numpy as np
 
-    from ul_runtime.images import load_image
+    from ul_runtime.find_images import in_words
     from ul_runtime.progress import progress, stop_on_signal
 
     parts: dict[str, list[Any]] = {"z_0": [], "z_clean": [], "label": [], "bits": []}
     converted: Counter[str] = Counter()
+    encoded: list[Found] = []
+    rejected: list[Rejected] = []
     size = options.batch_size or pipeline.default_batch_size
     with stop_on_signal(), progress("encoding", len(files), "images") as tick:
-        for first in range(0, len(files), size):
-            at = range(first, len(files))[:size]
-            images, changes = zip(*(load_image(files[i], pipeline.manifest.image) for i in at), strict=True)
-            converted.update(chain.from_iterable(changes))
-            for name, part in _encode_batch(pipeline, files, at, np.stack(images), options, tick).items():
+        images = _read(files, pipeline, converted, rejected)
+        while batch := list(islice(images, size)):
+            at = np.arange(len(encoded), len(encoded) + len(batch))
+            encoded += [file for file, _ in batch]
+            x = np.stack([pixels for _, pixels in batch])
+            for name, part in _encode_batch(pipeline, encoded, at, x, options, tick).items():
                 parts[name].append(part)
     if converted:
-        counts = ", ".join(f"{count} {change}" for change, count in converted.items())
-        print(f"converted: {counts}", file=sys.stderr)
-    return {name: np.concatenate(part) for name, part in parts.items()}
+        print(f"converted: {in_words(converted)}", file=sys.stderr)
+    return {name: np.concatenate(part) for name, part in parts.items() if part}, encoded, rejected
+
+
+def _read(
+    files: "list[Found]", pipeline: "Pipeline", converted: Counter[str], rejected: "list[Rejected]"
+) -> "Iterator[tuple[Found, np.ndarray]]":
+    """The images that can be read, as x `c h w`; counts what was converted, and lists the others."""
+    from ul_runtime.find_images import printable
+    from ul_runtime.images import ImageRejectedError, load_image
+
+    for file in files:
+        try:
+            if file.problem is not None:
+                raise file.problem
+            x, changes = load_image(file.path, pipeline.manifest.image)
+        except ImageRejectedError as problem:
+            rejected.append(problem.at(printable(file.path)))
+            continue
+        converted.update(changes)
+        yield file, x
 
 
 def _encode_batch(
-    pipeline: "Pipeline", files: list[Path], batch: range, x: "np.ndarray", options: EncodeOptions, tick: "Tick"
+    pipeline: "Pipeline",
+    files: "list[Found]",
+    indices: "np.ndarray",
+    x: "np.ndarray",
+    options: EncodeOptions,
+    tick: "Tick",
 ) -> dict[str, "np.ndarray"]:
-    """Those of x `b c h w`, the files `batch`."""
+    """Those of x `b c h w`, the files `indices`."""
     import numpy as np
 
-    classes, indices = pipeline.manifest.classes, np.array(batch)
+    from ul_runtime.find_images import class_name, class_of
+
     encoded = pipeline.encode(x, seed=options.seed, indices=indices)
     finite = np.isfinite(encoded.z_clean).reshape(len(x), -1).all(axis=1)
     if not finite.all():
-        first = files[int(indices[~finite][0])]
+        first = files[int(indices[~finite][0])].path
         raise NonFiniteError(f"{first}: its latent is not finite; check the bundle, nothing was written")
     bits = pipeline.bits(
         encoded.z_clean, seed=options.seed, indices=indices, num_samples=options.bits_samples, tick=tick
     )
-    names = [files[i].parent.name for i in batch]
-    label = np.array([classes.index(name) if name in classes else len(classes) for name in names], np.int64)
+    numbers = {class_name(name): number for number, name in enumerate(pipeline.manifest.classes)}
+    names = [class_of(files[i], numbers) for i in indices]
+    label = np.array([len(numbers) if name is None else numbers[name] for name in names], np.int64)
     return {"z_0": encoded.z_0, "z_clean": encoded.z_clean, "label": label, "bits": bits}
 
 

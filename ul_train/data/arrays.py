@@ -15,9 +15,10 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.find_images import printable
 from ul_runtime.images import MAX_PIXELS, ImageRejectedError, open_regular
 from ul_runtime.npz import DAMAGED, check_expanded, npz_array, npz_header
-from ul_train.data.records import Record, Source, file_identity, printable
+from ul_train.data.records import Record, Source, file_identity
 
 _FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 FASHION_NAMES = tuple(_FASHION.split(","))
@@ -50,7 +51,7 @@ def find_idx(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {"train": [], "t10k": []}
     for path in sorted(folder.iterdir()):
         match = _IDX_IMAGES.fullmatch(path.name)
-        if match:
+        if match and not path.name.startswith("."):
             found["train" if match[2] == "train" else "t10k"].append(path)
     return found
 

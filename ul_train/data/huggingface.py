@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.find_images import printable
 from ul_runtime.images import ImageRejectedError, Rejected
-from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity, printable
+from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity
 
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "heldout")
 _ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError)

@@ -6,20 +6,23 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ul_runtime import durable
 from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
+from ul_runtime.find_images import first_three, in_words
 from ul_runtime.images import SMALLER, Conversion
 from ul_runtime.progress import Tick, check_stopped, progress, silent
 from ul_train.config import ImageConfig
 from ul_train.data.imageset import INDEX_NAME, SCHEMA, Index, Splits, load, read_index
 from ul_train.data.sources import Sources, find_sources
-from ul_train.data.write import TOO_SMALL_ADVICE, first_three, write_set
+from ul_train.data.write import TOO_SMALL_ADVICE, write_set
 
 _log = logging.getLogger(__name__)
+_MOST_CLASSES = 20  # that are listed each with its count
 
 
 def open_splits(image: ImageConfig, data: str, heldout: str | None, cache: Path) -> Splits:
@@ -35,17 +38,38 @@ def open_splits(image: ImageConfig, data: str, heldout: str | None, cache: Path)
             splits = open_sources(sources, image, cache, tick)
     except StoppedError as error:
         raise StoppedError("stopped while preparing the images; run the same command again") from error
-    index, train = splits.index, splits.index.train
+    index = splits.index
     classes = f"{len(index.class_names)} classes" if index.class_names else "no classes"
-    counts = f"{train.num_images} training and {index.heldout.num_images} held-out images"
+    counts = f"{index.train.num_images} training and {index.heldout.num_images} held-out images"
     _log.info(f"{counts} of {image.size} px, {classes}, from {data}")
-    for note in (*index.notes, *sources.notes):
-        _log.info(f"note: {note}")
-    if train.num_rejected:
-        _log.info(f"rejected: {train.num_rejected}: {first_three(train.rejected)}")
-    if train.converted:
-        _log.info("converted: " + ", ".join(f"{count} {reason}" for reason, count in train.converted.items()))
+    for line in _found(index, sources):
+        _log.info(line)
     return splits
+
+
+def _found(index: Index, sources: Sources) -> Iterator[str]:
+    """The lines that say what became of everything in a source: classes, what is converted, rejected or no image."""
+    if index.class_names:
+        counts = Counter(index.train.class_counts) + Counter(index.heldout.class_counts)
+        yield f"images of each class: {_by_class(index.class_names, counts)}"
+    for note in (*index.notes, *sources.notes):
+        yield f"note: {note}"
+    for of, part, source in (("", index.train, sources.train), ("held out, ", index.heldout, sources.heldout)):
+        if part.num_rejected:
+            reasons = f" ({in_words(Counter(part.reasons))})" if len(part.reasons) > 1 else ""
+            yield f"{of}rejected: {part.num_rejected:,}{reasons}: {first_three(part.rejected)}"
+        if part.converted:
+            yield f"{of}converted: {in_words(Counter(part.converted))}"
+        ignored = part.ignored if source is None or source.ignored is None else source.ignored
+        if ignored:
+            yield f"{of}no images, not looked at: {in_words(Counter(ignored))}"
+
+
+def _by_class(names: Sequence[str], counts: Counter[str]) -> str:
+    if len(names) <= _MOST_CLASSES:
+        return ", ".join(f"{name} {counts[name]:,}" for name in names)
+    (most, largest), (fewest, smallest) = counts.most_common(1)[0], min(counts.items(), key=lambda pair: pair[1])
+    return f"{smallest:,} ({fewest}) to {largest:,} ({most})"
 
 
 def open_sources(sources: Sources, image: ImageConfig, cache: Path, tick: Tick = silent) -> Splits:

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ul_runtime.find_images import printable
 from ul_runtime.images import Rejected
 
 MAX_IMAGE_BYTES = 256 << 20  # of one encoded image in a shard or data set
+LABEL_ALONE = "a label without an image"
 
 
 @dataclass(frozen=True)
@@ -25,28 +27,31 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Ignored:
+    """Something in a source that is no image: its ending, or what it is."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
 class Source:
     """Images in a fixed order, readable as often as needed in bounded memory.
 
-    `identity` (JSON values) changes when the content changes. `class_names` None: those found, sorted.
-    `background` overrides the configured one; `enlarge` lets images smaller than the model be scaled up.
+    `identity` (JSON values) changes when the content changes. `class_names` None: those found, sorted; `folders`: those
+    that are there to be found. `background` overrides the configured one; `enlarge` lets images smaller than the model
+    be scaled up. `ignored` counts what is no image; None: the records say so.
     """
 
     where: str
     identity: Mapping[str, object]
-    records: Callable[[], Iterator[Record | Rejected]]
+    records: Callable[[], Iterator[Record | Rejected | Ignored]]
     num_records: int | None = None
     class_names: tuple[str, ...] | None = None
     background: str | None = None
     enlarge: bool = False
-    ignored: Mapping[str, int] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
+    ignored: Mapping[str, int] | None = None
     notes: tuple[str, ...] = ()
-
-
-def printable(name: str | Path) -> str:
-    """`name` as it can be shown on one line and stored as UTF-8: other bytes and controls escaped."""
-    text = str(name).encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def file_identity(path: Path) -> list[object]:

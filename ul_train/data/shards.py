@@ -6,13 +6,16 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Self, cast
 
 from ul_runtime.errors import BadInputError
+from ul_runtime.file_kinds import HEAD_BYTES
+from ul_runtime.find_images import is_image_file, printable
 from ul_runtime.images import SUFFIXES, ImageRejectedError, Rejected, open_regular
-from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity, printable
+from ul_train.data.records import LABEL_ALONE, MAX_IMAGE_BYTES, Ignored, Record, Source, file_identity
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MAX_LABEL_BYTES = 1 << 20
@@ -64,7 +67,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 def find_shards(folder: Path) -> list[Path]:
     """The tar files directly in `folder`, by name."""
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(SHARD_SUFFIXES))
+    names = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in names if path.name.lower().endswith(SHARD_SUFFIXES))
 
 
 def shard_source(where: str, shards: Sequence[Path], labelled: bool) -> Source:
@@ -78,7 +82,7 @@ def shard_source(where: str, shards: Sequence[Path], labelled: bool) -> Source:
     return Source(where=where, identity=identity, records=lambda: _records(shards, labelled))
 
 
-def _records(shards: Sequence[Path], labelled: bool) -> Iterator[Record | Rejected]:
+def _records(shards: Sequence[Path], labelled: bool) -> Iterator[Record | Rejected | Ignored]:
     for shard in shards:
         count, name = 0, printable(shard.name)
         try:
@@ -87,7 +91,7 @@ def _records(shards: Sequence[Path], labelled: bool) -> Iterator[Record | Reject
                 tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as tar,
             ):
                 for record in _samples(tar, name, labelled):
-                    count += 1
+                    count += not isinstance(record, Ignored)
                     yield record
         except ImageRejectedError as problem:
             yield problem.at(name)
@@ -95,30 +99,64 @@ def _records(shards: Sequence[Path], labelled: bool) -> Iterator[Record | Reject
             yield Rejected(name, "damaged or truncated shard", f"after {count} samples: {error}")
 
 
-def _samples(tar: tarfile.TarFile, shard: str, labelled: bool) -> Iterator[Record | Rejected]:
+@dataclass
+class _Sample:
+    """The members of one key, as they come: at most one image and one label, and what else there is."""
+
+    image: bytes | None = None
+    label: str | None = None
+    other: ImageRejectedError | None = None  # why an image of another ending is not read
+    is_one: bool = False  # it has a member that an image or a label should be in
+
+    def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Ignored | None:
+        """Read what a member has for the sample; what it is, if that is nothing. ImageRejectedError."""
+        name = member.name.rpartition("/")[2]
+        ending = f".{name.rpartition('.')[2].lower()}" if "." in name else ""
+        if ending in (".cls", ".json"):
+            self.is_one = True
+            given = _label(_read(tar, member, _MAX_LABEL_BYTES), ending)
+            self.label = self.label if given is None else given
+            return Ignored(f"{ending} without {', '.join(_LABEL_KEYS)}") if given is None else None
+        if ending in SUFFIXES:
+            self.is_one = True
+            if self.image is not None:
+                key = f"a key ends at the first dot of the name: here {_key(member)}"
+                raise ImageRejectedError("second image of one sample", printable(key))
+            self.image = _read(tar, member, MAX_IMAGE_BYTES)
+            return None
+        try:
+            if not member.isreg() or not is_image_file(ending, lambda: _head(tar, member)):
+                return Ignored(printable(ending) or "no ending")
+            self.other = ImageRejectedError("an image of another ending", f"{ending or 'none'}; name it key.png")
+        except ImageRejectedError as problem:
+            self.other = problem
+        return None
+
+
+def _samples(tar: tarfile.TarFile, shard: str, labelled: bool) -> Iterator[Record | Rejected | Ignored]:
     """One record for the members of each key that hold an image or a label."""
     for key, members in groupby(_members(tar), key=_key):
-        image, label, found = None, None, False
+        sample = _Sample()
         for member in members:
-            suffix = "." + member.name.rpartition("/")[2].rpartition(".")[2].lower()
-            if suffix not in SUFFIXES and suffix not in (".cls", ".json"):
-                continue
-            found = True
             try:
-                if suffix not in SUFFIXES:
-                    given = _label(_read(tar, member, _MAX_LABEL_BYTES), suffix)
-                    label = label if given is None else given
-                elif image is None:
-                    image = _read(tar, member, MAX_IMAGE_BYTES)
-                else:
-                    raise ImageRejectedError("second image of one sample")
+                if (ignored := sample.take(tar, member)) is not None:
+                    yield ignored
             except ImageRejectedError as problem:
                 yield problem.at(printable(f"{shard}/{member.name}"))
-        name = printable(f"{shard}/{key}")
-        if image is not None:
-            yield Record(name, label if labelled else None, image)
-        elif found:
-            yield Rejected(name, "no image in this sample")
+        yield from _record(sample, printable(f"{shard}/{key}"), labelled, "/" in key)
+
+
+def _record(sample: _Sample, name: str, labelled: bool, in_folder: bool) -> Iterator[Record | Rejected | Ignored]:
+    if sample.image is not None:
+        if sample.other is not None:
+            yield Ignored(f"beside the image of a sample ({sample.other.detail.partition(';')[0]})")
+        if labelled and in_folder and sample.label is None:
+            yield Ignored("names of folders (the classes of shards are .cls and .json members)")
+        yield Record(name, sample.label if labelled else None, sample.image)
+    elif sample.other is not None:
+        yield sample.other.at(name)
+    elif sample.is_one:
+        yield Rejected(name, LABEL_ALONE if labelled and sample.label is not None else "no image in this sample")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -140,6 +178,10 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
     if member.size > limit:
         raise ImageRejectedError("member too large", f"{member.size:,} bytes, at most {limit:,}")
     return cast(IO[bytes], tar.extractfile(member)).read()
+
+
+def _head(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return cast(IO[bytes], tar.extractfile(member)).read(HEAD_BYTES)
 
 
 def _label(text: bytes, suffix: str) -> str | None:

@@ -1,17 +1,20 @@
 """The sources of images that `--data` and `--heldout` name."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.find_images import is_of_the_user, printable
 from ul_runtime.images import SUFFIXES
 from ul_train.data.arrays import DIGITS, digits_source, find_idx, idx_sources, npz_source
 from ul_train.data.folder import folder_source
 from ul_train.data.huggingface import huggingface_sources
-from ul_train.data.records import Source, printable
+from ul_train.data.records import Source
 from ul_train.data.shards import SHARD_SUFFIXES, expand_braces, find_shards, shard_source
 
-_HELDOUT_FOLDERS = ("heldout", "val", "valid", "validation", "test")
+_TRAIN_FOLDERS = ("train", "training")
+_HELDOUT_FOLDERS = ("heldout", "val", "valid", "validation", "test", "testing")
 _KINDS = (
     f"a folder of images, a folder of IDX files, a .npz, WebDataset shards (.tar), hf:NAME_OR_PATH[:split] or {DIGITS}"
 )
@@ -74,22 +77,41 @@ def _recognise(text: str, labelled: bool) -> tuple[Source, Source | None]:
 
 def _in_folder(path: Path, labelled: bool) -> tuple[Source, Source | None]:
     try:
-        folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        folders = {entry.name for entry in path.iterdir() if entry.is_dir() and is_of_the_user(entry.name)}
         has_images = _has_images(path)
         if any(find_idx(path).values()):
             return idx_sources(path, labelled)
         shards = find_shards(path)
     except OSError as error:
         raise BadInputError(f"{printable(path)}: cannot be read ({error.strerror})") from error
-    heldout = next((name for name in _HELDOUT_FOLDERS if name in folders), None)
-    if "train" in folders and not has_images and not shards and (heldout or folders == {"train"}):
-        train = _without_splits(path / "train", labelled)
-        unused = sorted(folders - {"train", heldout})
+    train, heldout = (_split(path, folders, names) for names in (_TRAIN_FOLDERS, _HELDOUT_FOLDERS))
+    if has_images or shards or not (train or heldout):
+        return _without_splits(path, labelled), None
+    if train and (heldout or len(folders) == 1):
+        source = _without_splits(path / train, labelled)
+        unused = sorted(folders - {train, heldout})
         if unused:
             note = f"{printable(path)}: held out is {heldout}/; not used: {', '.join(map(printable, unused))}"
-            train = replace(train, notes=(*train.notes, note))
-        return train, _without_splits(path / heldout, labelled) if heldout else None
+            source = replace(source, notes=(*source.notes, note))
+        return source, _without_splits(path / heldout, labelled) if heldout else None
+    if len(folders) > 1 and all(name.casefold() in _HELDOUT_FOLDERS for name in folders):
+        found = ", ".join(f"{printable(name)}/" for name in sorted(folders))
+        raise BadInputError(
+            f"{printable(path)}: has {found}, and no train/; name the folder to train on, such as "
+            f"--data {printable(path / sorted(folders)[0])}, and perhaps another with --heldout"
+        )
     return _without_splits(path, labelled), None
+
+
+def _split(path: Path, folders: set[str], names: Sequence[str]) -> str | None:
+    """The first folder of these names, in capitals or not. BadInputError: two differ by capitals alone."""
+    for name in names:
+        found = sorted(folder for folder in folders if folder.casefold() == name)
+        if len(found) > 1:
+            raise BadInputError(f"{printable(path)}: has {'/ and '.join(found)}/; join or rename them")
+        if found:
+            return found[0]
+    return None
 
 
 def _without_splits(path: Path, labelled: bool) -> Source:
@@ -102,4 +124,5 @@ def _without_splits(path: Path, labelled: bool) -> Source:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
+    names = (entry.name for entry in folder.iterdir())
+    return any(is_of_the_user(name) and Path(name).suffix.lower() in SUFFIXES for name in names)

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,28 +18,50 @@ import numpy as np
 
 from ul_runtime import durable
 from ul_runtime.errors import BadInputError
+from ul_runtime.find_images import class_name, first_three
 from ul_runtime.images import SMALLER, Conversion, ImageRejectedError, Rejected, convert
+from ul_runtime.manifest import MAX_NAME
 from ul_runtime.progress import Tick
 from ul_train.data.imageset import IDS_NAMES, IMAGES_NAME, INDEX_NAME, LABELS_NAME, SCHEMA, Index, PartIndex
-from ul_train.data.records import Record, Source
+from ul_train.data.records import LABEL_ALONE, Ignored, Record, Source
 from ul_train.data.sources import Sources
 
 MAX_LISTED = 10_000  # rejected images
 HELDOUT_SHARE = 0.05
 MAX_HELDOUT = 1000
 TOO_SMALL_ADVICE = '--set image.size=N with N at most their shorter side, or --set image.fit="pad"'
+_CAPTIONS = "if the labels are captions or numbers of images, train without classes: --set image.labels=false"
 _THREADS = min(4, max(2, os.cpu_count() or 2))
 _Converted: TypeAlias = tuple[Record, np.ndarray, tuple[str, ...]]  # pixels uint8 c h w, and what was changed
 
 
 class Classes:
-    """Class names while they are found; numbers are provisional until `final`."""
+    """Class names while they are found, in one spelling; numbers are provisional until `final`.
 
-    def __init__(self, fixed: tuple[str, ...] | None) -> None:
-        self._fixed = fixed
-        self._numbers = {name: number for number, name in enumerate(fixed or ())}
+    BadInputError, here and by `number`: a name that no bundle can hold, or the same one twice.
+    """
+
+    def __init__(self, where: str, fixed: tuple[str, ...] | None) -> None:
+        self._where = where
+        self._fixed = None if fixed is None else tuple(self._spelled(name) for name in fixed)
+        self._numbers = {name: number for number, name in enumerate(self._fixed or ())}
+        if len(self._numbers) < len(self._fixed or ()):
+            raise BadInputError(f"{where}: two of the class names are the same in Unicode's form NFC; rename one")
         self._labelled: bool | None = True if fixed else None
         self.closed = fixed is not None  # no new class from here on
+        self.offered: set[str] = set()  # by images, whether they can be read or not
+
+    def offer(self, label: str | None) -> None:
+        """Before an image is read: its label, of which more than a few need not come to be a class."""
+        if label is not None and not self.closed:
+            self.offered.add(self._spelled(label))
+
+    def _spelled(self, label: str) -> str:
+        name = class_name(label)
+        if not 0 < len(name) <= MAX_NAME:
+            found = f"a class name of {len(name)} characters ({name[:40]!r}...), 1 to {MAX_NAME} are expected"
+            raise BadInputError(f"{self._where}: {found}; {_CAPTIONS}")
+        return name
 
     def number(self, label: str | None) -> int:
         """Provisional number; -1 without classes. ImageRejectedError if the first image decided otherwise."""
@@ -51,11 +73,12 @@ class Classes:
             return -1
         if label is None:
             raise ImageRejectedError("no class", "other images have one")
-        if label not in self._numbers:
+        name = self._spelled(label)
+        if name not in self._numbers:
             if self.closed:
-                raise ImageRejectedError("a class that the training images do not have", label)
-            self._numbers[label] = len(self._numbers)
-        return self._numbers[label]
+                raise ImageRejectedError("a class that the training images do not have", name)
+            self._numbers[name] = len(self._numbers)
+        return self._numbers[name]
 
     def final(self) -> tuple[tuple[str, ...], np.ndarray]:
         """Names in final order (given, else sorted; numbers by value) and final number of each provisional one."""
@@ -87,9 +110,15 @@ def _check_count(part: PartIndex, where: str, expected: int) -> None:
     raise BadInputError(f"{where}: {found}{examples}")
 
 
-def first_three(rejected: Sequence[Rejected]) -> str:
-    """The first three of them, for a message."""
-    return "; ".join(map(str, rejected[:3])) + ("; ..." if len(rejected) > 3 else "")
+def _check_labels(part: PartIndex, where: str, classes: Classes) -> None:
+    """BadInputError when labels are there, but none of them belongs to an image."""
+    alone = part.reasons.get(LABEL_ALONE, 0)
+    if alone and not classes.offered:
+        first = next(each.path for each in part.rejected if each.reason == LABEL_ALONE)
+        raise BadInputError(
+            f"{where}: {alone} labels have no image (first: {first}) and no image has a label: a label belongs to the "
+            "image of the same name up to the first dot; rename, or train without classes: --set image.labels=false"
+        )
 
 
 def rank(name: str) -> int:
@@ -131,8 +160,9 @@ def split_by_rank(ranks: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
 def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Tick) -> Index:
     """Fill `folder` with the files of the set; returns what index.json says. OSError, BadInputError, StoppedError."""
     train, given = sources.train, [source for source in (sources.train, sources.heldout) if source is not None]
-    parts = [PartIndex.empty(source.ignored) for source in given]
-    names, labels, ranks = _write_images(folder / IMAGES_NAME, given, parts, to, tick)
+    parts = [PartIndex.empty(source.ignored or {}) for source in given]
+    classes = Classes(train.where, train.class_names)
+    names, labels, ranks = _write_images(folder / IMAGES_NAME, given, parts, classes, to, tick)
     if sources.heldout is None:
         ids = split_by_rank(ranks)
         parts.append(PartIndex.empty({}))
@@ -157,7 +187,7 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
         background=train.background or to.background,
         fit=to.fit,
         class_names=list(names),
-        notes=_notes(sources, parts[0].class_counts),
+        notes=_notes(sources, parts[0], classes.offered | set(train.folders)),
         train=parts[0],
         heldout=parts[1],
     )
@@ -166,14 +196,14 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
 
 
 def _write_images(
-    path: Path, given: Sequence[Source], parts: Sequence[PartIndex], to: Conversion, tick: Tick
+    path: Path, given: Sequence[Source], parts: Sequence[PartIndex], classes: Classes, to: Conversion, tick: Tick
 ) -> tuple[tuple[str, ...], np.ndarray, array]:
     """Every usable image of the sources, counted in `parts`; -> class names, labels int64 n and ranks of the names."""
-    classes, provisional, ranks = Classes(given[0].class_names), array("q"), array("Q")
+    provisional, ranks = array("q"), array("Q")
     with open(path, "xb", buffering=1 << 20) as file:
         file.write(_header(0, to))
         for source, part in zip(given, parts, strict=True):
-            for outcome in _converted(source, to):
+            for outcome in _converted(source, _counted(source, part, classes), to):
                 tick(1)
                 if isinstance(outcome, Rejected):
                     _reject(part, outcome)
@@ -191,6 +221,7 @@ def _write_images(
                 provisional.append(label)
                 ranks.append(rank(record.name))
             _check_count(part, source.where, 2 if len(given) == 1 else 1)
+            _check_labels(part, source.where, classes)
             classes.closed = True  # after the training images
         file.seek(0)
         file.write(_header(len(ranks), to))
@@ -221,25 +252,46 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _notes(sources: Sources, class_counts: dict[str, int]) -> list[str]:
-    train, names = sources.train, list(class_counts)
-    notes = [*train.notes, *(sources.heldout.notes if sources.heldout else ())]
+def _notes(sources: Sources, part: PartIndex, offered: set[str]) -> list[str]:
+    """What is odd about classes; `offered` are those of any image or folder."""
+    where, names = sources.train.where, list(part.class_counts)
+    notes = [*sources.train.notes, *(sources.heldout.notes if sources.heldout else ())]
     if len(names) == 1:
-        notes.append(f"{train.where}: one class only ({names[0]}); every image has the same label")
-    empty = [name for name, count in class_counts.items() if count == 0]
-    if empty:
-        shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
-        notes.append(f"{train.where}: no training image of {len(empty)} of {len(names)} classes ({shown})")
+        notes.append(f"{where}: one class only ({names[0]}); every image has the same label")
+    if empty := [name for name, count in part.class_counts.items() if count == 0]:
+        notes.append(f"{where}: no training image of {len(empty)} of {len(names)} classes ({_shown(empty)})")
+    if names and (absent := sorted(offered - set(names))):
+        notes.append(f"{where}: no usable image of {len(absent)} more, which are no classes then ({_shown(absent)})")
+    twins = Counter(name.casefold() for name in names)
+    if alike := [name for name in names if twins[name.casefold()] > 1]:
+        notes.append(f"{where}: classes that differ only by capitals ({_shown(alike)}); rename one to join them")
+    if len(names) > max(20, part.num_images / 2):
+        notes.append(f"{where}: {len(names)} classes of {part.num_images} images; {_CAPTIONS}")
     return notes
 
 
-def _converted(source: Source, to: Conversion) -> Iterator[_Converted | Rejected]:
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _counted(source: Source, part: PartIndex, classes: Classes) -> Iterator[Record | Rejected]:
+    """The records of a source; what is no image is counted, and every label is known to `classes`."""
+    for record in source.records():
+        if isinstance(record, Ignored):
+            part.ignored[record.kind] = part.ignored.get(record.kind, 0) + 1
+            continue
+        if isinstance(record, Record):
+            classes.offer(record.label)
+        yield record
+
+
+def _converted(source: Source, records: Iterator[Record | Rejected], to: Conversion) -> Iterator[_Converted | Rejected]:
     """Decode in a few threads, at most two images a thread ahead, results in order."""
     to = replace(to, background=source.background or to.background, enlarge=source.enlarge)
     waiting: deque[Future[_Converted | Rejected]] = deque()
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS, "decode") as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is counted
-        for record in source.records():
+        for record in records:
             waiting.append(pool.submit(_convert, record, to))
             if len(waiting) > 2 * _THREADS:
                 yield waiting.popleft().result()
