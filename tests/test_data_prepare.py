@@ -25,8 +25,8 @@ from PIL import Image
 from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
 from ul_runtime.images import Conversion
 from ul_train.config import ImageConfig, load_config
-from ul_train.data import prepare, write
-from ul_train.data.imageset import SCHEMA, Images, Splits
+from ul_train.data import imageset, prepare, write
+from ul_train.data.imageset import SCHEMA, Images, Splits, read_index
 from ul_train.data.prepare import open_splits
 from ul_train.data.sources import find_sources
 from ul_train.data.write import MAX_HELDOUT, in_share, rank, split_by_rank
@@ -174,6 +174,13 @@ def test_the_fingerprint_follows_pixels_labels_and_names(tmp_path: Path) -> None
     assert fingerprint("four", ("a", "b"), change=5) != same[0]
 
 
+def _overwrite(path: Path, at: int, data: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    at %= len(content)
+    content[at : at + len(data)] = data
+    path.write_bytes(content)
+
+
 DAMAGES = {
     "images cut": lambda path: os.truncate(path / "images.npy", (path / "images.npy").stat().st_size - 1),
     "images cut in the header": lambda path: os.truncate(path / "images.npy", 100),
@@ -185,6 +192,13 @@ DAMAGES = {
     "labels of another type": lambda path: np.save(path / "labels.npy", np.zeros(20, np.int32)),
     "ids missing": lambda path: (path / "heldout_ids.npy").unlink(),
     "ids of other length": lambda path: np.save(path / "train_ids.npy", np.arange(3)),
+    "three bytes of an image": lambda path: _overwrite(path / "images.npy", -700, b"xyz"),
+    "three bytes of a held-out image": lambda path: _overwrite(
+        path / "images.npy", 128 + 192 * int(np.load(path / "heldout_ids.npy")[0]), b"xyz"
+    ),
+    "a label out of range": lambda path: _overwrite(path / "labels.npy", -160, b"\7"),
+    "a label of another class": lambda path: _overwrite(path / "labels.npy", -160, b"\0" * 8),
+    "an id out of range": lambda path: _overwrite(path / "train_ids.npy", -8, b"\x50"),
     "index missing": lambda path: (path / "index.json").unlink(),
     "index cut": lambda path: os.truncate(path / "index.json", 50),
     "index of another set": lambda path: (path / "index.json").write_text(
@@ -193,6 +207,9 @@ DAMAGES = {
 }
 
 
+@pytest.mark.case(
+    "A13", "bytes of prepared images changed, or a label out of range", "found when opened, prepared again"
+)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_prepared_set_is_prepared_again_and_it_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
@@ -210,13 +227,27 @@ def test_a_damaged_prepared_set_is_prepared_again_and_it_is_logged(
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.case("A13")
+def test_labels_and_numbers_of_a_set_too_large_to_compare_are_still_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imageset, "MAX_COMPARED", 100)
+    source = folder(tmp_path / "in", range(20))
+    first = opened(source, tmp_path)
+    whole = prepared(first, tmp_path)
+    DAMAGES["three bytes of an image"](whole)
+    assert read_index(whole, first.index.key) == first.index
+    DAMAGES["a label out of range"](whole)
+    assert read_index(whole, first.index.key) == "train_ids.npy or labels.npy is out of range"
+
+
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder(tmp_path / "in", range(20))
 
     def full(*_: object) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ul_train.data.write._fingerprint", full)
+    monkeypatch.setattr("ul_train.data.write.fingerprint", full)
     with pytest.raises(OutputError, match="No space"):
         opened(source, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -1,5 +1,7 @@
 """A prepared image set: .npy files of images, labels and the ids of each part, memory-mapped, and index.json."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,8 +12,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ul_runtime.images import Rejected
+from ul_runtime.progress import Tick, silent
 
 SCHEMA = 2  # of the files and of the code: raise it when the same source would give other bytes
+MAX_COMPARED = 8 << 30  # bytes of images: half a minute or less
 INDEX_NAME = "index.json"
 IMAGES_NAME = "images.npy"  # uint8 n c h w, all images in the source's order
 LABELS_NAME = "labels.npy"  # int64 n
@@ -111,8 +115,11 @@ class Splits:
     index: Index
 
 
-def read_index(folder: Path, key: str) -> Index | str:
-    """The index of a whole prepared set, or what is wrong with it. Sizes are checked, not contents."""
+def read_index(folder: Path, key: str, tick: Tick = silent) -> Index | str:
+    """The index of a prepared set that is as it was written, or what is wrong with it. StoppedError.
+
+    Images of more than MAX_COMPARED bytes are not compared with their fingerprint.
+    """
     try:
         index = Index.model_validate_json((folder / INDEX_NAME).read_bytes())
     except OSError as error:
@@ -134,7 +141,37 @@ def read_index(folder: Path, key: str) -> Index | str:
             return f"{name}: {getattr(error, 'strerror', None) or error}"
         if array.shape != shape or array.dtype != dtype or path.stat().st_size != array.offset + array.nbytes:
             return f"{name} has {path.stat().st_size:,} bytes, {dtype} {array.shape}; {dtype} {shape} is expected"
-    return index
+    return _changed(folder, index, tick) or index
+
+
+def fingerprint(images: Path, ids: np.ndarray, labels: np.ndarray, names: Sequence[str], tick: Tick) -> str:
+    """SHA-256 over these rows of images.npy in this order, their labels and the class names. OSError, StoppedError."""
+    array, digest = np.load(images, mmap_mode="r", allow_pickle=False), hashlib.sha256()
+    size = array[:1].nbytes
+    with open(images, "rb") as file:  # memory-mapped, it would fill the memory
+        for number in ids.tolist():
+            file.seek(array.offset + number * size)
+            digest.update(file.read(size))
+            tick(0)
+    facts = [digest.hexdigest(), hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(), names]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _changed(folder: Path, index: Index, tick: Tick) -> str | None:
+    images, num_classes = folder / IMAGES_NAME, len(index.class_names)
+    labels = np.load(folder / LABELS_NAME, allow_pickle=False)
+    for name, part in zip(IDS_NAMES, (index.train, index.heldout), strict=True):
+        ids = np.load(folder / name, allow_pickle=False)
+        if not _within(ids, 0, len(labels)) or not _within(labels, 0 if num_classes else -1, num_classes):
+            return f"{name} or {LABELS_NAME} is out of range"
+        small = images.stat().st_size <= MAX_COMPARED
+        if small and fingerprint(images, ids, labels[ids], index.class_names, tick) != part.fingerprint:
+            return "its content is not that of its fingerprint"
+    return None
+
+
+def _within(values: np.ndarray, low: int, high: int) -> bool:
+    return bool((values >= low).all() and (values < high).all())
 
 
 def load(folder: Path, index: Index) -> Splits:

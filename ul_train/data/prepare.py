@@ -82,7 +82,7 @@ def open_sources(sources: Sources, image: ImageConfig, cache: Path, tick: Tick =
     to = Conversion(image.size, image.channels, image.background, image.fit)
     key = _key(to, sources, SCHEMA)
     folder = cache / key
-    index = read_index(folder, key) if folder.exists() else None
+    index = read_index(folder, key, tick) if folder.exists() else None
     if not isinstance(index, Index):
         older = cache / _key(to, sources, SCHEMA - 1)
         if index is not None:

@@ -3,7 +3,6 @@
 import hashlib
 import heapq
 import io
-import json
 import os
 import warnings
 from array import array
@@ -22,7 +21,16 @@ from ul_runtime.find_images import class_name, first_three
 from ul_runtime.images import SMALLER, Conversion, ImageRejectedError, Rejected, convert
 from ul_runtime.manifest import MAX_NAME
 from ul_runtime.progress import Tick
-from ul_train.data.imageset import IDS_NAMES, IMAGES_NAME, INDEX_NAME, LABELS_NAME, SCHEMA, Index, PartIndex
+from ul_train.data.imageset import (
+    IDS_NAMES,
+    IMAGES_NAME,
+    INDEX_NAME,
+    LABELS_NAME,
+    SCHEMA,
+    Index,
+    PartIndex,
+    fingerprint,
+)
 from ul_train.data.records import LABEL_ALONE, Ignored, Record, Source
 from ul_train.data.sources import Sources
 
@@ -170,7 +178,7 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
         ids = np.arange(parts[0].num_images), np.arange(parts[0].num_images, len(labels))
     for part, rows in zip(parts, ids, strict=True):
         part.num_images = len(rows)
-        part.fingerprint = _fingerprint(folder / IMAGES_NAME, rows, labels[rows], names, to, tick)
+        part.fingerprint = fingerprint(folder / IMAGES_NAME, rows, labels[rows], names, tick)
         if names:
             counts = np.bincount(labels[rows], minlength=len(names)).tolist()
             part.class_counts = dict(zip(names, counts, strict=True))
@@ -236,20 +244,6 @@ def _header(count: int, to: Conversion) -> bytes:
     shape = (count, to.channels, to.size, to.size)
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return header.getvalue()
-
-
-def _fingerprint(
-    path: Path, ids: np.ndarray, labels: np.ndarray, names: tuple[str, ...], to: Conversion, tick: Tick
-) -> str:
-    """SHA-256 over these images of images.npy in this order, their labels and the class names."""
-    images, start, size = hashlib.sha256(), len(_header(0, to)), to.channels * to.size * to.size
-    with open(path, "rb") as file:
-        for number in ids.tolist():
-            file.seek(start + number * size)
-            images.update(file.read(size))
-            tick(0)
-    facts = [images.hexdigest(), hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(), names]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _notes(sources: Sources, part: PartIndex, offered: set[str]) -> list[str]:
