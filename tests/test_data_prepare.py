@@ -24,6 +24,7 @@ from PIL import Image
 
 from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
 from ul_runtime.images import Conversion
+from ul_runtime.machine import cache_dir, in_units
 from ul_train.config import ImageConfig, load_config
 from ul_train.data import imageset, prepare, write
 from ul_train.data.imageset import SCHEMA, Images, Splits, read_index
@@ -271,11 +272,48 @@ def test_a_full_disk_is_an_output_error_that_names_the_folder(tmp_path: Path) ->
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.case("R6", "no space for the prepared images", "sizes are said in a unit that fits")
 def test_too_little_space_is_reported_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder(tmp_path / "in", range(20))
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(OutputError, match="20 prepared images take"):
+    with pytest.raises(OutputError, match=r"20 prepared images take 4\.1 KiB, 1 bytes are free; free space, or name"):
         opened(source, tmp_path)
+
+
+@pytest.mark.case("R6")
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 40, "3.0 TiB")],
+)
+def test_sizes_are_said_in_the_unit_that_fits(size: int, text: str) -> None:
+    assert in_units(size) == text
+
+
+@pytest.mark.case("R1", "a cache folder that cannot be written", "the error names --cache and UL_CACHE")
+def test_a_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", range(20))
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(
+        OutputError, match=r"cache: cannot write: .*, or name another cache with --cache DIR or UL_CACHE$"
+    ):
+        opened(source, tmp_path)
+
+
+@pytest.mark.case("F13", "no HOME, and no entry for the user", "the error asks for UL_CACHE; with it all works")
+def test_without_a_home_the_cache_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError("uid")
+
+    for name in ("HOME", "UL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UsageError, match="no home folder for a cache; set UL_CACHE"):
+        cache_dir()
+    assert cache_dir(tmp_path) == tmp_path
+    monkeypatch.setenv("UL_CACHE", "/elsewhere")
+    assert cache_dir() == Path("/elsewhere")
+    with pytest.raises(BadInputError, match="~nosuchuser/x: does not exist"):
+        find_sources("~nosuchuser/x", None, True)
 
 
 def _prepare(source: Path, tmp_path: Path, barrier: Any, results: Any) -> None:

@@ -169,8 +169,20 @@ def memory_bytes() -> int:
 
 
 def cache_dir(given: Path | None = None) -> Path:
-    """`given`, else $UL_CACHE, else the user's cache."""
-    return given or Path(os.environ.get("UL_CACHE") or platformdirs.user_cache_path("unified-latents"))
+    """`given`, else $UL_CACHE, else the user's cache. UsageError: the user has no home."""
+    try:
+        return given or Path(os.environ.get("UL_CACHE") or platformdirs.user_cache_path("unified-latents"))
+    except RuntimeError as error:  # no HOME, and no entry for the user
+        raise UsageError("this user has no home folder for a cache; set UL_CACHE to a folder for it") from error
+
+
+def in_units(size: float) -> str:
+    """Bytes in the unit that fits: `13.2 KiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
 
 
 def engine_dir(given: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.machine import memory_bytes
+from ul_runtime.machine import in_units, memory_bytes
 
 MAX_RATIO = 200  # decompressed to compressed; real images stay far below, a bomb is near 1,000
 MAX_EXPANDED = 64 << 20  # bytes that may be expanded at any ratio
@@ -26,7 +26,7 @@ def check_expanded(where: str, packed: int, expanded: int) -> None:
         )
     if expanded > memory_bytes():
         raise BadInputError(
-            f"{where} takes {expanded / 2**30:,.1f} GiB of memory, this machine has {memory_bytes() / 2**30:,.1f}; "
+            f"{where} takes {in_units(expanded)} of memory, this machine has {in_units(memory_bytes())}; "
             "save it in several files, images as a folder or as .tar shards"
         )
 

@@ -19,6 +19,7 @@ from ul_train.activations import warnings, watched
 from ul_train.config import Config
 from ul_train.data.imageset import ImageSet, Splits
 from ul_train.data.prepare import open_splits
+from ul_train.data.sources import user_path
 from ul_train.heldout import HeldoutFigures, bound_eigenvalues, measure, reconstruction_sheet
 from ul_train.log import RunLog, drop_lines_after
 from ul_train.options import ReportOptions, TrainOptions
@@ -93,7 +94,7 @@ def _run_to_resume(config: Config, options: TrainOptions, out: Path) -> Run | No
 
 def _anywhere(source: str) -> str:
     """A source as run.json keeps it: a path that holds in every working directory."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return os.path.abspath(path) if path.exists() else source
 
 

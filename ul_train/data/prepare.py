@@ -15,6 +15,7 @@ from ul_runtime import durable
 from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
 from ul_runtime.find_images import first_three, in_words
 from ul_runtime.images import SMALLER, Conversion
+from ul_runtime.machine import in_units
 from ul_runtime.progress import Tick, check_stopped, progress, silent
 from ul_train.config import ImageConfig
 from ul_train.data.imageset import INDEX_NAME, SCHEMA, Index, Splits, load, read_index
@@ -107,7 +108,7 @@ def _key(to: Conversion, sources: Sources, schema: int) -> str:
 def _prepare(folder: Path, key: str, to: Conversion, sources: Sources, tick: Tick) -> Index:
     """Prepare the set beside `folder` and give it its name; whoever is first wins, both get a whole set."""
     cache = folder.parent
-    with ExitStack() as at_end:
+    with _naming_the_cache(), ExitStack() as at_end:
         with _sweeping_alone(cache):
             with suppress(OutputError):  # another attempt's folder may go away under the sweep
                 durable.sweep(cache, folder.name)
@@ -117,8 +118,7 @@ def _prepare(folder: Path, key: str, to: Conversion, sources: Sources, tick: Tic
         free = shutil.disk_usage(temporary).free
         if needed > free:
             raise OutputError(
-                f"{cache}: {count:,} prepared images take {needed / 2**30:.1f} GiB, "
-                f"{free / 2**30:.1f} GiB are free; free space or choose another cache folder"
+                f"{cache}: {count:,} prepared images take {in_units(needed)}, {in_units(free)} are free; free space"
             )
         with durable.as_output_error(cache):
             index = write_set(temporary, key, to, sources, tick)
@@ -133,6 +133,15 @@ def _prepare(folder: Path, key: str, to: Conversion, sources: Sources, tick: Tic
                 raise
             return theirs
     return index
+
+
+@contextmanager
+def _naming_the_cache() -> Iterator[None]:
+    """OutputErrors say how to choose another folder."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(f"{error}, or name another cache with --cache DIR or UL_CACHE") from error
 
 
 @contextmanager

@@ -51,6 +51,14 @@ def find_sources(data: str, heldout_data: str | None, labelled: bool) -> Sources
     return Sources(train, heldout, notes)
 
 
+def user_path(text: str) -> Path:
+    """A path with `~` put in place; where there is no such user or home, as it was given."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def _recognise(text: str, labelled: bool) -> tuple[Source, Source | None]:
     """The training images that `text` names and the held-out ones, if it separates them.
 
@@ -62,7 +70,7 @@ def _recognise(text: str, labelled: bool) -> tuple[Source, Source | None]:
         return huggingface_sources(text, labelled)
     if "{" in text and text.lower().endswith(SHARD_SUFFIXES):
         return shard_source(printable(text), [Path(name) for name in expand_braces(text)], labelled), None
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         return _in_folder(path, labelled)
     if not path.exists():
