@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,12 @@ from disk import Disk
 from tiny_run import SHORT, refuses, tree, write_npz
 
 from ul_runtime import durable
+from ul_runtime.errors import OutputError, UsageError
 from ul_train import train as commands
+from ul_train.checks import check_description, check_disk
 from ul_train.cli import main
+from ul_train.config import load_config
+from ul_train.stages import stages_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +148,45 @@ def test_colour_images_for_a_grey_model_are_converted_and_counted(
     result = command(main, "tiny", *run, *SHORT)
     assert result.code == 0
     assert "converted: 7 " in result.err or "converted: 8 " in result.err
+
+
+@pytest.mark.case("A9", "a recipe name that is long or has a control character", "refused before the images are opened")
+@pytest.mark.parametrize("name", ["x" * 129, "a\tb", ""])
+def test_a_recipe_name_that_no_bundle_can_hold_is_refused_at_once(
+    command: Runner, train_options: list[Any], tmp_path: Path, name: str
+) -> None:
+    refuses(command, tmp_path, 2, "name = ", "tiny", *train_options, "--set", f'name="{name}"')
+
+
+@pytest.mark.case("F2")
+def test_more_class_names_than_a_bundle_has_room_for_are_refused_before_the_first_step(
+    command: Runner, train_options: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ul_train.checks.MAX_DESCRIPTION", 1000)
+    message = "2 class names take"
+    refuses(command, tmp_path, 2, message, "tiny", *train_options, data_said=True)
+    monkeypatch.undo()
+    check_description(load_config("tiny", []), ("a", "b"))
+    with pytest.raises(
+        UsageError, match=r"no bundle can be made of this recipe: classes\.1: String should have at most"
+    ):
+        check_description(load_config("tiny", []), ("a", "b" * 129))
+
+
+@pytest.mark.case("F2")
+def test_a_disk_without_room_for_the_checkpoints_is_said_before_the_first_step(
+    command: Runner, train_options: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    free = SimpleNamespace(free=3_000_000)
+    monkeypatch.setattr("ul_train.checks.shutil.disk_usage", lambda _: free)
+    message = "the checkpoints take 5.9 MiB, 2.9 MiB are free; free space, choose another --out, or keep fewer"
+    refuses(command, tmp_path, 74, message, "tiny", *train_options, data_said=True)
+    joint = stages_of(load_config("tiny", []), "joint")
+    with pytest.raises(OutputError, match=r"take 3\.7 MiB"):
+        check_disk(load_config("tiny", []), (), tmp_path / "new", joint)
+    check_disk(load_config("tiny", ["run.keep_checkpoints=1"]), (), tmp_path / "new", joint)
+    (tmp_path / "new" / "checkpoints" / "joint-000200").mkdir(parents=True)
+    check_disk(load_config("tiny", []), (), tmp_path / "new", joint)
 
 
 def test_an_output_folder_that_cannot_be_used_is_refused(

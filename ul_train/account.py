@@ -157,6 +157,16 @@ def _count(networks: Mapping[str, nn.Module]) -> int:
     return sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
 
 
+def _checkpoint_bytes(stage: Stage) -> int:
+    """Of one: weights, their averages, and AdamW's two numbers a parameter."""
+    return 4 * FLOAT32 * _count(stage.modules)
+
+
+def checkpoint_bytes(config: Config, num_classes: int) -> dict[str, int]:
+    """Bytes on disk of one checkpoint of each stage."""
+    return {stage.name: _checkpoint_bytes(stage) for stage in _stages_on_meta(config, num_classes)}
+
+
 def _training(stage: Stage) -> Figures:
     """One stage; bytes are those of one device. FLOPs of the optimiser itself are left out."""
     config, settings = stage.config, stage.settings
@@ -186,7 +196,7 @@ def _training(stage: Stage) -> Figures:
         "flops_of_stage": reading.flops * settings.accumulate * settings.steps,
         **held,
         "memory_bytes": sum(held.values()),  # kernels' workspace and the allocator's reserve come on top
-        "checkpoint_bytes": weights + weights + 2 * weights,  # on disk, one checkpoint
+        "checkpoint_bytes": _checkpoint_bytes(stage),  # on disk, one checkpoint
     }
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ul_runtime.diffusion import Schedule, resolution_shift
 from ul_runtime.errors import UsageError
+from ul_runtime.manifest import Text
 from ul_runtime.samplers import parse_grid, parse_sampler
 from ul_train.objective import Objective
 
@@ -170,7 +171,7 @@ class StagesConfig(Section):
 class Config(Section):
     """A whole recipe."""
 
-    name: str
+    name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     latent_channels: Positive
     image: ImageConfig

@@ -16,6 +16,7 @@ from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.progress import Tick, check_stopped, progress, silent, stop_on_signal
 from ul_train.activations import warnings, watched
+from ul_train.checks import check_description, check_disk
 from ul_train.config import Config
 from ul_train.data.imageset import ImageSet, Splits
 from ul_train.data.prepare import open_splits
@@ -51,6 +52,8 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
         if run and (needed := stages[0].needs):
             replace(run, config=config).check_finished(needed)
         splits = open_splits(config.image, data, heldout, options.cache_folder)
+        check_description(config, splits.train.class_names)
+        check_disk(config, splits.train.class_names, out, stages)
         if not there:
             held.enter_context(durable.lock_directory(out))
             _run_to_resume(config, options, out)  # again: another process may have been faster
