@@ -45,6 +45,11 @@ def opened(
     return open_sources(sources, config, tmp_path / cache, tick)
 
 
+def notes_of(source: Path | str, labelled: bool = True) -> list[str]:
+    """What is said of a source before its images are read."""
+    return list(find_sources(str(source), None, labelled).all_notes)
+
+
 def contents(*sets: ImageSet) -> dict[int, str]:
     """Pixel value -> class name (or "") of every image; each value occurs once."""
     found = {}

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_sources import SIZE, of, opened
+from image_sources import SIZE, notes_of, of, opened
 
 from ul_runtime.errors import BadInputError
 from ul_train.data.arrays import FASHION_NAMES
@@ -232,3 +233,40 @@ def test_npz_truncated_or_with_a_byte_changed_is_refused(tmp_path: Path) -> None
         path.write_bytes(bad)
         with pytest.raises(BadInputError, match="not a readable"):
             opened(path, tmp_path)
+
+
+@pytest.mark.case("R7", "npz of float, uint16 or bool images", "refused, with the numpy that makes uint8 of it")
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (np.float32, "(images * 255).round().astype(numpy.uint8) of values in [0, 1], or ((images + 1) * 127.5)"),
+        (np.uint16, "save (images // 256).astype(numpy.uint8)"),
+        (bool, "save images.astype(numpy.uint8) * 255"),
+        (np.int64, "save images.astype(numpy.uint8) of values from 0 to 255"),
+    ],
+)
+def test_images_of_other_types_are_refused_with_advice(tmp_path: Path, dtype: type, advice: str) -> None:
+    with pytest.raises(BadInputError, match=re.escape(advice)):
+        opened(npz(tmp_path / "a.npz", images=np.zeros((4, SIZE, SIZE), dtype)), tmp_path)
+
+
+@pytest.mark.case("R7")
+def test_labels_of_one_column_are_taken_and_others_refused_with_advice(tmp_path: Path) -> None:
+    images = flat(4, SIZE, SIZE)
+    column = npz(tmp_path / "a.npz", images=images, labels=np.array([[0], [1], [0], [1]]))
+    assert opened(column, tmp_path).train.class_names == ("0", "1")
+    for labels, advice in (
+        (np.eye(4)[:, :3], "of one column for each class, save labels.argmax(1)"),
+        (np.array(["cat"] * 4), "numpy.unique(labels, return_inverse=True)"),
+        (np.zeros(4), "save labels.astype(numpy.int64)"),
+        (np.zeros(3, np.int64), "expected 4 integers"),
+    ):
+        with pytest.raises(BadInputError, match=re.escape(advice)):
+            opened(npz(tmp_path / "b.npz", images=images, labels=labels), tmp_path)
+
+
+@pytest.mark.case("F22", "npz with an array label in place of labels", "a note names the arrays that are not used")
+def test_arrays_that_are_not_used_are_named(tmp_path: Path) -> None:
+    source = npz(tmp_path / "a.npz", images=flat(4, SIZE, SIZE), label=np.arange(4))
+    note = f"{source}: arrays that are not used: label; labels are in an array called labels"
+    assert notes_of(source) == [note]

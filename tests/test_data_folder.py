@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_sources import SIZE, contents, of, opened, png, put, reasons
+from image_sources import SIZE, contents, notes_of, of, opened, png, put, reasons
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_train.config import load_config
@@ -46,7 +46,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     splits = opened(tmp_path / "in", tmp_path)
     assert contents(splits.train) == {0: "a", 1: "b"}
     assert contents(splits.heldout) == {2: "b"}
-    assert "not used: extra" in splits.index.notes[0]
+    assert "not used: extra" in notes_of(tmp_path / "in")[0]
 
 
 def test_a_held_out_class_without_training_images_is_rejected(tmp_path: Path) -> None:

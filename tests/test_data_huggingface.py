@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_sources import contents, of, opened, png, put, reasons
+from image_sources import contents, notes_of, of, opened, png, put, reasons
 
-from ul_runtime.errors import BadInputError
+from ul_runtime.errors import BadInputError, UsageError
 
 
 @pytest.fixture
@@ -72,3 +72,63 @@ def test_a_truncated_parquet_is_bad_input(tmp_path: Path, datasets: Any) -> None
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
     with pytest.raises(BadInputError, match="cannot be read"):
         opened(f"hf:{tmp_path}/a.parquet", tmp_path)
+
+
+def table(path: Path, **columns: Any) -> str:
+    """A parquet file as pandas, polars or Spark write it: nothing says which column holds images."""
+    pyarrow = pytest.importorskip("pyarrow.parquet") and pytest.importorskip("pyarrow")
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return f"hf:{path}"
+
+
+@pytest.mark.case("R8", "a parquet file of raw bytes, or of bytes and paths, without metadata", "read as images")
+def test_columns_of_bytes_are_images(tmp_path: Path, datasets: Any) -> None:
+    raw = table(tmp_path / "a.parquet", jpg=[png(v) for v in range(4)], label=["cat", "dog"] * 2)
+    both = table(tmp_path / "b.parquet", image=[{"bytes": png(v), "path": None} for v in range(4)], x=[b"1"] * 4)
+    assert of(opened(raw, tmp_path)) == {0: "cat", 1: "dog", 2: "cat", 3: "dog"}
+    assert of(opened(both, tmp_path)) == dict.fromkeys(range(4), "")
+
+
+@pytest.mark.case("R8")
+def test_of_several_image_columns_the_one_called_image_is_taken(tmp_path: Path, datasets: Any) -> None:
+    images, masks = [png(v) for v in range(4)], [png(100 + v) for v in range(4)]
+    source = table(tmp_path / "a.parquet", mask=masks, image=images)
+    assert set(of(opened(source, tmp_path))) == set(range(4))
+    assert any("columns that are not used: mask (binary)" in note for note in notes_of(source))
+    with pytest.raises(
+        BadInputError, match=r"2 image columns, and none called image; .*rename_column\(COLUMN, 'image'\)"
+    ):
+        opened(table(tmp_path / "b.parquet", mask=masks, photo=images), tmp_path)
+    with pytest.raises(BadInputError, match=r"0 image columns, .*columns: x \(int64\)"):
+        opened(table(tmp_path / "c.parquet", x=[1, 2]), tmp_path)
+
+
+@pytest.mark.case(
+    "F22", "parquet with a column category beside the image", "a note names the columns that are not used"
+)
+def test_columns_that_are_not_used_are_named(tmp_path: Path, datasets: Any) -> None:
+    source = table(tmp_path / "a.parquet", image=[png(v) for v in range(4)], category=["cat", "dog"] * 2)
+    splits = opened(source, tmp_path)
+    assert splits.train.class_names == ()
+    assert notes_of(source) == [
+        f"{source}: classes come from a column called label, labels, class, fine_label, which it has not; "
+        "columns that are not used: category (string)"
+    ]
+    assert notes_of(source, labelled=False) == []
+
+
+@pytest.mark.case("R9", "hf: with nothing behind it", "one line that says what is expected")
+@pytest.mark.parametrize("source", ["hf:", "hf: "])
+def test_a_source_without_a_name_is_refused(tmp_path: Path, datasets: Any, source: str) -> None:
+    with pytest.raises(UsageError, match="names no data set; expected hf:NAME"):
+        opened(source, tmp_path)
+
+
+@pytest.mark.case("R10", "a folder that save_to_disk wrote, without hf:", "the error says hf:FOLDER, which is read")
+def test_a_folder_of_save_to_disk_is_read_by_its_name(tmp_path: Path, datasets: Any) -> None:
+    rows = {"image": [{"bytes": png(v), "path": None} for v in range(4)]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(BadInputError, match=rf"a Hugging Face data set is hf:{tmp_path}/saved"):
+        opened(tmp_path / "saved", tmp_path)
+    assert set(of(opened(f"hf:{tmp_path}/saved", tmp_path))) == set(range(4))

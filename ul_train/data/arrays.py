@@ -7,7 +7,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -25,6 +25,7 @@ FASHION_NAMES = tuple(_FASHION.split(","))
 DIGITS = "sklearn-digits"
 _IDX_IMAGES = re.compile(r"(.*[-_])?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 _MAX_SIDE = 8192
+_MEMBERS = ("images.npy", "labels.npy", "class_names.npy")
 _MAX_NAMES_BYTES = 16 << 20
 
 
@@ -147,12 +148,13 @@ def npz_source(path: Path, labelled: bool) -> Source:
         possible = len(shape) == 3 or (len(shape) == 4 and {shape[1], shape[3]} & {1, 3, 4})
         if dtype != np.uint8 or not possible or not 0 < math.prod(shape[1:]) <= 4 * MAX_PIXELS:
             expected = "expected uint8 n h w, n h w c or n c h w with c = 1, 3 or 4"
-            raise BadInputError(f"{where}: images is {dtype} {shape}; {expected}")
+            raise BadInputError(f"{where}: images is {dtype} {shape}; {expected}{_as_uint8(dtype)}")
         labelled = labelled and "labels.npy" in names
         if labelled:
             label_shape, label_dtype = npz_header(archive, "labels", where)
-            if label_dtype.kind not in "iu" or label_shape != shape[:1]:
-                raise BadInputError(f"{where}: labels is {label_dtype} {label_shape}; expected {shape[0]} integers")
+            if label_dtype.kind not in "iu" or label_shape not in (shape[:1], (shape[0], 1)):
+                expected = f"expected {shape[0]} integers{_as_integers(label_shape, label_dtype, shape[0])}"
+                raise BadInputError(f"{where}: labels is {label_dtype} {label_shape}; {expected}")
         class_names = _class_names(archive, path) if labelled and "class_names.npy" in names else None
     return Source(
         where=where,
@@ -160,7 +162,34 @@ def npz_source(path: Path, labelled: bool) -> Source:
         records=lambda: _npz_records(path, labelled, class_names),
         num_records=shape[0],
         class_names=class_names,
+        notes=_note_unused(where, names),
     )
+
+
+def _as_uint8(dtype: np.dtype) -> str:
+    """Advice to make uint8 of numbers of another type."""
+    advice = {
+        "b": "save images.astype(numpy.uint8) * 255",
+        "u": f"save (images // {256 ** max(dtype.itemsize - 1, 0)}).astype(numpy.uint8) if its values fill the type",
+        "f": "save (images * 255).round().astype(numpy.uint8) of values in [0, 1], or "
+        "((images + 1) * 127.5).round().astype(numpy.uint8) of values in [-1, 1]",
+    }.get(dtype.kind)
+    return "" if dtype == np.uint8 else f"; {advice or 'save images.astype(numpy.uint8) of values from 0 to 255'}"
+
+
+def _as_integers(shape: tuple[int, ...], dtype: np.dtype, count: int) -> str:
+    """Advice to make class numbers of labels of another kind."""
+    if len(shape) == 2 and shape[0] == count and shape[1] > 1:
+        return "; of one column for each class, save labels.argmax(1)"
+    if dtype.kind in "US":
+        return "; of names, save class_names, labels = numpy.unique(labels, return_inverse=True)"
+    return "; save labels.astype(numpy.int64)" if shape == (count,) else ""
+
+
+def _note_unused(where: str, members: Sequence[str]) -> tuple[str, ...]:
+    unused = [printable(name.removesuffix(".npy")) for name in members if name not in _MEMBERS]
+    shown = ", ".join(unused[:8]) + (", ..." if len(unused) > 8 else "")
+    return (f"{where}: arrays that are not used: {shown}; labels are in an array called labels",) if unused else ()
 
 
 def _class_names(archive: zipfile.ZipFile, path: Path) -> tuple[str, ...]:
@@ -176,7 +205,7 @@ def _class_names(archive: zipfile.ZipFile, path: Path) -> tuple[str, ...]:
 def _npz_records(path: Path, labelled: bool, class_names: tuple[str, ...] | None) -> Iterator[Record]:
     with _reading(path, ".npz") as file, zipfile.ZipFile(file) as archive:
         images = npz_array(archive, "images", printable(path))
-        numbers: list[int] = npz_array(archive, "labels", printable(path)).tolist() if labelled else []
+        numbers: list[int] = npz_array(archive, "labels", printable(path)).reshape(-1).tolist() if labelled else []
     if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)  # n c h w
     if images.ndim == 4 and images.shape[3] == 1:

@@ -33,9 +33,10 @@ def folder_source(root: Path, labelled: bool) -> Source:
     where = printable(root)
     if count == 0:
         others = in_words(problems + folder.ignored) or "nothing"
-        raise BadInputError(
-            f"{where}: no images in this folder (found {others}); expected files ending in {' '.join(sorted(SUFFIXES))}"
-        )
+        expected = f"expected files ending in {' '.join(sorted(SUFFIXES))}"
+        if folder.ignored[".arrow"] or folder.ignored[".parquet"]:
+            expected = f"a Hugging Face data set is hf:{where}"
+        raise BadInputError(f"{where}: no images in this folder (found {others}); {expected}")
     if beside and classes and labelled:
         raise BadInputError(
             f"{where}: images ({', '.join(beside)}) lie beside class folders ({', '.join(sorted(classes)[:3])}); "

@@ -38,6 +38,8 @@ def huggingface_sources(source: str, labelled: bool) -> tuple[Source, Source | N
     except ImportError as error:
         raise UsageError(f"{source}: needs the package datasets; pip install 'unified-latents[train]'") from error
     text = source.removeprefix("hf:")
+    if not text.strip():
+        raise UsageError(f"{source}: names no data set; expected hf:NAME, hf:NAME:SPLIT or hf:FOLDER")
     name, colon, wanted = text.rpartition(":")
     is_split = bool(colon) and "/" not in wanted and not Path(text).exists()
     name = name if is_split else text
@@ -68,7 +70,8 @@ def huggingface_sources(source: str, labelled: bool) -> tuple[Source, Source | N
 
 
 def _part(source: str, builder: Any, splits: Any, labelled: bool, split: str) -> Source:
-    image, label, class_names = _columns(f"{source} {split}", splits[split].features or {}, labelled)
+    features = splits[split].features or {}
+    image, label, class_names = _columns(f"{source} {split}", features, labelled)
     # the state of files on this disk; addresses on the hub contain the commit
     files = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
     return Source(
@@ -83,6 +86,7 @@ def _part(source: str, builder: Any, splits: Any, labelled: bool, split: str) ->
         },
         records=lambda: _records(source, splits[split], image, label, class_names),
         class_names=class_names,
+        notes=_note_unused(source, features, image, label) if labelled else (),
     )
 
 
@@ -90,18 +94,53 @@ def _columns(where: str, features: Any, labelled: bool) -> tuple[str, str | None
     """Names of the columns of images and labels, and the class names if the data set has them."""
     import datasets
 
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if len(images) != 1:
-        found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-        raise BadInputError(f"{where}: {len(images)} image columns, 1 is expected; columns: {found or 'none'}")
+    image = _image_column(where, features)
     if not labelled:
-        return images[0], None, None
+        return image, None, None
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = [name for name in _LABEL_COLUMNS if name in labels] or labels
     if labels:
-        return images[0], labels[0], tuple(printable(name) for name in features[labels[0]].names)
+        return image, labels[0], tuple(printable(name) for name in features[labels[0]].names)
     named = [name for name in _LABEL_COLUMNS if isinstance(features.get(name), datasets.Value)]
-    return images[0], named[0] if named else None, None
+    return image, named[0] if named else None, None
+
+
+def _image_column(where: str, features: Any) -> str:
+    """The one column of images, or of their bytes; of several, the one called image."""
+    import datasets
+
+    declared = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    found = declared or [name for name, feature in features.items() if _holds_bytes(feature)]
+    if len(found) == 1 or "image" in found:
+        return "image" if "image" in found else found[0]
+    columns = ", ".join(f"{printable(name)} ({_type_name(feature)})" for name, feature in features.items())
+    advice = "load_dataset(NAME).rename_column(COLUMN, 'image').save_to_disk(FOLDER), and then hf:FOLDER"
+    raise BadInputError(
+        f"{where}: {len(found)} image columns, and none called image; columns: {columns or 'none'}; "
+        f"choose one with the package datasets: {advice}"
+    )
+
+
+def _holds_bytes(feature: Any) -> bool:
+    """Whether a column that is not declared as images may hold the bytes of their files."""
+    return getattr(feature, "dtype", None) == "binary" or (
+        isinstance(feature, dict) and {"bytes", "path"} == set(feature)
+    )
+
+
+def _type_name(feature: Any) -> str:
+    return str(getattr(feature, "dtype", type(feature).__name__))
+
+
+def _note_unused(source: str, features: Any, image: str, label: str | None) -> tuple[str, ...]:
+    """What is said of a data set with more columns than are used, or with labels that are not found."""
+    unused = [f"{printable(name)} ({_type_name(feature)})" for name, feature in features.items()]
+    unused = [text for text, name in zip(unused, features, strict=True) if name not in (image, label)]
+    if not unused:
+        return ()
+    classes = f"column {label}" if label else f"a column called {', '.join(_LABEL_COLUMNS)}, which it has not"
+    shown = ", ".join(unused[:8]) + (", ..." if len(unused) > 8 else "")
+    return (f"{source}: classes come from {classes}; columns that are not used: {shown}",)
 
 
 def _records(

@@ -53,7 +53,7 @@ def _found(index: Index, sources: Sources) -> Iterator[str]:
     if index.class_names:
         counts = Counter(index.train.class_counts) + Counter(index.heldout.class_counts)
         yield f"images of each class: {_by_class(index.class_names, counts)}"
-    for note in (*index.notes, *sources.notes):
+    for note in (*sources.all_notes, *index.notes):
         yield f"note: {note}"
     for of, part, source in (("", index.train, sources.train), ("held out, ", index.heldout, sources.heldout)):
         if part.num_rejected:

@@ -29,6 +29,11 @@ class Sources:
     notes: tuple[str, ...] = ()
 
     @property
+    def all_notes(self) -> tuple[str, ...]:
+        """On the sources themselves, and on how they are used."""
+        return (*self.train.notes, *(self.heldout.notes if self.heldout else ()), *self.notes)
+
+    @property
     def num_records(self) -> int | None:
         """Of both together, where both know it."""
         if self.heldout is None or self.train.num_records is None:

@@ -195,7 +195,7 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
         background=train.background or to.background,
         fit=to.fit,
         class_names=list(names),
-        notes=_notes(sources, parts[0], classes.offered | set(train.folders)),
+        notes=_notes(train.where, parts[0], classes.offered | set(train.folders)),
         train=parts[0],
         heldout=parts[1],
     )
@@ -246,10 +246,9 @@ def _header(count: int, to: Conversion) -> bytes:
     return header.getvalue()
 
 
-def _notes(sources: Sources, part: PartIndex, offered: set[str]) -> list[str]:
+def _notes(where: str, part: PartIndex, offered: set[str]) -> list[str]:
     """What is odd about classes; `offered` are those of any image or folder."""
-    where, names = sources.train.where, list(part.class_counts)
-    notes = [*sources.train.notes, *(sources.heldout.notes if sources.heldout else ())]
+    notes, names = [], list(part.class_counts)
     if len(names) == 1:
         notes.append(f"{where}: one class only ({names[0]}); every image has the same label")
     if empty := [name for name, count in part.class_counts.items() if count == 0]:
