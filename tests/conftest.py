@@ -1,8 +1,11 @@
 """Fixtures of several test files."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # or the load of the machine says how many: other last digits
 
 import hypothesis
 import pytest

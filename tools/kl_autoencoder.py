@@ -22,7 +22,7 @@ from ul_runtime.cli.options import with_options
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError, run_command
 from ul_train.stages import Base, Batch, Joint, Stage, to_model
-from ul_train.torch_backend import choose_device, choose_precision
+from ul_train.torch_backend import choose_device, choose_precision, fix_threads
 
 if TYPE_CHECKING:
     from ul_train.config import Config
@@ -179,8 +179,7 @@ def compare(
     from ul_train.data.prepare import open_splits
     from ul_train.run import Run
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    fix_threads(options.threads)
     run = Run.open(beside)
     classes = run.info.class_names
     given, config = account(run.config, len(classes)), latent_diffusion(run.config)

@@ -34,7 +34,7 @@ from ul_export.verify import (
     image_psnr_db,
 )
 from ul_runtime import durable
-from ul_runtime.backends import NO_BF16, check_threads
+from ul_runtime.backends import NO_BF16
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
@@ -44,7 +44,7 @@ from ul_runtime.manifest import GRAPH_NAMES, MANIFEST_NAME, BundleInfo
 from ul_runtime.pipeline import Pipeline
 from ul_train.data.prepare import open_splits
 from ul_train.run import OPSET, Run, Snapshot
-from ul_train.torch_backend import torch_pipeline
+from ul_train.torch_backend import fix_threads, torch_pipeline
 
 _LOG = logging.getLogger(__name__)
 LEAST_PSNR_DB = 35.0  # of images by rounded against those by exact weights, from the same noise
@@ -221,7 +221,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions) -> dict[str, Any
     started, plan = time.monotonic(), _Plan.of(options)
     replaced = options.overwrite or out == options.update
     _check_free(out, replaced)
-    _set_threads(options.threads)
+    fix_threads(options.threads)
     trained = Run.open(run).finished()
     check_finite(trained)
     networks, described = trained.networks, plan.described(trained)
@@ -297,7 +297,7 @@ def check_export(run: Path, threads: int | None) -> dict[str, Any]:
     started = time.monotonic()
     newest = Run.open(run).newest()
     check_finite(newest)
-    _set_threads(threads)
+    fix_threads(threads)
     described, networks, where = newest.manifest(OPSET), newest.networks, f"{newest.stage} step {newest.step}"
     _LOG.info(f"checking the export of {described.name} ({where}, averaged weights) at opset {OPSET}")
     files = export_graphs(networks, described, OPSET)
@@ -306,13 +306,6 @@ def check_export(run: Path, threads: int | None) -> dict[str, Any]:
         comparison = candidate.compare()
     comparison.check(str(run), lambda: candidate.first_difference(comparison))
     return {**comparison.summary, "seconds": time.monotonic() - started}
-
-
-def _set_threads(threads: int | None) -> None:
-    """Torch is to compute on so many, as ONNX Runtime will. UsageError."""
-    check_threads(threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def calibration_images(run: Run, options: ExportOptions) -> tuple[np.ndarray, dict[str, Any]]:

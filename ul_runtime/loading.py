@@ -41,7 +41,7 @@ def load(
     With backend "torch" it is a run of ul-train instead, sampled as it is.
     A name such as "garments-32" opens the model of that name inside the package, None the default one.
     `guide`: a bundle of a smaller or less trained prior of the same latents, away from which `guidance` leads
-    (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = one per core.
+    (autoguidance, Karras et al. 2024). `precision` None = the bundle's own, `threads` None = as cores are free.
     On NVIDIA GPUs: `device` is the GPU's index (None = 0), `engines` the folder of TensorRT's engines (None = the
     user's cache), and with `require_graphs` a step that cannot be captured as a CUDA graph is an error.
     UsageError: a backend that is unknown, not installed or not able to compute in that precision.

@@ -42,7 +42,7 @@ def option(
 
 def threads_option() -> Any:
     """--threads, which several commands take."""
-    return option(None, "CPU threads.", metavar="COUNT", shown="one per core")
+    return option(None, "CPU threads.", metavar="COUNT", shown="as cores are free")
 
 
 class Overrides(TypedDict, total=False):

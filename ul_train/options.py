@@ -18,7 +18,7 @@ class DataOptions:
     cache: Path | None = option(
         None, "Where prepared images are kept.", metavar="DIR", shown="$UL_CACHE or the user's cache"
     )
-    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="one per core", min=1)
+    threads: int | None = option(None, "CPU threads.", metavar="COUNT", shown="as cores are free", min=1)
 
     @property
     def cache_folder(self) -> Path:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ul_runtime.backends import PRECISIONS, Backend, HostBackend
+from ul_runtime.backends import PRECISIONS, Backend, HostBackend, check_threads
 from ul_runtime.backends.gpu import CudaMemory, Memory, no_collection
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
 from ul_runtime.errors import OutOfMemoryError, ULError, UsageError, one_line
 from ul_runtime.machine import MachineOptions
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
+from ul_runtime.threads import free_threads
 from ul_train.model import weights_sha256
 from ul_train.run import Run
 from ul_train.step_graphs import DecoderStep, Pixels, PriorStep
@@ -40,6 +41,25 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
+
+
+_fixed_threads: int | None = None
+
+
+def fix_threads(count: int | None) -> None:
+    """Torch computes on so many threads in this process; None: on as many as cores are free. UsageError."""
+    global _fixed_threads
+    check_threads(count)
+    _fixed_threads = count
+    follow_load()
+
+
+def follow_load() -> int:
+    """Called now and again in long work: torch computes on as many threads as cores are free. Returns how many."""
+    count = _fixed_threads or free_threads()
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
+    return count
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
@@ -72,7 +92,7 @@ class TorchBackend(HostBackend):
     """
 
     name = "torch"
-    threads: int | None = None
+    threads: int | None = None  # how many where an image has to be made again to the byte; None: as cores are free
 
     def __init__(
         self,
@@ -103,6 +123,8 @@ class TorchBackend(HostBackend):
     @torch.inference_mode()
     def run(self, graph_name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs of a graph by name; networks run in evaluation mode."""
+        if self.threads is None:
+            follow_load()
         graph = self.graphs[graph_name]
         if was_training := graph.training:
             graph.eval()
@@ -275,8 +297,6 @@ def _open_run(run: Path, options: MachineOptions, guide: Pipeline | None) -> Pip
     precision, threads = options.precision, options.threads
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"backend torch computes in {' or '.join(PRECISIONS)}, not {precision!r}")
-    if threads:
-        torch.set_num_threads(threads)
     on_gpu = options.devices is not None or (threads is None and torch.cuda.is_available())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     if options.require_graphs and not on_gpu:
@@ -291,6 +311,7 @@ def _open_run(run: Path, options: MachineOptions, guide: Pipeline | None) -> Pip
 
     def backend(precision: str) -> Backend:
         if memory is None:
+            fix_threads(threads or free_threads())
             return torch_backend(networks, torch.device("cpu"), precision)
         required = options.require_graphs
         return TorchDeviceBackend(networks, described, memory, precision=precision, require_graphs=required)

@@ -27,7 +27,7 @@ from ul_train.options import ReportOptions, TrainOptions
 from ul_train.run import REJECTED, Run
 from ul_train.stages import Joint, Stage, missed, stages_of
 from ul_train.sweep import option_words, run_script
-from ul_train.torch_backend import choose_device, choose_precision, torch_pipeline
+from ul_train.torch_backend import choose_device, choose_precision, fix_threads, torch_pipeline
 from ul_train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,7 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
     if out is None:
         raise UsageError("--out is missing; give the run directory to write")
     device = choose_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    fix_threads(options.threads)
     with ExitStack() as held:
         held.enter_context(stop_on_signal())
         there = out.is_dir()
@@ -130,6 +129,7 @@ def train_stage(
         logger.info(f"stage {stage.name} goes on from {found[-1].name}")
     drop_lines_after(run.path, [each.name for each in stages_of(run.config)], stage.name, trainer.step)
     if options.compile:
+        fix_threads(options.threads or torch.get_num_threads())  # compiled code is for one number of them
         stage.compute = {key: torch.compile(module) for key, module in stage.modules.items()}  # type: ignore[misc]
     evaluation = Evaluation(stage, run, splits.heldout, log, tick)
     due = trainer.step > 0 and trainer.step % run.config.run.eval_every == 0
@@ -239,8 +239,7 @@ def report_run(path: Path, options: ReportOptions) -> dict[str, Any]:
     device, precision = choose_device(options.device), options.precision
     if precision not in ("fp32", "bf16"):
         raise UsageError(f"--precision {precision}: expected fp32 or bf16")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    fix_threads(options.threads)
     with stop_on_signal():
         data, heldout = options.data or run.info.data, options.heldout or run.info.heldout
         splits = open_splits(run.config.image, data, heldout, options.cache_folder)

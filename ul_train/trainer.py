@@ -15,6 +15,7 @@ from ul_train.config import StageConfig, config_hash
 from ul_train.data.imageset import ImageSet, sample_ids
 from ul_train.log import RunLog
 from ul_train.stages import Stage, ema_decay_at, update_ema
+from ul_train.torch_backend import follow_load
 
 Hook: TypeAlias = Callable[[int], None]  # given the steps done
 MOST_BAD_STEPS = 3  # non-finite steps in a row before training stops
@@ -101,7 +102,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step, or none when loss or gradient is not finite: the weights never take such an update."""
-        settings, device = self.stage.settings, self.stage.device
+        settings, device, threads = self.stage.settings, self.stage.device, follow_load()
         ids = sample_ids(len(self.images), self.stage.config.seed, self.step, settings.batch_size)
         batch = self.stage.batch(self.images, ids, self.step)
         torch.manual_seed(self._dropout_seed())
@@ -114,6 +115,7 @@ class Trainer:
                 figures[name] = figures.get(name, 0.0) + value.item() / settings.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip).item()
         figures["gradient_norm"] = norm
+        figures["threads"] = threads
         figures["learning_rate"] = learning_rate_at(self.step, settings)
         if math.isfinite(figures["loss"]) and math.isfinite(norm):
             self._update(figures["learning_rate"])

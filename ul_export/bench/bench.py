@@ -34,6 +34,7 @@ from ul_runtime.loading import open_bundle
 from ul_runtime.machine import origin
 from ul_runtime.progress import check_stopped, progress, stop_on_signal
 from ul_runtime.settings import Overrides, check_count, parse_counts, resolve_settings
+from ul_runtime.threads import cores
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("unified-latents", "numpy", "onnxruntime", "openvino", "torch")
@@ -53,7 +54,7 @@ _PRODUCT_SIZES = (512, 768, 1536)  # powers of two beyond lose a fifth, where ro
 def run_bench(path: Path, options: BenchOptions, overrides: Overrides) -> dict[str, Any]:
     """Every figure, JSON-ready. UsageError before anything is measured; StoppedError on a signal."""
     peers, sizes = check(options)
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or cores()
     repeats, image_repeats, seconds = options.repeats, options.image_repeats, _CEILING_S
     if options.quick:
         repeats, image_repeats, seconds = min(repeats, 2), 1, _QUICK_CEILING_S

@@ -47,13 +47,13 @@ class Node:
 
 def run_nodes(backend: OrtCpuBackend, graph_name: GraphName, inputs: dict[str, np.ndarray]) -> list[Node]:
     """Every operator that a call runs, as the graph has it (not optimised), from ONNX Runtime's own profile."""
-    options = backend.options()
+    options = backend.options(threads=1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")  # keeps the weights' shapes
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = os.path.join(folder, "profile")
-        session = backend.build(graph_name, options)
+        session, _values = backend.build(graph_name, options)  # which it reads
         session.run(None, inputs)
         events = json.loads(Path(session.end_profiling()).read_bytes())
     nodes = []

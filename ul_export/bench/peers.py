@@ -24,7 +24,7 @@ from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SIGMA, A, S
 from ul_runtime.settings import Overrides, Settings, resolve_settings
 from ul_train.run import Run
-from ul_train.torch_backend import TorchBackend, in_precision
+from ul_train.torch_backend import TorchBackend, fix_threads, in_precision
 
 # Prints the start-up of a runner in a process of its own, without a bundle; takes the run, its name and threads.
 LOAD = """
@@ -54,7 +54,7 @@ class TorchRun:
     @classmethod
     def load(cls, run: Path, threads: int) -> "TorchRun":
         """The finished run at `run`, with torch on so many threads. BadInputError."""
-        torch.set_num_threads(threads)
+        fix_threads(threads)
         trained = Run.open(run).finished()
         return cls(run, trained.manifest(OPSETS[-1]), trained.networks)
 

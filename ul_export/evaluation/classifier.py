@@ -16,6 +16,7 @@ from ul_runtime.errors import BadInputError
 from ul_runtime.images import from_uint8
 from ul_runtime.progress import Tick, silent
 from ul_train.data.imageset import ImageSet, sample_ids
+from ul_train.torch_backend import follow_load
 
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 64, 2e-3, 0.01
 _SEED = 0
@@ -56,6 +57,7 @@ def train_classifier(images: ImageSet, steps: int, tick: Tick = silent) -> Class
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     for step in range(steps):
         tick(0)
+        follow_load()
         pixels, labels = images.batch(sample_ids(len(images), _SEED, step, _BATCH))
         loss = nn.functional.cross_entropy(network(torch.from_numpy(from_uint8(pixels))), torch.from_numpy(labels))
         optimizer.zero_grad()

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ul_export.evaluation.comparison import Comparison, reference_split
 from ul_export.evaluation.features import default_spaces, open_space
 from ul_export.evaluation.measures import (
@@ -26,6 +24,7 @@ from ul_runtime.progress import stop_on_signal
 from ul_runtime.settings import check_count, check_seed
 from ul_train.config import ImageConfig
 from ul_train.data.prepare import open_splits
+from ul_train.torch_backend import fix_threads
 
 _PACKAGES = ("unified-latents", "numpy", "scipy", "onnxruntime", "torch")
 _FEWEST = COVERAGE_NEIGHBOURS + 1  # images that have so many neighbours
@@ -55,8 +54,7 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
     check(options)
     pipeline = open_pipeline(path, machine)
     settings = pipeline.settings(**sampling.overrides)
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
+    fix_threads(machine.threads)
     with stop_on_signal():
         image = pipeline.manifest.image
         asked = ImageConfig.model_validate(image.model_dump(include={"size", "channels", "background", "fit"}))

@@ -20,6 +20,7 @@ from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError
 from ul_runtime.images import from_uint8
 from ul_runtime.progress import Tick, progress, silent
 from ul_train.data.imageset import Images, Splits
+from ul_train.torch_backend import follow_load
 
 PIXELS, CLASSIFIER, EFFICIENTNET = "pixels", "classifier", "efficientnet-lite0"
 MOST_DIMENSIONS = 4096  # of a feature, for its covariance
@@ -69,6 +70,7 @@ def features_of(space: FeatureSpace, images: Images, ids: np.ndarray, tick: Tick
     parts = []
     for first in range(0, len(ids), EXTRACT_BATCH):
         tick(0)
+        follow_load()
         x = from_uint8(np.asarray(images[ids[first : first + EXTRACT_BATCH]]))
         part = np.asarray(space.extract(x), np.float32).reshape(len(x), -1)
         if part.shape[1] > MOST_DIMENSIONS:

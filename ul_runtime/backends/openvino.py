@@ -22,6 +22,7 @@ import openvino.opset13 as opset  # noqa: E402
 from ul_runtime.backends import NO_BF16, HostBackend, cannot_load, check_threads, run_failed  # noqa: E402
 from ul_runtime.backends.onnx_weights import with_weights  # noqa: E402
 from ul_runtime.errors import UsageError  # noqa: E402
+from ul_runtime.threads import cores  # noqa: E402
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -62,7 +63,9 @@ class OpenVinoBackend(HostBackend):
         self._bundle = bundle
         if precision == "bf16" and not has_bf16():
             raise UsageError(f"{NO_BF16}; give --precision fp32")
-        self.threads = threads or _default_threads()
+        self.threads = (
+            threads or cores()
+        )  # its threads do not wait for each other: a busy core costs no more than its share
         self._lock = Lock()  # a request holds the inputs of one call
         self._graphs: dict[tuple[GraphName, tuple[tuple[str, int], ...]], _Graph] = {}
 
@@ -162,13 +165,6 @@ def _settings(precision: str, threads: int) -> dict[str, Any]:
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same cores
     }
-
-
-def _default_threads() -> int:
-    """What OpenVINO takes if it is not told, which it says of a compiled graph only."""
-    x = opset.parameter([1])
-    compiled = _core().compile_model(ov.Model([opset.relu(x)], [x]), "CPU", _settings("fp32", 0))
-    return int(compiled.get_property("INFERENCE_NUM_THREADS"))
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:

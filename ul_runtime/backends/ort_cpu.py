@@ -16,6 +16,7 @@ from ul_runtime.backends import (
 )
 from ul_runtime.errors import UsageError
 from ul_runtime.machine import versions
+from ul_runtime.threads import free_threads
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -69,44 +70,47 @@ class OrtCpuBackend(HostBackend):
     ) -> None:
         """`precision` None = that of the bundle, float32 if it is half: CPUs know no such arithmetic.
 
-        `threads` None = one per core; `allow_spinning` False is kinder to a shared machine, 1-25 % slower.
+        `threads` None = as many as cores are free, which is looked at again in each call: graphs are then loaded anew.
+        `allow_spinning` False is kinder to a shared machine, 1-25 % slower.
         """
         check_threads(threads)
         self.precision = precision or cpu_precision(bundle.manifest)
         self._bundle = bundle
         self._threads = threads
         self._allow_spinning = allow_spinning
-        self._sessions: dict[GraphName, ort.InferenceSession] = {}
-        self._values: list[ort.OrtValue] = []  # sessions read the weights from here: same lifetime
+        self._sessions: dict[GraphName, tuple[int, ort.InferenceSession, list[ort.OrtValue]]] = {}
 
     def run(self, graph_name: "GraphName", inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See Backend.run. Raises BadInputError if the graph cannot be loaded, ULError if it fails."""
-        session = self._session(graph_name)
+        _, session, _values = self._session(graph_name)  # it reads the weights from these values
         names = [output.name for output in session.get_outputs()]
         try:
             return dict(zip(names, session.run(names, inputs), strict=True))
         except (*ORT_ERRORS, ValueError) as error:
             raise run_failed("ONNX Runtime", graph_name, inputs, error) from error
 
-    def _session(self, graph_name: "GraphName") -> ort.InferenceSession:
-        if graph_name not in self._sessions:
-            self._sessions[graph_name] = self.build(graph_name, self.options())
-        return self._sessions[graph_name]
+    def _session(self, graph_name: "GraphName") -> tuple[int, ort.InferenceSession, list[ort.OrtValue]]:
+        threads = self._threads or free_threads()
+        found = self._sessions.get(graph_name)
+        if found is None or found[0] != threads:
+            self._sessions.pop(graph_name, None)
+            found = self._sessions[graph_name] = threads, *self.build(graph_name, self.options(threads))
+        return found
 
-    def options(self) -> ort.SessionOptions:
+    def options(self, threads: int) -> ort.SessionOptions:
         """Of this backend's sessions."""
-        options = session_options(self._threads)
+        options = session_options(threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._allow_spinning else "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")  # or they hinder the next graph's threads
         return options
 
-    def build(self, graph_name: "GraphName", options: ort.SessionOptions) -> ort.InferenceSession:
-        """A session over a graph of the bundle. BadInputError."""
+    def build(
+        self, graph_name: "GraphName", options: ort.SessionOptions
+    ) -> tuple[ort.InferenceSession, list[ort.OrtValue]]:
+        """A session over a graph of the bundle, and its weights, which have to live as long. BadInputError."""
         cpu = ["CPUExecutionProvider"]
-        session, values = load_session(self._bundle, graph_name, self.precision == "fp32", options, cpu)
-        self._values += values
-        return session
+        return load_session(self._bundle, graph_name, self.precision == "fp32", options, cpu)
 
 
 def load_session(
@@ -133,9 +137,9 @@ def _ort_value(array: np.ndarray) -> ort.OrtValue:
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:
-    """Of any session: so many threads (None = one per core), nothing printed, nothing looked for on the disk."""
+    """Of any session: so many threads (None = as cores are free now), nothing printed or looked for on the disk."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or free_threads()
     options.log_severity_level = 4  # errors come as exceptions
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_FOLDER)
     return options
