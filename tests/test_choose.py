@@ -8,9 +8,9 @@ from host_memory import HostMemory
 from ul_runtime.backends import choose, ort_cuda
 from ul_runtime.backends.choose import MOST_DIFFERENCE, check_step, choose_backend, open_backend
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
-from ul_runtime.backends.ort_cuda import OrtDeviceBackend, _BoundSession, ran_out_of_memory
+from ul_runtime.backends.ort_cuda import OrtDeviceBackend, _BoundSession
 from ul_runtime.bundle import Bundle
-from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError
+from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError, is_out_of_memory
 from ul_runtime.machine import Gpu, MachineOptions
 from ul_runtime.samplers import A
 
@@ -81,10 +81,10 @@ def test_a_backend_that_is_refused_leaves_the_memory_of_its_gpu(bundle, gpu):
 
 def test_onnx_runtimes_failures_for_want_of_memory_are_told_from_others():
     long = "Error in execution: Non-zero status code returned while running Conv node. " + "x" * 300
-    assert ran_out_of_memory(RuntimeError(f"{long} Failed to allocate memory for requested buffer of size 8"))
-    assert ran_out_of_memory(RuntimeError("CUDA failure 2: out of memory"))
-    assert not ran_out_of_memory(RuntimeError(f"{long} cuDNN is unavailable"))
-    assert not ran_out_of_memory(None)
+    assert is_out_of_memory(RuntimeError(f"{long} Failed to allocate memory for requested buffer of size 8"))
+    assert is_out_of_memory(RuntimeError("CUDA failure 2: out of memory"))
+    assert not is_out_of_memory(RuntimeError(f"{long} cuDNN is unavailable"))
+    assert not is_out_of_memory(None)
 
 
 class Bound:

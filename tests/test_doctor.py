@@ -15,6 +15,7 @@ from ul_runtime.backends.tensorrt_engines import EngineCache, Facts
 from ul_runtime.cli import examine as doctor
 from ul_runtime.cli.doctor import main
 from ul_runtime.errors import ULError, UsageError
+from ul_runtime.install import install
 from ul_runtime.loading import open_bundle
 from ul_train import torch_backend
 
@@ -198,6 +199,6 @@ def test_torch_that_computes_wrongly_or_does_not_see_the_gpu_is_found(monkeypatc
 
 
 def test_advice_warns_of_what_would_overwrite_onnxruntime_gpu(monkeypatch):
-    assert doctor._install("openvino") == "pip install 'unified-latents[openvino]'"
+    assert doctor._install("openvino") == install("openvino")
     monkeypatch.setattr(doctor, "versions", lambda _: {"onnxruntime-gpu": "1"})
     assert "brings onnxruntime back over onnxruntime-gpu" in doctor._install("openvino")

@@ -19,6 +19,7 @@ from tiny_run import blobs
 
 import ul_runtime
 from ul_export.evaluation.cli import main
+from ul_runtime.install import install
 from ul_runtime.png import contact_sheet
 from ul_train.data.imageset import epoch_order
 
@@ -278,12 +279,12 @@ main()
 """
     words = [sys.executable, "-c", program, *map(str, (bundle, *own, *QUICK))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
-    said = f"ul-eval: {package} is not installed; pip install 'unified-latents[eval]'\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"ul-eval: {package} is not installed; {install('eval')}")
 
 
 def test_without_the_perceptual_weights_the_report_says_what_to_install(command, bundle, own, monkeypatch):
     monkeypatch.setattr("ul_export.evaluation.measures.find_spec", lambda name: None)
     found = figures_of(command, bundle, *own, *QUICK, "--images", 20)
     assert "perceptual_distance" not in found["reconstruction"]
-    assert found["absent"]["perceptual_distance"].endswith("pip install 'unified-latents[perceptual]'")
+    assert found["absent"]["perceptual_distance"].endswith(install("perceptual"))

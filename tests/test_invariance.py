@@ -11,8 +11,9 @@ from tool_module import load_tool
 
 import ul_runtime
 from ul_runtime.backends import HostBackend
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.generate import main as generate
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.errors import UsageError
 from ul_runtime.pipeline import Pipeline
 
 SIZES = (1, 2, 3, 5, 8, 16, 64)

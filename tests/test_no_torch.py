@@ -116,7 +116,8 @@ def test_ul_export_says_which_extras_it_needs(plain_install, tmp_path):
     words = [plain_install / "ul-export", "run", "--out", "out"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
-    assert done.stderr == "ul-export: torch is not installed; pip install 'unified-latents[train,export]'\n"
+    said = f"ul-export: torch is not installed; pip install '{ROOT}[train,export]'; without an NVIDIA GPU, first "
+    assert done.stderr == f"{said}install torch's CPU build by the command on pytorch.org/get-started\n"
 
 
 def test_engines_of_a_bundle_are_built_ahead_where_torch_cannot_be_imported(analytic_bundle, tmp_path):

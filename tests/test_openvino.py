@@ -24,6 +24,7 @@ from ul_runtime.backends.openvino import OpenVinoBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main
 from ul_runtime.errors import BadInputError, ULError, UsageError
+from ul_runtime.install import install
 from ul_runtime.pipeline import Pipeline
 
 LEAST_BF16_PSNR_DB = 45.0  # of whole images against float32; 50.2 to 51.6 measured on two networks, random weights
@@ -218,7 +219,7 @@ def test_without_openvino_auto_works_and_bfloat16_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     out = ("--out", tmp_path / "out", "-n", 1)
-    message = "openvino is not installed; pip install 'unified-latents[openvino]'"
+    message = f"openvino is not installed; {install('openvino')}"
     command.fails(main, 2, message, analytic_bundle, *out, "--backend", "openvino")
     command.fails(main, 2, message, analytic_bundle, *out, "--precision", "bf16")
     assert command(main, analytic_bundle, *out).code == 0
@@ -292,7 +293,7 @@ def test_a_signal_is_handled_after_backends_were_opened_and_dropped(analytic_bun
 import os, signal, sys
 import ul_runtime
 from ul_runtime.errors import StoppedError
-from ul_runtime.progress import check_stopped, stop_on_signal
+from ul_runtime.signals import check_stopped, stop_on_signal
 for _ in range(2):
     first, second = (ul_runtime.load(sys.argv[1], backend="openvino", threads=1) for _ in range(2))
     for pipeline in (first, second):

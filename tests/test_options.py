@@ -9,8 +9,9 @@ import pytest
 import typer
 from command import Runner
 
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import SamplingOptions, with_options
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.errors import UsageError
 from ul_runtime.machine import VERSION, MachineOptions, OneGpuOptions
 from ul_runtime.settings import option
 

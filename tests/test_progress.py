@@ -1,38 +1,13 @@
 """Progress and cancellation: what a signal does to long work, and what is shown of it."""
 
-import os
-import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
 from ul_runtime import progress as module
-from ul_runtime.errors import StoppedError
-from ul_runtime.progress import check_stopped, progress, silent, stop_on_signal
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_work_at_its_next_tick(number: signal.Signals) -> None:
-    done = []
-    before = signal.getsignal(number)
-    with stop_on_signal(), progress("working", 5, "pieces") as tick:
-        for k in range(5):
-            if k == 2:
-                os.kill(os.getpid(), number)
-                with pytest.raises(StoppedError, match=r"^stopped$"):
-                    tick(1)
-                break
-            tick(1)
-            done.append(k)
-        with pytest.raises(StoppedError):
-            tick(0)
-        with pytest.raises(StoppedError):
-            check_stopped()
-    assert done == [0, 1]
-    assert signal.getsignal(number) == before
-    check_stopped()  # of the work before; the next is not stopped
+from ul_runtime.progress import progress, silent
+from ul_runtime.signals import check_stopped, stop_on_signal
 
 
 def test_without_a_signal_nothing_is_raised() -> None:
@@ -42,33 +17,6 @@ def test_without_a_signal_nothing_is_raised() -> None:
             tick(0)
             silent(1)
         check_stopped()
-
-
-def test_a_signal_reaches_the_work_around_the_block_that_it_came_in() -> None:
-    with stop_on_signal():
-        with stop_on_signal():
-            os.kill(os.getpid(), signal.SIGINT)
-            with pytest.raises(StoppedError):
-                check_stopped()
-        with pytest.raises(StoppedError):
-            check_stopped()
-
-
-TWICE = """
-import os, signal, sys
-from ul_runtime.progress import stop_on_signal
-with stop_on_signal():
-    os.kill(os.getpid(), signal.SIGINT)
-    print("first", flush=True)
-    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    print("second", flush=True)
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_the_second_signal_ends_the_process_at_once(name: str) -> None:
-    done = subprocess.run([sys.executable, "-c", TWICE, name], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (-getattr(signal, name), "first\n")
 
 
 def test_progress_is_lines_where_there_is_no_terminal(

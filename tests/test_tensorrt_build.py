@@ -1,5 +1,6 @@
 """TensorRT-RTX builds the step graphs on a machine without a GPU, and says what it cannot build and where."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ul_runtime.backends.onnx_weights import with_weights
 from ul_runtime.backends.tensorrt_build import Plan, Profile, Timings, _Phases, build_engine
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, StoppedError, UsageError
+from ul_runtime.install import install
 from ul_runtime.manifest import GRAPH_NAMES, TensorFormat
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no package for this machine")
@@ -196,9 +198,7 @@ def test_a_package_that_is_a_stub_or_too_old_is_refused(tmp_path: Path, monkeypa
 
 def test_a_library_that_is_missing_is_said_with_what_to_install(monkeypatch):
     monkeypatch.setattr(libraries, "find_spec", lambda module: None)
-    with pytest.raises(
-        UsageError, match=r"TensorRT-RTX is not installed; pip install 'unified-latents\[tensorrt-rtx\]"
-    ):
+    with pytest.raises(UsageError, match=re.escape(f"TensorRT-RTX is not installed; {install('tensorrt-rtx')}")):
         libraries.library_for(("sm89",))
     with pytest.raises(UsageError, match="TensorRT or TensorRT-RTX is not installed"):
         libraries.library_for(())

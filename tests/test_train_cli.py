@@ -17,7 +17,7 @@ from disk import Disk
 from PIL import Image
 from tiny_run import SHORT, blobs, refuses, tree, write_npz
 
-from ul_runtime.errors import run_command
+from ul_runtime.cli.command import run_command
 from ul_train.cli import main
 from ul_train.config import preset_names
 from ul_train.log import RunLog

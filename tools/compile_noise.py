@@ -18,7 +18,8 @@ import typer
 
 from ul_runtime import durable
 from ul_runtime.backends.gpu import PTX_FILE, SOURCE_FILE
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.cli.command import run_command
+from ul_runtime.errors import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 ARCHITECTURE, LANGUAGE = "compute_75", "7.0"

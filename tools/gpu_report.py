@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ul_runtime.errors import ULError, UsageError, require_packages, run_command
+from ul_runtime.cli.command import run_command
+from ul_runtime.errors import ULError, UsageError
+from ul_runtime.install import require_packages
 from ul_runtime.machine import anonymous, commit, versions
 from ul_runtime.settings import parse_counts
 

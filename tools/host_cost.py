@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from ul_runtime.errors import require_packages, run_command
+from ul_runtime.cli.command import run_command
+from ul_runtime.install import require_packages
 from ul_runtime.machine import anonymous, commit, versions
 from ul_runtime.settings import parse_counts
 

@@ -21,7 +21,8 @@ import typer
 import ul_runtime
 from ul_runtime import noise
 from ul_runtime.backends import WrappedBackend
-from ul_runtime.errors import DifferentError, run_command
+from ul_runtime.cli.command import run_command
+from ul_runtime.errors import DifferentError
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.settings import Overrides, parse_counts
 

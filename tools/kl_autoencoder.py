@@ -18,9 +18,10 @@ import typer
 from tool_tables import EvalOptions, evaluated, write_results
 from torch import Tensor, nn
 
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import with_options
 from ul_runtime.diffusion import alpha, sigma
-from ul_runtime.errors import StoppedError, run_command
+from ul_runtime.errors import StoppedError
 from ul_train.stages import Base, Batch, Joint, Stage, to_model
 from ul_train.torch_backend import choose_device, choose_precision, fix_threads
 
@@ -113,7 +114,7 @@ def flops_per_image(config: "Config", channels: tuple[int, ...], blocks: int) ->
 
 def train(stage: Stage, splits: "Splits", run: Path) -> nn.Module:
     """The averaged network of a stage, trained from where its checkpoints stand."""
-    from ul_runtime.progress import check_stopped, stop_on_signal
+    from ul_runtime.signals import check_stopped, stop_on_signal
     from ul_train import checkpoint as ckpt
     from ul_train.log import RunLog
     from ul_train.trainer import Trainer

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 from tool_tables import EvalOptions, evaluated, write_results
 
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import with_options
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.errors import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 PACKAGES = ("unified-latents", "numpy", "onnxruntime", "torch")

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tool_tables import EvalOptions, evaluated, write_results
 
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import with_options
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.errors import UsageError
 from ul_runtime.machine import origin
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from ul_runtime.bundle import Bundle, write_bundle
-from ul_runtime.errors import BadInputError, run_command
+from ul_runtime.cli.command import run_command
+from ul_runtime.errors import BadInputError
 from ul_runtime.loading import MODELS
 from ul_runtime.manifest import BundleInfo
 

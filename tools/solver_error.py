@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tool_tables import write_results
 
-from ul_runtime.errors import NonFiniteError, UsageError, run_command
+from ul_runtime.cli.command import run_command
+from ul_runtime.errors import NonFiniteError, UsageError
 from ul_runtime.machine import origin
 
 if TYPE_CHECKING:

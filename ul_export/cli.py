@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from ul_export.options import EngineOptions, ExportOptions
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import AsJson, print_figures, with_options
-from ul_runtime.errors import BadInputError, StoppedError, UsageError, require_packages, run_command
+from ul_runtime.errors import BadInputError, StoppedError, UsageError
+from ul_runtime.install import require_packages
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

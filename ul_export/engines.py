@@ -11,7 +11,8 @@ from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.loading import open_bundle
 from ul_runtime.machine import engine_dir, gpus
 from ul_runtime.manifest import GRAPH_NAMES
-from ul_runtime.progress import progress, stop_on_signal
+from ul_runtime.progress import progress
+from ul_runtime.signals import stop_on_signal
 
 
 def open_engines(targets: list[str], most: int, folder: Path | None, refittable: bool = False) -> Engines:

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ul_runtime.errors import NonFiniteError, OutOfMemoryError, UsageError
+from ul_runtime.errors import NonFiniteError, OutOfMemoryError, UsageError, one_line
 
 _LOG = logging.getLogger(__name__)
 _ARRAYS = ("indices", "labels", "images", "finite", "in_float32", "kept_x")  # of Images, an entry an image
@@ -60,24 +60,36 @@ def concatenated(a: Images, b: Images) -> Images:
 Draw = Callable[[np.ndarray, int], Images]
 
 
+Made = TypeVar("Made")
+
+
+def halved_where_short(count: int, size: int, work: Callable[[np.ndarray, int], Made]) -> Iterator[Made]:
+    """`work(positions, most)` of 0 to count - 1, `size` at a time, or half as many where memory is short.
+
+    OutOfMemoryError: it is too short for one.
+    """
+    first, most = 0, size
+    while first < count:
+        part = np.arange(first, min(first + most, count))
+        try:
+            made = work(part, most)
+        except (OutOfMemoryError, MemoryError) as error:
+            if len(part) == 1:
+                raise OutOfMemoryError(f"{one_line(error) or 'no memory is left'}; not even one image fits") from error
+            most = len(part) // 2
+            _LOG.warning("%s; going on with batches of %d", one_line(error) or "no memory is left", most)
+            continue
+        first += len(part)
+        yield made
+
+
 def in_batches(num_images: int, size: int, draw: Draw, again: Draw | None) -> Iterator[Images]:
     """The finite images of `draw`, `size` at a time and computed as so many, then NonFiniteError for the others.
 
     Those that are not finite are drawn by `again`, in float32, if there is that.
     """
     failed: list[int] = []
-    first, most = 0, size
-    while first < num_images:
-        part = np.arange(first, min(first + most, num_images))
-        try:
-            drawn = draw(part, most)
-        except OutOfMemoryError as error:
-            if most == 1:
-                raise
-            most = max(1, min(most, len(part)) // 2)
-            _LOG.warning("%s; going on with batches of %d, which make the same images", error, most)
-            continue
-        first += len(part)
+    for part, drawn in halved_where_short(num_images, size, lambda part, most: (part, draw(part, most))):
         if again is not None and not drawn.finite.all():
             drawn = drawn.with_again(~drawn.finite, _in_pieces(again, part[~drawn.finite]))
         failed += drawn.indices[~drawn.finite].tolist()
@@ -93,7 +105,7 @@ def _in_pieces(again: Draw, part: np.ndarray) -> Images:
     """These images, in pieces where memory is short: there are two backends in it then."""
     try:
         return again(part, len(part))
-    except OutOfMemoryError:
+    except (OutOfMemoryError, MemoryError):
         if len(part) == 1:
             raise
     a, b = (_in_pieces(again, piece) for piece in np.array_split(part, 2))

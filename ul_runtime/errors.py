@@ -5,15 +5,7 @@ A message says where, what was given, what was expected and what to do, in one l
 """
 
 import errno
-import io
-import logging
-import signal
-import sys
-from collections.abc import Callable
-from contextlib import suppress
-from importlib.util import find_spec
-from types import TracebackType
-from typing import Any, NoReturn
+import re
 
 
 class ULError(Exception):
@@ -40,6 +32,12 @@ class BadInputError(ULError):
     exit_code = 65
 
 
+class OutOfMemoryError(ULError):
+    """No memory is left, on this machine or on a device; a smaller batch may fit."""
+
+    exit_code = 71
+
+
 class OutputError(ULError):
     """The output cannot be written: no space, no permission, other things in the way."""
 
@@ -58,92 +56,50 @@ class NonFiniteError(ULError):
     exit_code = 76
 
 
-class OutOfMemoryError(ULError):
-    """A device has no memory left for a batch; a smaller one may fit."""
-
-    exit_code = 71
-
-
 class UntrustedError(ULError):
     """Input that would have to be trusted to be opened: pickles, links, paths that leave the bundle."""
 
     exit_code = 77
 
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
+EXIT_CODES = {
+    0: "done",
+    1: "compared and different, or installed and broken",
+    2: "usage or recipe",
+    65: "bad input",
+    70: "unforeseen error",
+    71: "out of memory",
+    74: "output cannot be written",
+    75: "stopped by a signal",
+    76: "NaN or Inf",
+    77: "input that would have to be trusted",
+}
+
+_NO_MEMORY = re.compile(
+    "out of memory|bad_alloc|CUDA failure 2:|ALLOC_FAILED|[Ff]ailed to allocate|[Uu]nable to allocate"
+    "|[Cc]an(?:no|')t allocate memory|can't start new thread|pthread_create|failed to map segment"
+    "|PyObject pointer is null|deallocated bytearray object"  # of safetensors
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory, or room for a thread, has run out: libraries tell it in the text alone, often far into it."""
+    if error is None or isinstance(error, ULError):
+        return isinstance(error, OutOfMemoryError)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return _NO_MEMORY.search(str(error)) is not None or is_out_of_memory(error.__context__)
+
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # and what turns the direction of writing
+
+
+def visible(text: str) -> str:
+    """`text` with escapes in place of characters that a terminal would obey, such as those in names from a file."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def one_line(error: object, most: int = 300) -> str:
     """The start of an engine's message."""
-    text = " ".join(str(error).split())
+    text = visible(" ".join(str(error).split()))
     return text if len(text) <= most else text[:most] + "..."
-
-
-def require_packages(*packages: str, extras: str) -> None:
-    """UsageError that says what to install, for the first of `packages` that is not there."""
-    for package in packages:
-        if find_spec(package) is None:
-            raise UsageError(f"{package} is not installed; pip install 'unified-latents[{extras}]'")
-
-
-class _Lines(logging.Handler):
-    """What the packages log, each message one line on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
-
-
-def _log_to_stderr() -> None:
-    """Messages of INFO and above of our packages go to stderr as they are; once, however often it is called."""
-    for package in ("ul_runtime", "ul_train", "ul_export"):
-        logger = logging.getLogger(package)
-        if not any(isinstance(handler, _Lines) for handler in logger.handlers):
-            logger.addHandler(_Lines())
-        logger.setLevel(logging.INFO)
-
-
-def _end_with_70(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
-    """The excepthook of a command: 1, which Python would end with, means that two things differ."""
-    sys.__excepthook__(kind, error, trace)
-    raise SystemExit(ULError.exit_code)
-
-
-def run_command(app: Callable[..., Any], name: str) -> NoReturn:
-    """Run a typer app and end the process with the exit code of the table, any error as one line on stderr.
-
-    An error that nobody foresaw keeps its traceback and ends with 70. SIGTERM unwinds as Ctrl-C does, so that
-    temporary files are removed; `progress.stop_on_signal` stops more gently.
-    """
-    import typer
-
-    _log_to_stderr()
-    misuse: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: typer keeps click to itself
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.excepthook = _end_with_70
-    command = typer.main.get_command(app)  # type: ignore[arg-type]
-    try:
-        # not command.main(), which ends with 1 where a pipe is closed
-        with suppress(typer.Exit), command.make_context(name, sys.argv[1:]) as context:
-            command.invoke(context)
-        sys.stdout.flush()
-    except misuse as error:
-        message: str = error.format_message()  # type: ignore[attr-defined]
-        fail(name, UsageError(f"{' '.join(message.split()).removesuffix('.')}; see {name} --help"))
-    except ULError as error:
-        fail(name, error)
-    except KeyboardInterrupt:
-        fail(name, StoppedError("interrupted"))
-    except BrokenPipeError:
-        sys.stdout = sys.stderr = io.StringIO()  # or Python flushes the old ones, and ends with 120
-        sys.exit(OutputError.exit_code)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        fail(name, OutputError(f"{error.filename or 'output'}: {error.strerror}; free space or fix permissions"))
-    sys.exit(0)
-
-
-def fail(name: str, error: ULError) -> NoReturn:
-    """Print the error as one line, and end the process with its exit code."""
-    print(f"{name}: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)

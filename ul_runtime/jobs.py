@@ -31,8 +31,9 @@ from ul_runtime.png import (
     read_info,
     read_png,
 )
-from ul_runtime.progress import Tick, progress, silent, stop_on_signal
+from ul_runtime.progress import Tick, progress, silent
 from ul_runtime.settings import check_seed, no_label
+from ul_runtime.signals import stop_on_signal
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "unified-latents-images"

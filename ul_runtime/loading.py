@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ul_runtime.backends import TORCH, Backend
 from ul_runtime.backends.choose import choose_backend
 from ul_runtime.bundle import Bundle
-from ul_runtime.errors import BadInputError, UsageError, require_packages
+from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.install import install, require_packages
 from ul_runtime.machine import MachineOptions
 from ul_runtime.manifest import GRAPH_NAMES, GraphName
 
@@ -92,7 +93,7 @@ def backend_of_runs() -> Any:
     require_packages("torch", extras="train")
     found = list(entry_points(group=_ENTRY_POINTS, name=TORCH))
     if not found:
-        raise UsageError(f"no package offers backend {TORCH}; pip install 'unified-latents[train]'")
+        raise UsageError(f"no package offers backend {TORCH}; {install('train')}")
     return found[0].load()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from ul_runtime.errors import UsageError
+from ul_runtime.install import install
 from ul_runtime.settings import option, threads_option
 
 VERSION = "0.1.0"  # of these packages
@@ -119,7 +120,7 @@ def gpus() -> list[Gpu]:
 
 def _require_bindings() -> None:
     if not has_bindings():
-        raise UsageError("cuda-core is not installed; pip install 'unified-latents[gpu]'")
+        raise UsageError(f"cuda-core is not installed; {install('gpu')}")
 
 
 _ROOT = Path(__file__).parent.parent

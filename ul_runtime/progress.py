@@ -1,17 +1,16 @@
-"""Progress and cancellation: long work calls `tick(amount)`, which shows how far it is and raises StoppedError.
+"""Progress: long work calls `tick(amount)`, which shows how far it is and raises StoppedError after a signal.
 
 Progress is a bar with rate and ETA on a terminal, a line every few seconds elsewhere; both on stderr.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TypeAlias
 
-from ul_runtime.errors import StoppedError
+from ul_runtime.errors import visible
+from ul_runtime.signals import check_stopped
 
 Tick: TypeAlias = Callable[[float], None]  # the amount just done, 0 = only look whether to stop; raises StoppedError
 
@@ -70,10 +69,10 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Tick]:
 
     count = TextColumn("{task.completed:.0f} of {task.total:.0f}")
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), count, Rate(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), count, Rate(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True, speed_estimate_period=30.0,
     )  # fmt: skip
-    task = bar.add_task(what, total=total)
+    task = bar.add_task(visible(what), total=total)
     start = time.monotonic()
 
     def show(amount: float) -> None:
@@ -85,40 +84,3 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Tick]:
         yield show
     finally:
         bar.stop()
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-_watching = _asked = False  # within `stop_on_signal`; a signal came there
-
-
-def check_stopped(amount: float = 0.0) -> None:
-    """The tick that shows nothing: StoppedError after a signal within `stop_on_signal`."""
-    if _asked:
-        raise StoppedError("stopped")
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = True
-    for each in _STOPPING:
-        signal.signal(each, signal.SIG_DFL)
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[None]:
-    """Within the block, every tick of `progress` raises StoppedError after the first signal; a second ends the process.
-
-    Within another such block it changes nothing.
-    """
-    global _watching, _asked
-    if _watching:
-        yield
-        return
-    before = {each: signal.signal(each, _on_signal) for each in _STOPPING}
-    _watching = True
-    try:
-        yield
-    finally:
-        _watching = _asked = False
-        for each, old in before.items():
-            signal.signal(each, old)

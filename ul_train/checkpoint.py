@@ -144,8 +144,9 @@ def prune(folder: Path, stage: str, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints of a stage, each whole until it is gone."""
     for path in list_checkpoints(folder, stage)[:-keep]:
         leaving = folder / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        os.rename(path, leaving)
-        shutil.rmtree(leaving)
+        with durable.as_output_error(path):
+            os.rename(path, leaving)
+            shutil.rmtree(leaving)
 
 
 def read_state(path: Path) -> tuple[State, dict[str, Any], str]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ul_runtime.cli.options import AsJson, print_figures, with_options
-from ul_runtime.errors import BadInputError, UsageError, require_packages, run_command
+from ul_runtime.cli.command import run_command
+from ul_runtime.cli.options import AsJson, print_figures, print_table, with_options
+from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.install import require_packages
 from ul_train.options import ReportOptions, SweepOptions, TrainOptions
 
 if TYPE_CHECKING:
@@ -23,11 +25,9 @@ sweep_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exce
 def _show_presets(asked: bool) -> None:
     if asked:
         require_packages("torch", extras="train")
-        from rich.console import Console
-
         from ul_train.account import presets_table
 
-        Console().print(presets_table())
+        print_table(presets_table())
         raise typer.Exit
 
 
@@ -118,8 +118,6 @@ def _run_called(recipe: str, options: TrainOptions) -> Path | None:
 
 
 def _dry_run(config: "Config", as_json: bool) -> None:
-    from rich.console import Console
-
     from ul_train.account import account, account_table
     from ul_train.config import config_toml
 
@@ -128,7 +126,7 @@ def _dry_run(config: "Config", as_json: bool) -> None:
         print(json.dumps({"recipe": config.model_dump(mode="json"), "account": figures}))
         return
     print(config_toml(config))
-    Console().print(account_table(figures))
+    print_table(account_table(figures))
 
 
 def main() -> None:

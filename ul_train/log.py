@@ -79,7 +79,7 @@ class RunLog:
         if not sys.stderr.isatty():
             yield
             return
-        text = TextColumn("{task.description}")
+        text = TextColumn("{task.description}", markup=False)
         count = TextColumn("{task.completed}/{task.total}, left:")
         bar = Progress(text, BarColumn(20), count, TimeRemainingColumn(), speed_estimate_period=60.0)
         figures = Progress(text)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,9 @@ import numpy as np
 
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
+from ul_runtime.install import install
 from ul_runtime.machine import commit, versions
-from ul_runtime.progress import check_stopped, stop_on_signal
+from ul_runtime.signals import asked_to_stop, check_stopped, stop_on_signal, waiting_for_a_command
 from ul_train.config import Config, load_config
 from ul_train.data.prepare import open_splits
 from ul_train.heldout import bound_eigenvalues, gaussian_psnr_db
@@ -37,11 +39,14 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> lis
     return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
 
 
+_ASK_S = 0.2  # between two questions whether to stop
+
+
 def run_script(name: str, *words: str) -> str:
     """A console script that is installed beside this Python, in a process of its own; see run_to_end. UsageError."""
     program = shutil.which(name, path=str(Path(sys.executable).parent))
     if program is None:
-        raise UsageError(f"{name} is not installed beside {sys.executable}; pip install unified-latents there")
+        raise UsageError(f"{name} is not installed beside {sys.executable}; {install()} there")
     logger.info(" ".join((name, *words)))
     return run_to_end([program, *words])
 
@@ -49,10 +54,21 @@ def run_script(name: str, *words: str) -> str:
 def run_to_end(program: Sequence[str]) -> str:
     """stdout of a command in a process of its own, whose progress goes to stderr; ends this one with its exit code.
 
-    A signal is left to the command, which saves what it has; then StoppedError.
+    A signal is passed on to the command, which saves what it has; then StoppedError.
     """
-    with stop_on_signal(), subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
-        printed, _ = process.communicate()
+    printed, told = None, False
+    with (
+        stop_on_signal(),
+        waiting_for_a_command(),
+        subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        while printed is None:
+            try:
+                printed, _ = process.communicate(timeout=_ASK_S)
+            except subprocess.TimeoutExpired:
+                if asked_to_stop() and not told:  # a terminal has told it too; this signal is never a second one
+                    process.send_signal(signal.SIGUSR1)
+                    told = True
         check_stopped()
     if process.returncode == StoppedError.exit_code:
         raise StoppedError("stopped; run the same command again to go on")

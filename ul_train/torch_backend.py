@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ul_runtime.backends import PRECISIONS, Backend, HostBackend, check_threads
+from ul_runtime.backends import PRECISIONS, Backend, HostBackend, check_threads, run_failed
 from ul_runtime.backends.gpu import CudaMemory, Memory, no_collection
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
-from ul_runtime.errors import OutOfMemoryError, ULError, UsageError, one_line
+from ul_runtime.errors import OutOfMemoryError, ULError, UsageError, is_out_of_memory, one_line
 from ul_runtime.machine import MachineOptions
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.pipeline import Pipeline
@@ -131,8 +131,11 @@ class TorchBackend(HostBackend):
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()
         }
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            results = graph(**tensors)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                results = graph(**tensors)
+        except (RuntimeError, MemoryError) as error:
+            raise run_failed("torch", graph_name, inputs, error) from error
         if was_training:
             graph.train()
         results = results if isinstance(results, tuple) else (results,)
@@ -264,7 +267,7 @@ class _BoundModule:
                 for output, result in zip(self.outputs, made if isinstance(made, tuple) else (made,), strict=True):
                     output.copy_(result)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):  # of cuBLAS and cuDNN
+            if is_out_of_memory(error):
                 raise OutOfMemoryError(f"GPU {self.memory.number} has no memory left for this batch") from error
             raise ULError(f"torch cannot run a step: {one_line(error)}") from error
 

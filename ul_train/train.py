@@ -14,7 +14,8 @@ import torch
 
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
-from ul_runtime.progress import Tick, check_stopped, progress, silent, stop_on_signal
+from ul_runtime.progress import Tick, progress, silent
+from ul_runtime.signals import check_stopped, stop_on_signal
 from ul_train.activations import warnings, watched
 from ul_train.checks import check_description, check_disk
 from ul_train.config import Config

@@ -29,11 +29,13 @@ from ul_runtime.backends import check_threads
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.backends.ort_cpu import session_options
 from ul_runtime.bundle import Bundle
-from ul_runtime.errors import ULError, UsageError, require_packages
+from ul_runtime.errors import ULError, UsageError
+from ul_runtime.install import require_packages
 from ul_runtime.loading import open_bundle
 from ul_runtime.machine import origin
-from ul_runtime.progress import check_stopped, progress, stop_on_signal
+from ul_runtime.progress import progress
 from ul_runtime.settings import Overrides, check_count, parse_counts, resolve_settings
+from ul_runtime.signals import check_stopped, stop_on_signal
 from ul_runtime.threads import cores
 
 _LOG = logging.getLogger(__name__)

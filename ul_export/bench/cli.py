@@ -5,8 +5,8 @@ import json
 import typer
 
 from ul_export.options import BenchOptions
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import AsJson, BundleAlone, SamplingOptions, with_options
-from ul_runtime.errors import run_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

@@ -1,14 +1,13 @@
 """The figures of ul-bench for people: tables, and images per second against batch size as an image."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ul_runtime import durable
+from ul_runtime.cli.options import print_table
 from ul_train.log import figure_png
 
 _STEPS = {"prior_step": "prior step", "guided_prior_step": "guided prior step", "decoder_step": "decoder step"}
@@ -17,16 +16,14 @@ _WIDTH = 110  # of tables that no terminal limits
 
 def print_report(result: Mapping[str, Any]) -> None:
     """Tables on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    console.print(step_table(result))
-    console.print(image_table(result))
+    parts: list[Any] = [step_table(result), image_table(result)]
     for precision, ceiling in result["ceilings"].items():
-        console.print(f"ceiling {precision}: {ceiling['gflops_per_s']:.0f} GFLOP/s, {ceiling['by']}")
+        parts.append(f"ceiling {precision}: {ceiling['gflops_per_s']:.0f} GFLOP/s, {ceiling['by']}")
     if result["start_up"]:
-        console.print(start_up_table(result["start_up"]))
+        parts.append(start_up_table(result["start_up"]))
     machine = result["machine"]
     commit = f"; commit {result['commit']}" if result["commit"] else ""
-    console.print(f"{machine['processor']}, {machine['processors']} CPUs{commit}")
+    print_table(*parts, f"{machine['processor']}, {machine['processors']} CPUs{commit}", width=_WIDTH)
 
 
 def step_table(result: Mapping[str, Any]) -> Table:

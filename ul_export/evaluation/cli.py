@@ -5,8 +5,9 @@ import json
 import typer
 
 from ul_export.options import EvalOptions
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import AsJson, BundleArgument, SamplingOptions, with_options
-from ul_runtime.errors import require_packages, run_command
+from ul_runtime.install import require_packages
 from ul_runtime.machine import OneGpuOptions
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

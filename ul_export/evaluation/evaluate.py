@@ -20,8 +20,8 @@ from ul_runtime.cli.options import SamplingOptions
 from ul_runtime.errors import UsageError
 from ul_runtime.loading import open_pipeline
 from ul_runtime.machine import OneGpuOptions, cache_dir, origin
-from ul_runtime.progress import stop_on_signal
 from ul_runtime.settings import check_count, check_seed
+from ul_runtime.signals import stop_on_signal
 from ul_train.config import ImageConfig
 from ul_train.data.prepare import open_splits
 from ul_train.torch_backend import fix_threads

@@ -16,8 +16,9 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, max_po
 
 from ul_export.options import EvalOptions
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, session_options
-from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, one_line, require_packages
+from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, one_line
 from ul_runtime.images import from_uint8
+from ul_runtime.install import require_packages
 from ul_runtime.progress import Tick, progress, silent
 from ul_train.data.imageset import Images, Splits
 from ul_train.torch_backend import follow_load
@@ -197,7 +198,7 @@ def packaged_weights(package: str, file: str, sha256: str, extras: str) -> dict[
     spec = find_spec(package)
     folders = (spec and spec.submodule_search_locations) or ()
     path = next((at for folder in folders if (at := Path(folder, file)).is_file()), None)
-    advice = f"install it again: pip install --force-reinstall --no-deps 'unified-latents[{extras}]'"
+    advice = f"install it again: pip install --force-reinstall --no-deps {package.replace('_', '-')}"
     if path is None:
         raise BadInputError(f"{package}: holds no {file}; {advice}")
     data = path.read_bytes()

@@ -21,6 +21,7 @@ from ul_export.evaluation.statistics import (
 )
 from ul_runtime.errors import UsageError
 from ul_runtime.images import from_uint8
+from ul_runtime.install import install
 from ul_runtime.progress import Tick, progress
 from ul_runtime.settings import Overrides
 from ul_train.data.imageset import ImageSet, epoch_order
@@ -97,7 +98,7 @@ def image_measures(size: int) -> tuple[dict[str, Compare], dict[str, str]]:
     if find_spec(PERCEPTUAL) is not None:
         measures["perceptual_distance"] = open_perceptual()
     else:
-        absent["perceptual_distance"] = "stlpips-pytorch is not installed; pip install 'unified-latents[perceptual]'"
+        absent["perceptual_distance"] = f"stlpips-pytorch is not installed; {install('perceptual')}"
     return measures, absent
 
 

@@ -1,16 +1,15 @@
 """The figures of ul-eval for people: a table, and one HTML file with its images inside."""
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ul_export.evaluation.comparison import Comparison
 from ul_export.html_page import image, page, paragraph, table
+from ul_runtime.cli.options import print_table
 from ul_runtime.png import contact_sheet, png_bytes
 
 _WIDTH = 110  # of tables that no terminal limits
@@ -86,7 +85,6 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
 
 def print_report(result: Mapping[str, Any]) -> None:
     """The table on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     title = f"{result['bundle']['name']}, {result['data']['source']}"
     shown = Table("of", "figure", "better", title=title, title_justify="left")
     for name in ("count", "bundle", "real"):
@@ -95,9 +93,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     for section, *cells, _about in rows(result):
         shown.add_row("" if section == before else section, *cells)
         before = section
-    console.print(shown)
-    for line in sentences(result):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    print_table(shown, *sentences(result), width=_WIDTH)
 
 
 def html_report(result: Mapping[str, Any], sheets: Mapping[str, bytes]) -> str:

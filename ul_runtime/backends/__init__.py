@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ul_runtime.errors import BadInputError, ULError, UsageError, one_line
+from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError, is_out_of_memory, one_line
 from ul_runtime.loop import Inputs, run_on_host
 
 if TYPE_CHECKING:
@@ -105,12 +105,17 @@ class WrappedBackend(HostBackend):
 
 def run_failed(engine: str, graph_name: str, inputs: dict[str, np.ndarray], error: Exception) -> ULError:
     """What a backend raises where `engine` fails on these inputs."""
+    if is_out_of_memory(error):
+        batch = len(next(iter(inputs.values())))
+        return OutOfMemoryError(f"{graph_name}: no memory is left for a batch of {batch}; give a smaller --batch-size")
     shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
     return ULError(f"{graph_name}: {engine} failed on {shapes}: {one_line(error)}")
 
 
-def cannot_load(bundle: "Bundle", graph_name: str, error: Exception, advice: str) -> BadInputError:
+def cannot_load(bundle: "Bundle", graph_name: str, error: Exception, advice: str) -> ULError:
     """What a backend raises where a graph of the bundle cannot be loaded."""
+    if is_out_of_memory(error):
+        return OutOfMemoryError(f"{bundle.path}: no memory is left to load graph {graph_name}; free memory")
     return BadInputError(f"{bundle.path}: graph {graph_name} cannot be loaded: {one_line(error)}; {advice}")
 
 

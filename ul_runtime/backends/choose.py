@@ -24,7 +24,8 @@ from ul_runtime.backends import (
 )
 from ul_runtime.backends.gpu_loop import DeviceBackend
 from ul_runtime.diffusion import alpha, sigma
-from ul_runtime.errors import ULError, UsageError, require_packages
+from ul_runtime.errors import ULError, UsageError
+from ul_runtime.install import install, require_packages
 from ul_runtime.loop import Inputs, unguided
 from ul_runtime.machine import Gpu, MachineOptions, gpus, has_bindings
 from ul_runtime.manifest import BundleInfo, GraphName
@@ -123,7 +124,7 @@ def _lacks_bf16(manifest: BundleInfo) -> str | None:
     if not (isinstance(verified, dict) and verified.get("openvino")):
         return "ul-export did not verify it on OpenVINO"
     if find_spec("openvino") is None:
-        return "openvino is not installed; pip install 'unified-latents[openvino]' makes it faster"
+        return f"openvino is not installed; {install('openvino')} makes it faster"
     from ul_runtime.backends.openvino import has_bf16
 
     return None if has_bf16() else NO_BF16

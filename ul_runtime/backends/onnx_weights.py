@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ul_runtime.errors import require_packages
+from ul_runtime.install import require_packages
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message

@@ -84,7 +84,7 @@ class OpenVinoBackend(HostBackend):
                 self._graphs[key] = self._build(graph_name, dims)
             try:
                 outputs = self._graphs[key].run(inputs)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, MemoryError) as error:
                 raise run_failed("OpenVINO", graph_name, inputs, error) from error
         return {name: array[:batch] for name, array in outputs.items()}
 
@@ -100,7 +100,7 @@ class OpenVinoBackend(HostBackend):
             if self.precision == "bf16" and (taken := _take_out_waves(model)) is not None:
                 waves = self._compile(taken, "fp32")
             return _Graph(self._compile(model, self.precision), waves)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
             advice = "export again with ul-export, or use --backend ort-cpu"
             raise cannot_load(self._bundle, graph_name, error, advice) from error
 

@@ -14,7 +14,7 @@ from ul_runtime.backends import (
     cpu_precision,
     run_failed,
 )
-from ul_runtime.errors import UsageError
+from ul_runtime.errors import OutOfMemoryError, UsageError, is_out_of_memory
 from ul_runtime.machine import versions
 from ul_runtime.threads import free_threads
 
@@ -27,6 +27,8 @@ try:
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 except ImportError as error:
+    if is_out_of_memory(error):
+        raise OutOfMemoryError(f"no memory is left to load onnxruntime ({error}); free memory") from error
     advice = "pip install onnxruntime, or onnxruntime-gpu where there is an NVIDIA GPU"
     if ORT_GPU in versions([ORT_GPU]):  # whose files went with those of the other
         advice = REINSTALL_ORT_GPU
@@ -86,7 +88,7 @@ class OrtCpuBackend(HostBackend):
         names = [output.name for output in session.get_outputs()]
         try:
             return dict(zip(names, session.run(names, inputs), strict=True))
-        except (*ORT_ERRORS, ValueError) as error:
+        except (*ORT_ERRORS, ValueError, RuntimeError, MemoryError) as error:
             raise run_failed("ONNX Runtime", graph_name, inputs, error) from error
 
     def _session(self, graph_name: "GraphName") -> tuple[int, ort.InferenceSession, list[ort.OrtValue]]:
@@ -122,8 +124,14 @@ def load_session(
     options.add_external_initializers(list(weights), values)
     try:
         model = bundle.graph(graph_name, float32=float32)
-        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS)
-    except (*ORT_ERRORS, ValueError, RuntimeError) as error:
+        session = ort.InferenceSession(
+            model,
+            options,
+            providers=providers,
+            disabled_optimizers=_SLOW_FUSIONS,
+            enable_fallback=0,  # to a provider that was not asked for, said on stdout
+        )
+    except (*ORT_ERRORS, ValueError, RuntimeError, MemoryError) as error:
         raise cannot_load(bundle, graph_name, error, "export again with ul-export, or update onnxruntime") from error
     return session, values
 

@@ -16,7 +16,7 @@ from ul_runtime.backends import INSTALL_ORT_GPU, bundle_precision
 from ul_runtime.backends.gpu import CudaMemory, Memory
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, load_session, session_options
-from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError, one_line
+from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError, UsageError, is_out_of_memory, one_line
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _PROVIDER = "CUDAExecutionProvider"
 _CAPTURES = "enable_cuda_graph"
-_NO_MEMORY = ("out of memory", "Failed to allocate", "CUDA failure 2:", "ALLOC_FAILED")  # in its messages
 
 
 def cuda_providers(memory: CudaMemory) -> list[Any]:
@@ -102,8 +101,6 @@ class OrtDeviceBackend(DeviceBackend):
         try:
             session, values = load_session(self._bundle, graph, self._float32, options, providers)
         except BadInputError as error:
-            if ran_out_of_memory(error.__cause__):
-                raise OutOfMemoryError(f"{graph}: no memory left to load it") from error
             if (uncaptured := _without_graphs(providers)) is None or self._require_graphs:
                 raise
             session = self._load(graph, session_options(None), uncaptured)
@@ -138,11 +135,6 @@ class _BoundSession:
             raise _failed(f"{self._what}: ONNX Runtime failed", error) from error
 
 
-def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ONNX Runtime failed for want of memory, which its message tells, often far into it."""
-    return any(word in str(error) for word in _NO_MEMORY)
-
-
 def _failed(what: str, error: Exception) -> ULError:
-    kind = OutOfMemoryError if ran_out_of_memory(error) else ULError
+    kind = OutOfMemoryError if is_out_of_memory(error) else ULError
     return kind(f"{what}: {one_line(error)}")

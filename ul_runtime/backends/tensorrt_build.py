@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ul_runtime.errors import BadInputError, StoppedError, ULError, UsageError, one_line
+from ul_runtime.install import install
 from ul_runtime.manifest import TensorFormat
 from ul_runtime.progress import Tick, silent
 
@@ -21,7 +22,7 @@ class Kind:
 
     title: str  # in messages
     module: str
-    extra: str  # of pip install 'unified-latents[...]'
+    extra: str  # of this package, that brings it
     oldest: tuple[int, ...]
     builds_ahead: bool = False  # for architectures that it is told, on a machine without a GPU
     keeps_timings: bool = False  # chooses kernels by measuring them, and can be given earlier measurements
@@ -96,7 +97,7 @@ def open_library(name: str) -> Library:
     """Import `tensorrt` or `tensorrt-rtx`. UsageError: not installed, or too old."""
     kind = KINDS[name]
     if find_spec(kind.module) is None:
-        raise UsageError(f"{kind.title} is not installed; pip install 'unified-latents[{kind.extra}]'")
+        raise UsageError(f"{kind.title} is not installed; {install(kind.extra)}")
     try:
         api = importlib.import_module(kind.module)
     except (ImportError, OSError) as error:
@@ -115,7 +116,7 @@ def library_for(targets: tuple[str, ...]) -> Library:
     able = [name for name in installed() if KINDS[name].builds_ahead or not targets]
     if not able:
         wanted = [kind for kind in KINDS.values() if kind.builds_ahead or not targets]
-        ways = " or ".join(f"pip install 'unified-latents[{kind.extra}]'" for kind in wanted)
+        ways = " or ".join(install(kind.extra) for kind in wanted)
         raise UsageError(f"{' or '.join(kind.title for kind in wanted)} is not installed; {ways}")
     library = open_library(able[0])
     library.check_targets(targets)
@@ -131,7 +132,7 @@ def library_on(architecture: str) -> Library:
             return library
         reasons.append(f"{library.title} has {', '.join(library.targets())} and not {architecture}")
     lacking = [kind for name, kind in KINDS.items() if name not in installed()]
-    reasons += [f"{kind.title} is not installed: pip install 'unified-latents[{kind.extra}]'" for kind in lacking]
+    reasons += [f"{kind.title} is not installed: {install(kind.extra)}" for kind in lacking]
     raise UsageError(f"no TensorRT for a GPU of {architecture}: {'; '.join(reasons)}")
 
 

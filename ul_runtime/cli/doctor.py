@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import AsJson, with_options
-from ul_runtime.errors import ULError, run_command
+from ul_runtime.errors import ULError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _SIGNS = {True: "yes", False: "NO", None: "-"}

@@ -16,6 +16,7 @@ from ul_runtime.backends.tensorrt_build import KINDS, Plan, Profile, build_engin
 from ul_runtime.backends.tensorrt_engines import EngineCache
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import ULError, UsageError
+from ul_runtime.install import install
 from ul_runtime.loading import backend_of_runs, open_bundle
 from ul_runtime.machine import Gpu, MachineOptions, driver_version, gpus, has_bindings, versions
 from ul_runtime.manifest import GraphName
@@ -65,7 +66,7 @@ def _ort_cpu(bundle: Bundle) -> Finding:
 def _install(extra: str) -> str:
     """How to install one of this package's extras."""
     again = "; it brings onnxruntime back over onnxruntime-gpu, so uninstall and force-reinstall as the README says"
-    return f"pip install 'unified-latents[{extra}]'" + (again if ORT_GPU in versions([ORT_GPU]) else "")
+    return install(extra) + (again if ORT_GPU in versions([ORT_GPU]) else "")
 
 
 def _ort_cuda(found: list[Gpu]) -> Finding | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import (
     AsJson,
     JobOptions,
@@ -16,7 +17,7 @@ from ul_runtime.cli.options import (
     SamplingOptions,
     with_options,
 )
-from ul_runtime.errors import UsageError, run_command
+from ul_runtime.errors import UsageError
 from ul_runtime.machine import MachineOptions
 from ul_runtime.settings import option
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import (
     AsJson,
     BundleArgument,
@@ -20,7 +21,7 @@ from ul_runtime.cli.options import (
     option,
     with_options,
 )
-from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, run_command
+from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
 from ul_runtime.machine import OneGpuOptions
 
 if TYPE_CHECKING:
@@ -149,11 +150,12 @@ def encode(
         raise UsageError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if out.exists():
         raise UsageError(f"{out}: exists; choose another name or remove it")
+    durable.make_directory(out.parent)
+    durable.check_output_directory(out.parent, ["*"])
     files, ignored = find_images(images)
     if ignored:
         print(f"no images, not looked at: {in_words(ignored)}", file=sys.stderr)
     pipeline = open_pipeline(bundle, machine)
-    durable.make_directory(out.parent)
     arrays, encoded, rejected = _encode_files(pipeline, files, options)
     if not encoded:
         raise BadInputError(f"no image can be read: {first_three(rejected)}; nothing was written")
@@ -189,8 +191,10 @@ def _encode_files(pipeline: "Pipeline", files: "list[Found]", options: EncodeOpt
     those that cannot be read. Says what had to be converted."""
     import numpy as np
 
+    from ul_runtime.batches import halved_where_short
     from ul_runtime.find_images import in_words
-    from ul_runtime.progress import progress, stop_on_signal
+    from ul_runtime.progress import progress
+    from ul_runtime.signals import stop_on_signal
 
     parts: dict[str, list[Any]] = {"z_0": [], "z_clean": [], "label": [], "bits": []}
     converted: Counter[str] = Counter()
@@ -203,8 +207,13 @@ def _encode_files(pipeline: "Pipeline", files: "list[Found]", options: EncodeOpt
             at = np.arange(len(encoded), len(encoded) + len(batch))
             encoded += [file for file, _ in batch]
             x = np.stack([pixels for _, pixels in batch])
-            for name, part in _encode_batch(pipeline, encoded, at, x, options, tick).items():
-                parts[name].append(part)
+
+            def encode(part: np.ndarray, most: int, at: np.ndarray = at, x: np.ndarray = x) -> dict[str, np.ndarray]:
+                return _encode_batch(pipeline, encoded, at[part], x[part], options, tick)  # noqa: B023
+
+            for arrays in halved_where_short(len(batch), len(batch), encode):
+                for name, part in arrays.items():
+                    parts[name].append(part)
     if converted:
         print(f"converted: {in_words(converted)}", file=sys.stderr)
     return {name: np.concatenate(part) for name, part in parts.items() if part}, encoded, rejected

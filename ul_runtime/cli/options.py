@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
-from ul_runtime.errors import UsageError
+from ul_runtime.errors import UsageError, visible
 from ul_runtime.machine import VERSION
 from ul_runtime.settings import option
 
@@ -151,13 +152,32 @@ class SamplingOptions(DecoderOptions, PriorOptions):
         return {**super().overrides, "guidance_interval": parse_interval(self.guidance_interval)}
 
 
+def print_table(*parts: Any, width: int | None = None) -> None:
+    """Tables and lines of rich on stdout, `width` columns wide where no terminal says it. Names in them are text alone:
+    neither markup nor what a terminal would obey. A pipe that is closed raises BrokenPipeError, as print does.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            lines = [visible(line) for line in text.split("\n")]
+            return super().render_str("\n".join(lines), **options | {"markup": False, "emoji": False})
+
+    console = Plain(width=None if sys.stdout.isatty() else width)
+    with console.capture() as shown:
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+    print(shown.get(), end="")
+
+
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     """A result on stdout: one JSON line, or a line for each figure."""
     if as_json:
         print(json.dumps(figures))
         return
     for name, value in figures.items():
-        print(f"{name:>24}  {f'{value:.4g}' if isinstance(value, float) else value}")
+        print(visible(f"{name:>24}  {f'{value:.4g}' if isinstance(value, float) else value}"))
 
 
 def parse_interval(text: str | None) -> tuple[float, float] | None:

@@ -24,8 +24,9 @@ from ul_runtime.png import (
     read_info,
     read_png,
 )
-from ul_runtime.progress import progress, stop_on_signal
+from ul_runtime.progress import progress
 from ul_runtime.settings import Overrides, no_label
+from ul_runtime.signals import stop_on_signal
 
 
 def replay(

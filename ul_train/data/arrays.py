@@ -17,6 +17,7 @@ import numpy as np
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.find_images import printable
 from ul_runtime.images import MAX_PIXELS, ImageRejectedError, open_regular
+from ul_runtime.install import install
 from ul_runtime.npz import DAMAGED, check_expanded, npz_array, npz_header
 from ul_train.data.records import Record, Source, file_identity
 
@@ -225,7 +226,7 @@ def digits_source(labelled: bool) -> Source:
         import sklearn
         from sklearn.datasets import load_digits
     except ImportError as error:
-        message = f"{DIGITS}: needs scikit-learn; pip install 'unified-latents[quickstart]'"
+        message = f"{DIGITS}: needs scikit-learn; {install('quickstart')}"
         raise UsageError(message) from error
 
     def records() -> Iterator[Record]:

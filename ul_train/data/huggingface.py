@@ -9,6 +9,7 @@ from typing import Any
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.find_images import printable
 from ul_runtime.images import ImageRejectedError, Rejected
+from ul_runtime.install import install
 from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity
 
 HELDOUT_SPLITS = ("test", "validation", "valid", "val", "heldout")
@@ -36,7 +37,7 @@ def huggingface_sources(source: str, labelled: bool) -> tuple[Source, Source | N
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(f"{source}: needs the package datasets; pip install 'unified-latents[train]'") from error
+        raise UsageError(f"{source}: needs the package datasets; {install('train')}") from error
     text = source.removeprefix("hf:")
     if not text.strip():
         raise UsageError(f"{source}: names no data set; expected hf:NAME, hf:NAME:SPLIT or hf:FOLDER")

@@ -16,7 +16,8 @@ from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageErr
 from ul_runtime.find_images import first_three, in_words
 from ul_runtime.images import SMALLER, Conversion
 from ul_runtime.machine import in_units
-from ul_runtime.progress import Tick, check_stopped, progress, silent
+from ul_runtime.progress import Tick, progress, silent
+from ul_runtime.signals import check_stopped
 from ul_train.config import ImageConfig
 from ul_train.data.imageset import INDEX_NAME, SCHEMA, Index, Splits, load, read_index
 from ul_train.data.sources import Sources, find_sources
