@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.file_kinds import HEAD_BYTES, is_image_kind, kind_of
-from ul_runtime.images import SUFFIXES, ImageRejectedError, Rejected, check_regular, open_regular
+from ul_runtime.image_files import SUFFIXES, ImageRejectedError, Rejected, check_regular, open_regular
 from ul_runtime.png import is_contact_sheet
 
 _MAX_DEPTH = 32

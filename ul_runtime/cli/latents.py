@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ul_runtime.find_images import Found
-    from ul_runtime.images import Rejected
+    from ul_runtime.image_files import Rejected
     from ul_runtime.latents import Latents
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.progress import Tick
@@ -193,6 +193,8 @@ def _encode_files(pipeline: "Pipeline", files: "list[Found]", options: EncodeOpt
 
     from ul_runtime.batches import halved_where_short
     from ul_runtime.find_images import in_words
+    from ul_runtime.image_files import quiet_decoders
+    from ul_runtime.pixels import nearly_black_note
     from ul_runtime.progress import progress
     from ul_runtime.signals import stop_on_signal
 
@@ -201,7 +203,7 @@ def _encode_files(pipeline: "Pipeline", files: "list[Found]", options: EncodeOpt
     encoded: list[Found] = []
     rejected: list[Rejected] = []
     size = options.batch_size or pipeline.default_batch_size
-    with stop_on_signal(), progress("encoding", len(files), "images") as tick:
+    with stop_on_signal(), quiet_decoders(), progress("encoding", len(files), "images") as tick:
         images = _read(files, pipeline, converted, rejected)
         while batch := list(islice(images, size)):
             at = np.arange(len(encoded), len(encoded) + len(batch))
@@ -214,6 +216,8 @@ def _encode_files(pipeline: "Pipeline", files: "list[Found]", options: EncodeOpt
             for arrays in halved_where_short(len(batch), len(batch), encode):
                 for name, part in arrays.items():
                     parts[name].append(part)
+    if note := nearly_black_note(converted, len(encoded)):
+        print(f"note: {note}", file=sys.stderr)
     if converted:
         print(f"converted: {in_words(converted)}", file=sys.stderr)
     return {name: np.concatenate(part) for name, part in parts.items() if part}, encoded, rejected
@@ -224,7 +228,8 @@ def _read(
 ) -> "Iterator[tuple[Found, np.ndarray]]":
     """The images that can be read, as x `c h w`; counts what was converted, and lists the others."""
     from ul_runtime.find_images import printable
-    from ul_runtime.images import ImageRejectedError, load_image
+    from ul_runtime.image_files import ImageRejectedError
+    from ul_runtime.images import load_image
 
     for file in files:
         try:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.find_images import printable
-from ul_runtime.images import MAX_PIXELS, ImageRejectedError, open_regular
+from ul_runtime.image_files import MAX_PIXELS, ImageRejectedError, open_regular
 from ul_runtime.install import install
 from ul_runtime.npz import DAMAGED, check_expanded, npz_array, npz_header
 from ul_train.data.records import Record, Source, file_identity

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.find_images import ImageFolder, in_words, printable
-from ul_runtime.images import SUFFIXES, Rejected
+from ul_runtime.image_files import SUFFIXES, Rejected
 from ul_train.data.records import Record, Source
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ul_runtime.images import Rejected
+from ul_runtime.image_files import Rejected
 from ul_runtime.progress import Tick, silent
 
-SCHEMA = 2  # of the files and of the code: raise it when the same source would give other bytes
+SCHEMA = 3  # of the files and of the code: raise it when the same source would give other bytes
 MAX_COMPARED = 8 << 30  # bytes of images: half a minute or less
 INDEX_NAME = "index.json"
 IMAGES_NAME = "images.npy"  # uint8 n c h w, all images in the source's order

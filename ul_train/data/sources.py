@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.find_images import is_of_the_user, printable
-from ul_runtime.images import SUFFIXES
+from ul_runtime.image_files import SUFFIXES
 from ul_train.data.arrays import DIGITS, digits_source, find_idx, idx_sources, npz_source
 from ul_train.data.folder import folder_source
 from ul_train.data.huggingface import huggingface_sources

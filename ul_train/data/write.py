@@ -4,7 +4,6 @@ import hashlib
 import heapq
 import io
 import os
-import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,8 +17,10 @@ import numpy as np
 from ul_runtime import durable
 from ul_runtime.errors import BadInputError
 from ul_runtime.find_images import class_name, first_three
-from ul_runtime.images import SMALLER, Conversion, ImageRejectedError, Rejected, convert
+from ul_runtime.image_files import ImageRejectedError, Rejected, quiet_decoders
+from ul_runtime.images import SMALLER, Conversion, convert
 from ul_runtime.manifest import MAX_NAME
+from ul_runtime.pixels import nearly_black_note
 from ul_runtime.progress import Tick
 from ul_train.data.imageset import (
     IDS_NAMES,
@@ -171,6 +172,7 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
     parts = [PartIndex.empty(source.ignored or {}) for source in given]
     classes = Classes(train.where, train.class_names)
     names, labels, ranks = _write_images(folder / IMAGES_NAME, given, parts, classes, to, tick)
+    dark = [nearly_black_note(part.converted, part.num_images) for part in parts]
     if sources.heldout is None:
         ids = split_by_rank(ranks)
         parts.append(PartIndex.empty({}))
@@ -195,7 +197,10 @@ def write_set(folder: Path, key: str, to: Conversion, sources: Sources, tick: Ti
         background=train.background or to.background,
         fit=to.fit,
         class_names=list(names),
-        notes=_notes(train.where, parts[0], classes.offered | set(train.folders)),
+        notes=[
+            *_notes(train.where, parts[0], classes.offered | set(train.folders)),
+            *(f"{source.where}: {note}" for source, note in zip(given, dark, strict=True) if note),
+        ],
         train=parts[0],
         heldout=parts[1],
     )
@@ -282,8 +287,7 @@ def _converted(source: Source, records: Iterator[Record | Rejected], to: Convers
     """Decode in a few threads, at most two images a thread ahead, results in order."""
     to = replace(to, background=source.background or to.background, enlarge=source.enlarge)
     waiting: deque[Future[_Converted | Rejected]] = deque()
-    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS, "decode") as pool:
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is counted
+    with quiet_decoders(), ThreadPoolExecutor(_THREADS, "decode") as pool:
         for record in records:
             waiting.append(pool.submit(_convert, record, to))
             if len(waiting) > 2 * _THREADS:
