@@ -194,7 +194,7 @@ def said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, *settin
 def class_folders(top: Path, *names: str, count: int = 10) -> None:
     for number, name in enumerate(names):
         for value in range(count):
-            put(top / name / f"{value}.png", 20 * number + value)
+            put(top / name / f"{value}.png", 40 * number + value)
 
 
 @pytest.mark.case(

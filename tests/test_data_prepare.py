@@ -454,7 +454,7 @@ def image_config(**changes: Any) -> ImageConfig:
 def test_what_was_found_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ul_train")
     source = folder(tmp_path / "in", range(19))
-    Image.new("RGBA", (SIZE, SIZE)).save(source / "alpha.png")
+    Image.new("RGBA", (SIZE, SIZE), (200, 200, 200, 99)).save(source / "alpha.png")
     (source / "bad.png").write_bytes(b"")
     splits = open_splits(image_config(size=SIZE), str(source), None, tmp_path / "cache")
     counts = f"{len(splits.train)} training and {len(splits.heldout)} held-out images of 8 px, no classes"
@@ -536,7 +536,7 @@ def test_only_images_smaller_than_the_model_are_an_error_that_says_what_to_do(tm
 def test_converted_images_are_counted_by_reason(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", range(10))
     for number in range(3):
-        Image.new("RGBA", (SIZE, SIZE), (number, 0, 0, 0)).save(source / f"alpha{number}.png")
+        Image.new("RGBA", (SIZE, SIZE), (number, 0, 0, 9)).save(source / f"alpha{number}.png")
     stream = io.BytesIO()
     Image.new("CMYK", (SIZE, SIZE)).save(stream, "JPEG")
     (source / "cmyk.jpg").write_bytes(stream.getvalue())
@@ -562,3 +562,16 @@ def test_impossible_options_are_usage_errors(setting: str) -> None:
 def test_a_background_that_is_no_colour_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"image\.background='x': a colour is expected"):
         opened(folder(tmp_path / "in", range(3)), tmp_path, background="x")
+
+
+@pytest.mark.case("R22")
+def test_a_source_that_uses_little_of_its_range_has_a_note(tmp_path: Path) -> None:
+    for top, expected in ((4095, 1), (65535, 0)):
+        source = tmp_path / str(top)
+        source.mkdir()
+        for number in range(4):
+            values = np.linspace(number, top, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.uint16)
+            Image.fromarray(values).save(source / f"{number}.png")
+        index = opened(source, tmp_path, channels=1).index
+        assert index.train.converted == {"16-bit": 4}
+        assert sum("all 4 images stay under 1/8 of the range" in note for note in index.notes) == expected

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,8 @@ from icc import ADOBE_RGB, LINEAR_GREY, SWAPPED
 from PIL import Image, ImageCms
 from tiffs import BITS, EXTRA_SAMPLES, FILL_ORDER, PHOTOMETRIC, SAMPLE_FORMAT, Tags, tiff
 
-from ul_runtime.errors import BadInputError
 from ul_runtime.image_files import ImageRejectedError
-from ul_runtime.images import Conversion, convert, load_image
-from ul_runtime.manifest import ImageFormat
+from ul_runtime.images import Conversion, convert
 from ul_runtime.pixels import NEARLY_BLACK
 
 RGB_8, GREY_8 = Conversion(8, 3), Conversion(8, 1)
@@ -366,11 +363,3 @@ def test_a_picture_that_uses_little_of_its_range_is_marked(format: str) -> None:
     assert NEARLY_BLACK in convert(encoded(Image.fromarray(grey), format), GREY_8)[1]
     assert NEARLY_BLACK in convert(encoded(Image.fromarray(grey), format), Conversion(16, 3, "white", "pad"))[1]
     assert NEARLY_BLACK not in convert(encoded(Image.fromarray(grey * 4), format), GREY_8)[1]
-
-
-@pytest.mark.case("R22")
-def test_the_error_of_one_file_says_what_is_wrong(tmp_path: Path) -> None:
-    path = tmp_path / "a.tif"
-    path.write_bytes(tiff((RAMP - 5).astype("<i2"), {SAMPLE_FORMAT: (2,)}))
-    with pytest.raises(BadInputError, match="values out of range"):
-        load_image(path, ImageFormat(channels=1, size=8))
