@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from analytic_bundle import MEANS, write_analytic_bundle
 from disk import Disk
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import ul_runtime
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.cli.generate import _title, main
-from ul_runtime.jobs import _missing
+from ul_runtime.jobs import ImageFolder, _missing
+from ul_runtime.png import read_info, read_png
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
 QUIET = ("--backend", "ort-cpu")  # chosen by name, so that there is nothing to say about it
@@ -82,6 +83,76 @@ def test_resume_makes_only_what_is_missing_or_damaged_and_equals_an_unbroken_run
     assert (out / "000003.png").stat().st_ino == kept
 
 
+@pytest.mark.case(
+    "A6",
+    "pictures removed or changed while a job runs, or before it goes on",
+    "a job counts its pictures before it says that it is done; a picture of other pixels is made again",
+)
+def test_a_picture_of_other_pixels_with_the_same_text_is_made_again(command, analytic_bundle, tmp_path):
+    out = tmp_path / "out"
+    arguments = (analytic_bundle, "--out", out, "--num-images", 3, *FAST)
+    command(main, *arguments)
+    unbroken = tree(out)
+    with Image.open(out / "000001.png") as picture:
+        (text,) = picture.text.items()
+        chunk = PngImagePlugin.PngInfo()
+        chunk.add_text(*text)
+        changed = picture.point(lambda value: 255 - value)
+    changed.save(out / "000001.png", pnginfo=chunk)
+    assert read_info(read_png(out / "000001.png").texts, "it").index == 1
+    assert json.loads(command(main, *arguments, "--json").out)["made"] == 1
+    assert tree(out) == unbroken
+
+
+@pytest.mark.case("A6")
+@pytest.mark.parametrize(("gone", "ended"), [("000000.png", (74, True)), ("generate.json", (0, False))])
+def test_a_job_that_has_lost_a_file_does_not_say_that_it_is_done(
+    command, analytic_bundle, tmp_path, monkeypatch, gone, ended
+):
+    out = tmp_path / "out"
+    write = ImageFolder.write
+
+    def losing(folder, index, *rest):
+        write(folder, index, *rest)
+        if index == 3:  # others of its batch are written at the same time
+            (out / gone).unlink()
+
+    arguments = (analytic_bundle, "--out", out, "--num-images", 4, "--batch-size", 2, *FAST, *QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFolder, "write", losing)
+        result = command(main, *arguments)
+    assert (result.code, "run the same command again to make them" in result.err) == ended
+    assert command(main, *arguments).code == 0
+    assert len(tree(out)) == 6
+
+
+@pytest.mark.case("A15", "the output folder replaced while a job runs; a pipe as job file", "one line, nothing written")
+def test_nothing_is_written_into_a_folder_that_takes_the_place_of_the_jobs(
+    command, analytic_bundle, tmp_path, monkeypatch
+):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    write = ImageFolder.write
+
+    def swapping(folder, index, *rest):
+        write(folder, index, *rest)
+        if index == 1:
+            out.rename(tmp_path / "moved")
+            out.symlink_to(other)
+
+    monkeypatch.setattr(ImageFolder, "write", swapping)
+    monkeypatch.setattr("ul_runtime.jobs._MOST_WRITERS", 1)
+    arguments = (analytic_bundle, "--out", out, "--num-images", 6, "--batch-size", 2, *FAST, *QUIET)
+    command.fails(main, 74, "another folder has this name since the job began", *arguments)
+    assert tree(other) == {}
+
+
+@pytest.mark.case("A15")
+def test_a_pipe_in_place_of_the_job_file_is_refused_and_not_waited_for(command, analytic_bundle, tmp_path):
+    os.mkfifo(tmp_path / "generate.json")
+    command.fails(main, 65, "is not a job file", analytic_bundle, "--out", tmp_path, *FAST)
+
+
 def test_a_job_may_be_extended_and_then_equals_a_fresh_run(command, analytic_bundle, tmp_path):
     for out, counts in (("grown", (3, 6)), ("fresh", (6,))):
         for count in counts:
@@ -89,13 +160,15 @@ def test_a_job_may_be_extended_and_then_equals_a_fresh_run(command, analytic_bun
     assert tree(tmp_path / "grown") == tree(tmp_path / "fresh")
 
 
+@pytest.mark.case("R16", "ul-generate into a folder of other steps", "the message names the option, --steps")
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         (("--seed", 1), "seed 0, now 1"),
-        (("--label", "red"), "labels all classes in turn, now ['red']"),
+        (("--label", "red"), "--label all classes in turn, now ['red']"),
         (("--guidance", 2), "guidance 1.0, now 2.0"),
-        (("--decoder-steps", 5), "decoder_num_steps 2, now 5"),
+        (("--decoder-steps", 5), "made with --decoder-steps 2, now 5"),
+        (("--steps", 4), "made with --steps 3, now 4"),
         (("--num-images", 1), "holds a job of 2 images, now 1"),
     ],
 )
@@ -266,11 +339,12 @@ class FullDisk(Disk):
         return super().create(path)
 
 
+@pytest.mark.case("A16", "a disk that is full", "the line names the picture, not a hidden file")
 def test_a_disk_that_fills_ends_the_work_at_once_and_leaves_whole_files(command, analytic_bundle, tmp_path):
     out = tmp_path / "out"
     arguments = (analytic_bundle, "--out", out, "--num-images", 100_000, "--batch-size", 4, *FAST)
     with FullDisk(full_at=6).in_use() as disk:
-        command.fails(main, 74, "cannot write: No space left on device; free space", *arguments)
+        command.fails(main, 74, "out/000006.png: cannot write: No space left on device; free space", *arguments)
     assert set(range(7)) <= set(disk.tried) <= set(range(8)), "images of one batch are written at once, of no later one"
     assert sorted(tree(out)) == [*(f"{i:06d}.png" for i in range(6)), "generate.json"]
 

@@ -111,11 +111,15 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
     For files inside a temporary directory. An existing `path` or any failure: OutputError, nothing left.
     """
     with as_output_error(path):
-        fd = os.open(path, _CREATE, 0o666)
-        with _on_failure(_remove_quietly, path), _closing(fd):
-            for chunk in chunks:
-                _write_all(fd, chunk)
-            os.fsync(fd)
+        _create(path, chunks)
+
+
+def _create(path: Path, chunks: Iterable[bytes]) -> None:
+    fd = os.open(path, _CREATE, 0o666)
+    with _on_failure(_remove_quietly, path), _closing(fd):
+        for chunk in chunks:
+            _write_all(fd, chunk)
+        os.fsync(fd)
 
 
 def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
@@ -127,7 +131,7 @@ def atomic_write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
     temporary = _temporary_name(path)
     with as_output_error(path):
         with _on_failure(_remove_quietly, temporary):
-            write_file(temporary, [data])
+            _create(temporary, [data])
             try:
                 if overwrite:
                     os.rename(temporary, path)
@@ -277,9 +281,11 @@ def check_output_directory(path: Path, allowed: Sequence[str] = ()) -> None:
             shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
             raise UsageError(f"{path}: holds other things ({shown}); choose an empty folder or remove them")
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        sweep(existing, "probe")  # of processes that were killed here
         probe = _temporary_name(existing / "probe")
         os.close(os.open(probe, _CREATE, 0o666))
-        os.unlink(probe)
+        with suppress(FileNotFoundError):  # swept by another process
+            os.unlink(probe)
 
 
 def _claim_lock(file: Path) -> int:

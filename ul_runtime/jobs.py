@@ -16,7 +16,7 @@ import numpy as np
 
 from ul_runtime import durable
 from ul_runtime.batches import Images
-from ul_runtime.errors import BadInputError, NonFiniteError, StoppedError, UsageError
+from ul_runtime.errors import BadInputError, NonFiniteError, OutputError, StoppedError, UsageError
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.png import (
     CONTACT_SHEET,
@@ -27,6 +27,7 @@ from ul_runtime.png import (
     as_pil,
     contact_sheet,
     image_name,
+    pixels_sha256,
     png_bytes,
     read_info,
     read_png,
@@ -94,6 +95,7 @@ class ImageFolder:
     def __init__(self, path: Path, job: Job, bundle_name: str, num_images: int) -> None:
         self.path, self.job, self.bundle_name, self.num_images = path, job, bundle_name, num_images
         self.fingerprint = job.fingerprint
+        self._place = path.stat()
 
     def _read(self, index: int) -> np.ndarray | None:
         """Image `index` as uint8 `h w c` if it is there, whole and of this job."""
@@ -103,19 +105,43 @@ class ImageFolder:
             info = read_info(stored.texts, str(path))
         except BadInputError:
             return None
-        return stored.pixels if (info.job.fingerprint, info.index) == (self.fingerprint, index) else None
+        ours = (self.fingerprint, index, pixels_sha256(stored.pixels))
+        return stored.pixels if (info.job.fingerprint, info.index, info.pixels) == ours else None
 
     def done(self) -> set[int]:
         """Indices of the images that are there, whole and of this job."""
-        found = set()
-        for path in self.path.iterdir():
-            index = int(path.stem) if _NAME.fullmatch(path.name) else self.num_images
-            if index < self.num_images and self._read(index) is not None:
-                found.add(index)
-        return found
+        return {index for index in self._names() if self._read(index) is not None}
+
+    def _names(self) -> Iterator[int]:
+        """Indices of all names of images of this job that are there."""
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                index = int(Path(entry.name).stem) if _NAME.fullmatch(entry.name) else self.num_images
+                if index < self.num_images:
+                    yield index
+
+    def check_there(self, count: int) -> None:
+        """OutputError unless so many images are there, and the job file: who says that a job is done has looked."""
+        self._check_place()
+        with durable.as_output_error(self.path):
+            found = sum(1 for _ in self._names())
+        job_file = self.path / JOB_FILES[self.job.command]
+        if not job_file.is_file():  # or the folder would be one that this job does not know
+            self._write_job(job_file)
+        if found < count:
+            message = f"{found} of {count} images are there, the others went while the job ran"
+            raise OutputError(f"{self.path}: {message}; run the same command again to make them")
+
+    def _check_place(self) -> None:
+        """OutputError if the folder has given its name to another one, which nothing may be written into."""
+        with durable.as_output_error(self.path):
+            same = os.path.samestat(self.path.stat(), self._place)
+        if not same:
+            raise OutputError(f"{self.path}: another folder has this name since the job began; run it again")
 
     def write(self, index: int, image: np.ndarray, label: str, batch: int | None = None) -> None:
         """Put image `index` (uint8 `h w c`) in place, whole or not at all, with its info. OutputError."""
+        self._check_place()
         info = ImageInfo(job=self.job, bundle_name=self.bundle_name, index=index, label=label, batch=batch)
         durable.atomic_write(self.path / image_name(index), png_bytes(as_pil(image), info))
 
@@ -137,6 +163,9 @@ class ImageFolder:
             self._check_same(job_file, _read_job(job_file))
         elif next(self.path.glob("*.png"), None):
             raise UsageError(f"{self.path}: holds images but no {job_file.name}; choose an empty folder")
+        self._write_job(job_file)
+
+    def _write_job(self, job_file: Path) -> None:
         head = {"format": _FORMAT, "format_version": 1, "num_images": self.num_images}
         content = {**head, "fingerprint": self.fingerprint, "job": self.job.model_dump(mode="json")}
         durable.atomic_write(job_file, (json.dumps(content, indent=2) + "\n").encode())
@@ -146,15 +175,24 @@ class ImageFolder:
         wanted = self.job.model_dump(mode="json")
         for key in sorted(set(job) | set(wanted)):
             if job.get(key) != wanted.get(key):
-                message = f"{job_file}: the images here were made with {key} {job.get(key)}, now {wanted.get(key)}"
+                was = f"{_option_of(key)} {job.get(key)}"
+                message = f"{job_file}: the images here were made with {was}, now {wanted.get(key)}"
                 raise UsageError(f"{message}; choose another folder, or the same settings to go on")
         if count > self.num_images:
             message = f"{job_file}: the folder holds a job of {count} images, now {self.num_images}"
             raise UsageError(f"{message}; ask for at least as many, or choose another folder")
 
 
+def _option_of(key: str) -> str:
+    """The option that a field of a job is given by."""
+    words = key.removeprefix("prior_").replace("num_steps", "steps").replace("labels", "label")
+    return key if key in ("bundle", "latents") else f"--{words.replace('_', '-')}"
+
+
 def _read_job(job_file: Path) -> dict[str, Any]:
     try:
+        if not job_file.is_file():  # a pipe would be waited for
+            raise ValueError("no file")
         found = json.loads(job_file.read_bytes())
         if found["format"] == _FORMAT and isinstance(found["job"], dict) and isinstance(found["num_images"], int):
             return found
@@ -216,6 +254,7 @@ def fill(
             there = f"{len(done) + made} of {num_images} images are there"
             raise StoppedError(f"{out}: {there}; run the same command again to go on") from None
         seconds = time.monotonic() - start
+        folder.check_there(len(done) + made)
         sheet = folder.write_contact_sheet(title, columns)
     if failed:
         raise failed

@@ -94,6 +94,7 @@ class ImageInfo(_Record):
     index: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     label: Text | None = None
     batch: Count | None = None  # the size of the batch; None: images do not depend on it
+    pixels: Sha256 | None = None  # of the pixels; `png_bytes` fills it in
 
     def text(self) -> str:
         """The text chunk, which `read_info` reads."""
@@ -115,7 +116,7 @@ def read_info(texts: Mapping[str, str], where: str) -> ImageInfo:
     except ValidationError as error:
         message = f"its info is damaged or comes from a newer version: {first_error(error)}"
         raise BadInputError(f"{where}: {message}") from error
-    if missing := sorted(_Stored.model_fields.keys() - info.model_fields_set):
+    if missing := sorted(_Stored.model_fields.keys() - info.model_fields_set - {"pixels"}):
         raise BadInputError(f"{where}: its info is damaged: {missing[0]} is missing")
     if info.fingerprint != info.job.fingerprint:
         raise BadInputError(f"{where}: its info was changed: the job is not that of its fingerprint")
@@ -158,11 +159,16 @@ def read_png(path: Path) -> StoredImage:
     return StoredImage(pixels[..., None] if pixels.ndim == 2 else pixels, texts, data)
 
 
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """SHA-256 of the pixels of an image, uint8 `h w c`, by which a job knows its own images again."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
 def png_bytes(image: Image.Image, info: ImageInfo | None = None) -> bytes:
     """A PNG file, with its info if there is one."""
     chunks = PngImagePlugin.PngInfo()
     if info is not None:
-        chunks.add_text(KEY, info.text())
+        chunks.add_text(KEY, info.model_copy(update={"pixels": pixels_sha256(np.asarray(image))}).text())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()
