@@ -234,6 +234,7 @@ def test_enlarge_scales_small_images_up() -> None:
 
 GOOD_PNG = encoded(Image.fromarray(noise()))
 GOOD_JPEG = encoded(Image.fromarray(noise(64, 64)), "JPEG")
+GOOD_OTHERS = [encoded(palette(), "GIF"), *(encoded(Image.fromarray(noise()), name) for name in ("TIFF", "JPEG2000"))]
 REJECTED: dict[str, tuple[bytes, str]] = {
     "zero bytes": (b"", "zero bytes"),
     "pdf renamed": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + b"1 0 obj\n" * 50, "not an image of a known format"),
@@ -265,7 +266,7 @@ def test_an_image_over_the_pixel_bound_is_never_decoded(monkeypatch: pytest.Monk
 
 
 @settings(max_examples=150)
-@given(data=st.data(), good=st.sampled_from([GOOD_PNG, GOOD_JPEG, encoded(palette(), "GIF")]))
+@given(data=st.data(), good=st.sampled_from([GOOD_PNG, GOOD_JPEG, *GOOD_OTHERS]))
 def test_damaged_bytes_give_an_image_or_a_reason_and_nothing_else(data: st.DataObject, good: bytes) -> None:
     damaged = bytearray(good[: data.draw(st.integers(0, len(good)))])
     for _ in range(data.draw(st.integers(0, 3))):

@@ -16,6 +16,8 @@ _IMAGES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"MM\0+", "TIFF"),
     (0, b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"P5\n", "PGM"),
+    (0, b"P6\n", "PPM"),
     (4, b"ftypavi", "AVIF"),
     (4, b"ftyphei", "HEIF"),
     (4, b"ftyphev", "HEIF"),

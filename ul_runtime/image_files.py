@@ -21,9 +21,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 
 from ul_runtime.file_kinds import HEAD_BYTES, is_image_kind, kind_of
+from ul_runtime.install import install
 
 SUFFIXES = frozenset(
-    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     | {".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")  # no other decoder is ever tried
@@ -154,6 +155,7 @@ def open_image(file: BinaryIO) -> ImageFile:
     if isinstance(image, TiffImageFile):
         if _DNG_VERSION in image.tag_v2 or image.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & 1:
             raise ImageRejectedError("unsupported", "raw photograph (DNG or another): its first picture is a preview")
+        _check_covered(image)
         _read_planes_of_16_bits(image)
     elif image.format == "PNG":
         _scale_transparent_grey(image)
@@ -196,6 +198,14 @@ def _is_turned(image: Image.Image) -> bool:
     with suppress(*DAMAGED):
         return image.getexif().get(ExifTags.Base.Orientation) in _TURNED
     return False  # damaged metadata do not cost the image
+
+
+def _check_covered(image: TiffImageFile) -> None:
+    """OSError where rows are missing, which Pillow leaves black."""
+    rows = max((tile.extents[3] for tile in image.tile if tile.extents), default=0)
+    expected = image.tag_v2[ExifTags.Base.ImageLength]
+    if rows < expected:
+        raise OSError(f"{rows} of {expected} rows are in the file")
 
 
 def _read_planes_of_16_bits(image: TiffImageFile) -> None:
@@ -256,8 +266,8 @@ def why_not(file: BinaryIO, error: BaseException) -> ImageRejectedError:
             return ImageRejectedError("not an image of a known format", kind or ", ".join(FORMATS))
         cause = _cause(file)
         if cause is None:
-            install = "; pip install pillow-heif" if kind == "HEIF" else ""
-            return ImageRejectedError("unsupported", f"{kind}{install or '; convert it to PNG'}")
+            advice = install("heif") if kind == "HEIF" else "convert it to PNG"
+            return ImageRejectedError("unsupported", f"{kind}; {advice}")
         error = cause
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
     if kind == "TIFF" and (types := _tiff_type(file, text)):

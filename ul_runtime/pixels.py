@@ -109,7 +109,10 @@ def _from_numbers(image: Image.Image, changes: list[str]) -> Image.Image:
     if not (least >= 0 and largest <= full):  # false for NaN too
         found = f"{least:g} to {largest:g}, expected 0 to {full:g} ({name.partition(' (')[0]})"
         raise ImageRejectedError("pixel values out of range", f"{found}; scale them, or save 8- or 16-bit")
-    grey = np.rint(values.astype(np.float64) * (255 / full)).astype(np.uint8)
+    if full <= 65535 and image.mode != "F":
+        grey = _in_8_bit(np.arange(full + 1), full)[values]
+    else:
+        grey = _in_8_bit(values, full)
     if _tag(image, ExifTags.Base.PhotometricInterpretation, 1) == _WHITE_IS_ZERO:
         grey = 255 - grey
     transparent = image.info.get("transparency")
@@ -117,6 +120,10 @@ def _from_numbers(image: Image.Image, changes: list[str]) -> Image.Image:
         return Image.fromarray(grey)
     alpha = Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255)))
     return Image.merge("LA", (Image.fromarray(grey), alpha)).convert("RGBA")
+
+
+def _in_8_bit(values: np.ndarray, full: float) -> np.ndarray:
+    return np.rint(values.astype(np.float64) * (255 / full)).astype(np.uint8)
 
 
 def _declared(image: Image.Image) -> tuple[np.ndarray, float, str]:
