@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from exported_run import CASES, HALF, PLAIN, Exported, exported_run
 from onnx import ModelProto, numpy_helper
 from safetensors.numpy import load_file
 
+from ul_export.export import progress_of
 from ul_export.verify import BATCH_SIZES, CHECK_BATCHES, FP32_GRAPH, compare_outputs
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.manifest import GRAPH_NAMES, NETWORK_GRAPHS
 from ul_runtime.pipeline import Pipeline
+from ul_train.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +205,15 @@ def test_weights_in_float16_halve_the_bundle_and_are_those_that_torch_rounds_to(
         np.testing.assert_array_equal(array, exact[name].astype(np.float16))
     sizes = [sum(file.stat().st_size for file in each.bundle.glob("*.safetensors")) for each in (plain, half)]
     assert sizes[1] < 0.55 * sizes[0]
+
+
+def test_a_run_that_is_not_finished_is_exported_with_a_warning(exported, caplog):
+    trained = Run.open(exported.run).finished()
+    assert progress_of(trained) == "base step 20 of 20"
+    assert caplog.messages == []
+    assert progress_of(replace(trained, step=17)) == "base step 17 of 20"
+    (line,) = caplog.messages
+    assert line.startswith("warning: the run is not finished (base step 17 of 20)")
 
 
 def test_ul_generate_makes_pictures_of_the_bundle(exported, command, tmp_path):

@@ -227,8 +227,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions) -> dict[str, Any
     networks, described = trained.networks, plan.described(trained)
     x, images = calibration_images(trained.run, options) if plan.precision else (None, {})
     how = f"at opset {plan.opset}" if plan.old is None else f"into the graphs of {plan.old.path}"
-    steps = trained.run.config.stages.of(trained.stage).steps
-    _LOG.info(f"exporting {described.name} ({trained.stage} step {trained.step} of {steps}, averaged weights) {how}")
+    _LOG.info(f"exporting {described.name} ({progress_of(trained)}, averaged weights) {how}")
     parity: dict[str, Any] = {"reference": f"torch {torch.__version__}", "backend": "ort-cpu"}
     shown: dict[str, Any] = {"precision": plan.precision.name if plan.precision else "fp32", "opset": plan.opset}
     if plan.half_weights:
@@ -351,6 +350,15 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if os.path.lexists(out) and not (out / MANIFEST_NAME).is_file():
         raise UsageError(f"{out}: exists and is not a bundle; choose another --out")
     durable.check_output_directory(Path(os.path.abspath(out)).parent, ["*"])
+
+
+def progress_of(trained: Snapshot) -> str:
+    """`base step 20 of 40`; a warning where that is not the last."""
+    steps = trained.run.config.stages.of(trained.stage).steps
+    where = f"{trained.stage} step {trained.step} of {steps}"
+    if trained.step < steps:
+        _LOG.warning(f"warning: the run is not finished ({where}): its images are worse than they will be")
+    return where
 
 
 def check_finite(trained: Snapshot) -> None:

@@ -87,8 +87,8 @@ class Settings:
     guidance_rescale: float = 0.0  # where guided; 0 = off
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance):
-            raise UsageError(f"guidance is {self.guidance}; expected a finite number, 1 = off")
+        if not 0.0 <= self.guidance < math.inf:
+            raise UsageError(f"guidance is {self.guidance}; expected 0 or more, 1 = off")
         if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
             low, high = self.guidance_interval
             raise UsageError(f"the guidance interval is {low},{high}; expected LO below HI, in logsnr")
