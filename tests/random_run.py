@@ -25,7 +25,7 @@ def save(run: Path, config: Config, stage: str, networks: dict[str, nn.Module], 
     state = ckpt.State(stage, steps, config.seed, config_hash(config), "0" * 64, {}, encoder)
     tensors = ckpt.tensors_of(networks)
     path = ckpt.save_checkpoint(run / "checkpoints", state, tensors, tensors, {})
-    return ckpt.read_state(path)[2]
+    return ckpt.read_state(path)[1]
 
 
 def write_run(

@@ -1,13 +1,14 @@
-"""A bundle of a few hundred bytes for tests: the format is right, the graphs are only names."""
+"""A bundle of a few thousand bytes for tests: the format is right, the graphs compute nothing."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto, helper
 from safetensors.numpy import save
 
 from ul_runtime.bundle import Bundle, write_bundle
-from ul_runtime.manifest import GRAPH_NAMES, BundleInfo, ImageFormat, LatentFormat, dtype_of, interface
+from ul_runtime.manifest import GRAPH_NAMES, BundleInfo, GraphName, ImageFormat, LatentFormat, dtype_of, interface
 
 IMAGE, LATENT = ImageFormat(channels=3, size=16), LatentFormat(channels=4, size=2)
 WEIGHTS = {
@@ -16,6 +17,21 @@ WEIGHTS = {
     "decoder_step": "decoder.safetensors",
     "pixels": "pixels.safetensors",
 }
+
+
+_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "uint8": TensorProto.UINT8}
+OPSET = 20
+
+
+def graph_bytes(name: GraphName) -> bytes:
+    """A graph with the inputs and outputs of that name, and a node for each output."""
+    inputs, outputs = (
+        [helper.make_tensor_value_info(key, _TYPES[dtype_of(key)], list(shape)) for key, shape in shapes.items()]
+        for shapes in interface(name, IMAGE, LATENT)
+    )
+    nodes = [helper.make_node("Identity", [inputs[0].name], [output.name]) for output in outputs]
+    graph = helper.make_graph(nodes, name, inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)]).SerializeToString()
 
 
 def tensors(shapes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -30,7 +46,7 @@ def info_fields() -> dict[str, Any]:
             "file": f"{name}.onnx",
             "weights": WEIGHTS[name],
             "precision": "fp32",
-            "opset": 20,
+            "opset": OPSET,
             "inputs": tensors(inputs),
             "outputs": tensors(outputs),
         }
@@ -60,7 +76,7 @@ def info_fields() -> dict[str, Any]:
 
 
 def bundle_files() -> dict[str, bytes | Path]:
-    files: dict[str, bytes | Path] = {f"{name}.onnx": f"graph {name}".encode() for name in GRAPH_NAMES}
+    files: dict[str, bytes | Path] = {f"{name}.onnx": graph_bytes(name) for name in GRAPH_NAMES}
     return files | {name: save({"w": np.full((2, 3), 1.5, np.float32)}) for name in WEIGHTS.values()}
 
 

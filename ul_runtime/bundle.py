@@ -1,26 +1,26 @@
-"""A bundle: a directory of graphs and weights that is verified before any parser sees a byte.
+"""A bundle: a directory of graphs and weights that is verified before any engine sees a byte.
 
-Closed world (every file listed, nothing else there), regular files only, sizes, SHA-256. Each file is opened and
-read once, so what is parsed is what was hashed.
+Closed world (every file listed, nothing else there), regular files only, sizes, SHA-256, and graphs that are what the
+manifest says. Each file is opened and read once, so what is parsed is what was hashed.
 """
 
 import hashlib
 import os
-import stat
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ul_runtime import durable
-from ul_runtime.errors import BadInputError, UntrustedError, UsageError
+from ul_runtime.closed_folder import Kind, closed_folder
+from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.graph_check import check_graph
 from ul_runtime.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
-    MAX_FILES,
     MAX_MANIFEST_BYTES,
     BundleInfo,
     FileEntry,
@@ -30,8 +30,10 @@ from ul_runtime.manifest import (
     manifest_bytes,
     parse_manifest,
 )
+from ul_runtime.safe_tensors import reading_safetensors
 
 _CHUNK = 2**20
+_KIND = Kind("bundle", "a bundle, the folder that ul-export wrote", "the manifest", "copy or export it again")
 # bfloat16 has no numpy type: its bits come as uint16, which no bundle stores otherwise.
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -56,39 +58,49 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, path: Path, *, graphs: Collection[GraphName] = GRAPH_NAMES, allow_hard_links: bool = False
+        cls,
+        path: Path,
+        *,
+        graphs: Collection[GraphName] = GRAPH_NAMES,
+        allow_hard_links: bool = False,
+        expect: str | None = None,
     ) -> "Bundle":
         """Verify the bundle at `path`, reading the files that `graphs` need (of the others: presence, kind, size).
 
-        `allow_hard_links` is for the bundle inside an installed package: installers link from their cache.
-        BadInputError: damaged, incomplete, newer format. UntrustedError: links, escapes, kinds that run code.
+        `allow_hard_links` is for the bundle inside an installed package: installers link from their cache. `expect` is
+        the hash that it must have.
+        BadInputError: damaged, incomplete, another hash, newer format, graphs that are not what the manifest says.
+        UntrustedError: links, escapes, kinds that run code.
         """
         path = Path(path)
-        try:
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            message = f"{path}: cannot open: {error.strerror}; expected a bundle, the folder that ul-export wrote"
-            raise BadInputError(message) from error
-        try:
-            reader = _Reader(path, folder, allow_hard_links)
-            names = reader.names()
+        with closed_folder(path, _KIND, allow_hard_links=allow_hard_links) as folder:
+            names = folder.names()
             if MANIFEST_NAME not in names:
                 raise BadInputError(
                     f"{path}: not a bundle: there is no {MANIFEST_NAME} in it; expected a folder of ul-export"
                 )
-            data = reader.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            data = folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            _check_expected(path, expect, found := hashlib.sha256(data).hexdigest())
             manifest = parse_manifest(data, str(path / MANIFEST_NAME))
-            reader.check_closed(names, manifest)
+            folder.check_closed(names, [*manifest.files, MANIFEST_NAME])
             unused = {g for name in GRAPH_NAMES if name not in graphs for g in _files_of(manifest, name)}
             unused -= {g for name in graphs for g in _files_of(manifest, name)}
+            folder.check_memory(sum(entry.size for name, entry in manifest.files.items() if name not in unused))
             held = {}
             for name, entry in manifest.files.items():
-                content = reader.read_entry(name, entry, skip=name in unused)
+                content = folder.read_entry(name, entry, skip=name in unused)
                 if content is not None:
                     held[name] = content
-        finally:
-            os.close(folder)
-        return cls(path, manifest, hashlib.sha256(data).hexdigest(), held)
+        bundle = cls(path, manifest, found, held)
+        bundle._check_graphs(graphs)
+        return bundle
+
+    def _check_graphs(self, graphs: Collection[GraphName]) -> None:
+        for name in graphs:
+            entry = self.manifest.graphs[name]
+            check_graph(self.read(entry.file), name, self.manifest, str(self.path / entry.file))
+            if (file := entry.float32_file) is not None:
+                check_graph(self.read(file), name, self.manifest, str(self.path / file), float32=True)
 
     def read(self, name: str) -> bytes:
         """Verified bytes of a file. KeyError: unknown, or of a graph that `open` left out."""
@@ -109,91 +121,32 @@ class Bundle:
         return parse_weights(self.read(name), str(self.path / name))
 
 
+def _check_expected(path: Path, expect: str | None, found: str) -> None:
+    """UsageError: `expect` is no hash. BadInputError: the bundle's is another."""
+    if expect is None:
+        return
+    if not re.fullmatch("[0-9a-f]{64}", expect):
+        raise UsageError(f"the expected hash is {expect[:100]!a}; give all 64 digits, as ul-export prints them")
+    if expect != found:
+        raise BadInputError(f"{path}: its hash is {found}, expected {expect}; it is not the bundle that was meant")
+
+
 def _files_of(manifest: Manifest, graph: GraphName) -> list[str]:
     entry = manifest.graphs[graph]
     return [name for name in (entry.file, entry.weights, entry.float32_file) if name is not None]
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads regular files of one directory, by its descriptor, never through a link."""
-
-    path: Path
-    folder: int
-    allow_hard_links: bool
-
-    def names(self) -> set[str]:
-        """Names in the directory, refused as soon as there are too many."""
-        with os.scandir(self.folder) as entries:
-            names = [entry.name for entry in islice(entries, MAX_FILES + 2)]
-        if len(names) > MAX_FILES + 1:
-            raise BadInputError(f"{self.path}: not a bundle: more than {MAX_FILES + 1} files in it")
-        return set(names)
-
-    def check_closed(self, names: set[str], manifest: Manifest) -> None:
-        """Every listed file is there and nothing else."""
-        listed = {*manifest.files, MANIFEST_NAME}
-        if missing := sorted(listed - names):
-            raise BadInputError(f"{self.path / missing[0]}: missing; copy or export the bundle again")
-        if extra := sorted(names - listed):
-            raise BadInputError(f"{self.path}: {extra[0]!a} is not in the manifest; remove it or export again")
-
-    def _open(self, name: str) -> int:
-        """A descriptor of a regular file with no other name."""
-        where = self.path / name
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            if not stat.S_ISREG(os.stat(name, dir_fd=self.folder, follow_symlinks=False).st_mode):
-                raise UntrustedError(f"{where}: a link, pipe, device or folder; a bundle holds plain files only")
-            fd = os.open(name, flags, dir_fd=self.folder)
-        except OSError as error:
-            raise BadInputError(f"{where}: cannot open: {error.strerror}") from error
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode) and (status.st_nlink <= 1 or self.allow_hard_links):
-            return fd
-        os.close(fd)
-        raise UntrustedError(f"{where}: has {status.st_nlink} names (hard links); copy the bundle with cp -r first")
-
-    def read(self, name: str, limit: int) -> bytes:
-        """All bytes of a file that must not be larger than `limit`."""
-        with os.fdopen(self._open(name), "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size > limit:
-                raise BadInputError(f"{self.path / name}: {size} bytes; at most {limit} are allowed")
-            return stream.read(size)
-
-    def read_entry(self, name: str, entry: FileEntry, *, skip: bool) -> bytes | None:
-        """Bytes of a listed file, equal to its entry in size and SHA-256; with `skip`, only kind and size."""
-        where = self.path / name
-        with os.fdopen(self._open(name), "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            data = b"" if skip or size != entry.size else stream.read(entry.size)
-        if size != entry.size:
-            raise BadInputError(f"{where}: {size} bytes, the manifest says {entry.size}; copy or export it again")
-        if skip:
-            return None
-        if (found := hashlib.sha256(data).hexdigest()) != entry.sha256:
-            message = f"SHA-256 is {found}, the manifest says {entry.sha256}; copy or export it again"
-            raise BadInputError(f"{where}: {message}")
-        return data
-
-
 def parse_weights(data: bytes, where: str) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file by name; bfloat16 as its bits in uint16. BadInputError, UntrustedError."""
-    from safetensors import SafetensorError, deserialize
+    from safetensors import deserialize
 
-    if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[8:9] != b"{"):
-        raise UntrustedError(f"{where}: a pickle or zip, not safetensors; it can run code and is not opened")
-    try:
-        tensors = deserialize(data)
-    except SafetensorError as error:
-        raise BadInputError(f"{where}: not a safetensors file: {error}; export the bundle again") from error
     arrays = {}
-    for name, fields in tensors:
-        tensor: dict[str, Any] = dict(fields)
-        if tensor["dtype"] not in _DTYPES:
-            raise BadInputError(f"{where}: {name[:100]!a} is {tensor['dtype']}; expected {', '.join(_DTYPES)}")
-        arrays[name] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    with reading_safetensors(data, where, "export the bundle again"):
+        for name, fields in deserialize(data):
+            tensor: dict[str, Any] = dict(fields)
+            if tensor["dtype"] not in _DTYPES:
+                raise ValueError(f"{name[:100]!a} is {tensor['dtype']}; expected {', '.join(_DTYPES)}")
+            arrays[name] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
     return arrays
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from ul_runtime import durable
 from ul_runtime.batches import Images
 from ul_runtime.errors import BadInputError, NonFiniteError, OutputError, StoppedError, UsageError
+from ul_runtime.json_file import read_object
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.png import (
     CONTACT_SHEET,
@@ -191,12 +192,10 @@ def _option_of(key: str) -> str:
 
 def _read_job(job_file: Path) -> dict[str, Any]:
     try:
-        if not job_file.is_file():  # a pipe would be waited for
-            raise ValueError("no file")
-        found = json.loads(job_file.read_bytes())
+        found = read_object(job_file)
         if found["format"] == _FORMAT and isinstance(found["job"], dict) and isinstance(found["num_images"], int):
             return found
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError):
         pass
     raise BadInputError(f"{job_file}: is not a job file of this toolkit; choose another folder")
 

@@ -12,26 +12,34 @@ import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ul_runtime import durable
-from ul_runtime.errors import BadInputError
+from ul_runtime.closed_folder import ClosedFolder, Kind, closed_folder
+from ul_runtime.errors import BadInputError, one_line
+from ul_runtime.json_file import MAX_BYTES, checked, parse_object
+from ul_runtime.manifest import FileEntry
+from ul_runtime.safe_tensors import reading_safetensors
 
 FORMAT, FORMAT_VERSION = "unified-latents-checkpoint", 1
 NAME = re.compile(r"([a-z]+)-(\d{6,})")  # stage, step
 UNFINISHED = re.compile(rf"\.({NAME.pattern})\.[0-9a-f]{{16}}\.tmp")
 _NO_HASH = "0" * 64
 _INSTEAD = "remove {} and resume from the checkpoint before"
+STATE = "state.json"
 TENSOR_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
 class State:
     """What a checkpoint says of itself. Noise and order derive from (seed, stage, step): `seed` is the RNG state."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     stage: str
     step: int  # optimiser steps done, skipped ones included
@@ -119,7 +127,7 @@ def save_checkpoint(
             durable.write_file(temporary / file, [data])
             files[file] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         record = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(state), "files": files}
-        durable.write_file(temporary / "state.json", [_sealed(record)])
+        durable.write_file(temporary / STATE, [_sealed(record)])
         if final.exists():
             durable.replace_directory(temporary, final)
         else:
@@ -149,44 +157,49 @@ def prune(folder: Path, stage: str, keep: int) -> None:
             shutil.rmtree(leaving)
 
 
-def read_state(path: Path) -> tuple[State, dict[str, Any], str]:
-    """(state, files, SHA-256 of state.json) of a checkpoint; BadInputError if it is not one that this program reads."""
-    file = path / "state.json"
+def read_state(path: Path) -> tuple[State, str]:
+    """(state, SHA-256 of state.json) of a checkpoint; BadInputError if it is not one that this program reads."""
+    with closed_folder(path, _kind(path), follow=False) as folder:
+        state, _, state_hash = _read_state(folder)
+    return state, state_hash
+
+
+def _read_state(folder: ClosedFolder) -> tuple[State, dict[str, FileEntry], str]:
+    file = folder.path / STATE
+    data = folder.read(STATE, MAX_BYTES)
     try:
-        data = file.read_bytes()
-        record = dict(json.loads(data))
+        record = parse_object(data)
         version = record.pop("format_version")
         if record.pop("format") != FORMAT:
             raise BadInputError(f"{file}: not a checkpoint of unified-latents; choose another one")
         if version > FORMAT_VERSION:
             raise BadInputError(f"{file}: format version {version}, this program reads up to {FORMAT_VERSION}; upgrade")
-        seal = record.pop("sha256")
-        _check_hash(file, data.replace(seal.encode(), _NO_HASH.encode()), seal)
-        files = record.pop("files")
-        return State(**record), files, hashlib.sha256(data).hexdigest()
-    except FileNotFoundError:
-        raise BadInputError(f"{file}: missing; this is no checkpoint, choose another one") from None
+        seal: str = record.pop("sha256")
+        found = hashlib.sha256(data.replace(seal.encode(), _NO_HASH.encode())).hexdigest()
+        if found != seal:
+            raise BadInputError(f"{file}: SHA-256 is {found}, state.json says {seal}; {folder.kind.again}")
+        files = {str(name): FileEntry.model_validate(entry, strict=True) for name, entry in record.pop("files").items()}
+        if sorted(files) != sorted(TENSOR_FILES):
+            raise ValueError(f"files are {', '.join(map(ascii, files))}; expected {', '.join(TENSOR_FILES)}")
+        return checked(State, record), files, hashlib.sha256(data).hexdigest()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInputError(f"{file}: not readable ({error}); {_INSTEAD.format(path.name)}") from None
-
-
-def _check_hash(file: Path, data: bytes, expected: str) -> None:
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != expected:
-        raise BadInputError(
-            f"{file}: SHA-256 is {digest[:16]}..., state.json says {expected[:16]}...; the file was changed or "
-            f"damaged: {_INSTEAD.format(file.parent.name)}"
-        )
+        raise BadInputError(f"{file}: not readable ({one_line(error)}); {folder.kind.again}") from None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify; BadInputError names the file and both hashes."""
-    state, files, state_hash = read_state(path)
+    """Read and verify. BadInputError: damaged, the file and both hashes are named. UntrustedError: links, pickles."""
+    with closed_folder(path, _kind(path), follow=False) as folder:
+        state, entries, state_hash = _read_state(folder)
+        folder.check_closed(folder.names(), [*entries, STATE])
+        folder.check_memory(sum(entry.size for entry in entries.values()))
+        files = {name: folder.read_entry(name, entry) for name, entry in entries.items()}
     tensors: dict[str, dict[str, Tensor]] = {}
-    for file in TENSOR_FILES:
-        if file not in files or not (path / file).is_file():
-            raise BadInputError(f"{path / file}: missing; {_INSTEAD.format(path.name)}")
-        data = (path / file).read_bytes()
-        _check_hash(path / file, data, files[file]["sha256"])
-        tensors[file.partition(".")[0]] = load(data)
+    for name, data in files.items():
+        assert data is not None
+        with reading_safetensors(data, str(path / name), folder.kind.again):
+            tensors[name.partition(".")[0]] = load(data)
     return Checkpoint(state=state, state_hash=state_hash, **tensors)
+
+
+def _kind(path: Path) -> Kind:
+    return Kind("checkpoint", "a checkpoint of ul-train", STATE, _INSTEAD.format(path.name))

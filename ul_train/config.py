@@ -274,7 +274,7 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
     text, where = _read_recipe(recipe)
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{where}: not TOML: {error}") from None
     earlier = {"joint": "joint", "base_stage": "base"}  # section of before [stages.*] -> stage
     if not earlier.keys().isdisjoint(values) and "stages" not in values:
@@ -307,7 +307,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override!r}: expected field=value, for example --set stages.joint.steps=500")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()  # a bare word is a string
     *sections, field = key.strip().split(".")
     table = values

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ul_runtime import durable
+from ul_runtime.json_file import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +156,10 @@ def drop_lines_after(run: Path, order: Sequence[str], stage: str, step: int) -> 
     file = run / "log.jsonl"
     with suppress(FileNotFoundError):
         kept = []
-        for line in file.read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # a line cut by a crash
-                entry = json.loads(line)
-                place = (order.index(entry["stage"]), entry["step"]) if "stage" in entry else (0, 0)
+        for line in file.read_bytes().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a line cut by a crash, or none of ours
+                entry = parse_object(line)
+                place = (order.index(entry["stage"]), int(entry["step"])) if "stage" in entry else (0, 0)
                 if place <= (order.index(stage), step):
-                    kept.append(line + "\n")
-        durable.atomic_write(file, "".join(kept).encode())
+                    kept.append(line + b"\n")
+        durable.atomic_write(file, b"".join(kept))

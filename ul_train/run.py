@@ -2,19 +2,20 @@
 
 import difflib
 import hashlib
-import json
 import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
 from ul_runtime import durable
-from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.errors import BadInputError, UsageError, one_line
 from ul_runtime.images import rgb
+from ul_runtime.json_file import checked, read_object
 from ul_runtime.machine import VERSION
 from ul_runtime.manifest import (
     GRAPH_NAMES,
@@ -47,6 +48,8 @@ OPSET = 20  # of a manifest that no export has filled in
 @dataclass(frozen=True)
 class RunInfo:
     """run.json: what a run is, apart from its recipe."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     run_id: str
     data: str
@@ -267,21 +270,22 @@ class Snapshot:
 def _read_info(path: Path) -> RunInfo:
     file = path / "run.json"
     try:
-        record: dict[str, Any] = dict(json.loads(file.read_text()))
+        record = read_object(file)
         if record.pop("format") != FORMAT:
             raise BadInputError(f"{file}: not a run of unified-latents; expected the file that ul-train wrote")
         version = record.pop("format_version")
         if version > FORMAT_VERSION:
             raise BadInputError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}; upgrade")
-        lists = {key: tuple(record.get(key, ())) for key in ("class_names", "earlier_recipes")}
-        return RunInfo(**record | lists)
+        return checked(RunInfo, record)
     except (FileNotFoundError, NotADirectoryError):
         what = "no run.json in it" if path.is_dir() else "no such folder"
         if is_bundle(path):
             what = "a bundle of ul-export, and no run"
         raise BadInputError(f"{path}: {what}; expected the directory that ul-train --out wrote") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInputError(f"{file}: not readable ({error}); expected the file that ul-train wrote") from None
+        raise BadInputError(
+            f"{file}: not readable ({one_line(error)}); expected the file that ul-train wrote"
+        ) from None
 
 
 def _flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:

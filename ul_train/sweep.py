@@ -16,6 +16,7 @@ import numpy as np
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.install import install
+from ul_runtime.json_file import read_if_whole
 from ul_runtime.machine import commit, versions
 from ul_runtime.signals import asked_to_stop, check_stopped, stop_on_signal, waiting_for_a_command
 from ul_train.config import Config, load_config
@@ -104,7 +105,7 @@ class Variants:
     def measured(self, run: Path, images: int, mean_of: int) -> dict[str, Any]:
         """Held-out figures of a run by ul-train report, kept in measured.json with how they were taken."""
         file, asked = run / "measured.json", {"images": images, "mean_of": mean_of}
-        record = json.loads(file.read_bytes()) if file.is_file() else {}
+        record = read_if_whole(file) or {}
         if record.get("asked") != asked:
             options = ["--images", str(images), "--mean-of", str(mean_of)]
             run_script("ul-train", "report", str(run), "--data", self.data, *options, *self.shared)

@@ -14,6 +14,7 @@ import torch
 
 from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
+from ul_runtime.json_file import read_if_whole
 from ul_runtime.progress import Tick, progress, silent
 from ul_runtime.signals import check_stopped, stop_on_signal
 from ul_train.activations import warnings, watched
@@ -32,6 +33,7 @@ from ul_train.torch_backend import choose_device, choose_precision, fix_threads,
 from ul_train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+REPORT = "report.json"
 
 
 def train(config: Config, options: TrainOptions) -> dict[str, Any]:
@@ -65,8 +67,7 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
             run.check_data(splits)
             run = run.adopt(config)
         train_stages(run, stages, splits, options, device)
-    report = out / "report.json"
-    figures = json.loads(report.read_text()) if report.is_file() else {}
+    figures = read_if_whole(out / REPORT) or {}
     later = {stage.name: run.checkpoints(stage.name) for stage in stages_of(config) if stage.needs}
     return {"run": str(out), **figures, **{name: found[-1].name if found else "none" for name, found in later.items()}}
 
@@ -111,7 +112,7 @@ def train_stages(
     try:
         for kind in stages:
             trained = train_stage(run.stage(kind, device, precision), run, splits, log, options, check_stopped)
-            if kind is Joint and (trained or not (run.path / "report.json").is_file()):
+            if kind is Joint and (trained or read_if_whole(run.path / REPORT) is None):
                 report(run, splits, log, device, num_images=options.report_images, mean_of=4)
     finally:
         log.close()
@@ -225,7 +226,7 @@ def report(
     if text := missed(figures.bits_per_pixel, run.config.objective.target_bits_per_pixel):
         log.warn(text)
     record = {**figures.as_dict(), "gaussian_of": of_what, "precision": precision, "run_id": run.info.run_id}
-    durable.write_json(run.path / "report.json", record)
+    durable.write_json(run.path / REPORT, record)
     durable.atomic_write(run.path / "report.png", reconstruction_sheet(pipeline, splits.heldout, figures.in_short))
     return figures
 

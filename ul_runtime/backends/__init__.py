@@ -103,6 +103,19 @@ class WrappedBackend(HostBackend):
         return self.backend.threads
 
 
+def checked(bundle: "Bundle", graph_name: "GraphName", inputs: Inputs, outputs: Inputs) -> Inputs:
+    """These outputs of a graph. BadInputError: one has another shape or type than the manifest says."""
+    batch = len(next(iter(inputs.values())))
+    for tensor in bundle.manifest.graphs[graph_name].outputs:
+        made = outputs[tensor.name]
+        shape = tuple(size if isinstance(size, int) else batch for size in tensor.shape)
+        if (made.shape, made.dtype) != (shape, tensor.dtype):
+            given, wanted = f"{made.dtype} {list(made.shape)}", f"{tensor.dtype} {list(shape)}"
+            where = f"{bundle.path}: graph {graph_name}"
+            raise BadInputError(f"{where} made {tensor.name} {given}, the manifest says {wanted}; export it again")
+    return outputs
+
+
 def run_failed(engine: str, graph_name: str, inputs: dict[str, np.ndarray], error: Exception) -> ULError:
     """What a backend raises where `engine` fails on these inputs."""
     if is_out_of_memory(error):

@@ -19,7 +19,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino as ov  # noqa: E402
 import openvino.opset13 as opset  # noqa: E402
 
-from ul_runtime.backends import NO_BF16, HostBackend, cannot_load, check_threads, run_failed  # noqa: E402
+from ul_runtime.backends import NO_BF16, HostBackend, cannot_load, check_threads, checked, run_failed  # noqa: E402
 from ul_runtime.backends.onnx_weights import with_weights  # noqa: E402
 from ul_runtime.errors import UsageError  # noqa: E402
 from ul_runtime.threads import cores  # noqa: E402
@@ -86,6 +86,7 @@ class OpenVinoBackend(HostBackend):
                 outputs = self._graphs[key].run(inputs)
             except (RuntimeError, ValueError, MemoryError) as error:
                 raise run_failed("OpenVINO", graph_name, inputs, error) from error
+        outputs = checked(self._bundle, graph_name, inputs, outputs)
         return {name: array[:batch] for name, array in outputs.items()}
 
     def _build(self, graph_name: "GraphName", dims: dict[str, int]) -> "_Graph":

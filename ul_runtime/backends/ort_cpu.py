@@ -11,6 +11,7 @@ from ul_runtime.backends import (
     HostBackend,
     cannot_load,
     check_threads,
+    checked,
     cpu_precision,
     run_failed,
 )
@@ -87,9 +88,10 @@ class OrtCpuBackend(HostBackend):
         _, session, _values = self._session(graph_name)  # it reads the weights from these values
         names = [output.name for output in session.get_outputs()]
         try:
-            return dict(zip(names, session.run(names, inputs), strict=True))
+            outputs = dict(zip(names, session.run(names, inputs), strict=True))
         except (*ORT_ERRORS, ValueError, RuntimeError, MemoryError) as error:
             raise run_failed("ONNX Runtime", graph_name, inputs, error) from error
+        return checked(self._bundle, graph_name, inputs, outputs)
 
     def _session(self, graph_name: "GraphName") -> tuple[int, ort.InferenceSession, list[ort.OrtValue]]:
         threads = self._threads or free_threads()

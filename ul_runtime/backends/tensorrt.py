@@ -8,7 +8,7 @@ from ul_runtime.backends.gpu import CudaMemory
 from ul_runtime.backends.gpu_loop import DeviceBackend, DeviceLoop, Dims, Engine
 from ul_runtime.backends.tensorrt_build import Library
 from ul_runtime.backends.tensorrt_engines import Engines
-from ul_runtime.errors import OutOfMemoryError, ULError
+from ul_runtime.errors import BadInputError, OutOfMemoryError, ULError
 
 if TYPE_CHECKING:
     from ul_runtime.bundle import Bundle
@@ -59,6 +59,11 @@ class TensorRtBackend(DeviceBackend):
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise ULError(f"{graph}: {name} cannot be bound: {self._engines.library.last}")
+        for tensor in self._graphs[graph].outputs:  # or it would write past the memory that the manifest asks for
+            expected = tuple(d if isinstance(d, int) else dims[d] for d in tensor.shape)
+            if (given := tuple(context.get_tensor_shape(tensor.name))) != expected:
+                where, made = self._bundle.path, f"makes {tensor.name} {list(given)}"
+                raise BadInputError(f"{where}: graph {graph} {made}, the manifest says {list(expected)}; export again")
         size = int(context.update_device_memory_size_for_shapes())
         context.set_device_memory(self.loop.scratch.at_least(size), size)
         return _BoundContext(context, self._memory.stream, graph, self._engines.library)
