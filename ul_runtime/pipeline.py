@@ -38,6 +38,7 @@ from ul_runtime.settings import (
     SamplerSettings,
     Settings,
     as_indices,
+    check_count,
     check_seed,
     label_cycle,
     resolve_settings,
@@ -180,8 +181,7 @@ class Pipeline:
         """
         check_seed(seed)
         z_0 = _check_shape("z_0", z_0, self.latent_shape)
-        if mean_of < 1:
-            raise UsageError(f"the number of decodes to average is {mean_of}; expected 1 or more")
+        check_count("the number of decodes to average", mean_of)
         at = as_indices(len(z_0) if indices is None else indices)
         if not len(at) == len(z_0) == len(z_0 if labels is None else labels):
             raise UsageError(f"{len(z_0)} latents need as many indices and labels; got {len(at)} indices")
@@ -228,8 +228,7 @@ class Pipeline:
         """
         check_seed(seed)
         z_clean = _check_shape("z_clean", z_clean, self.latent_shape)
-        if num_samples < 1:
-            raise UsageError(f"the number of noise levels is {num_samples}; expected 1 or more")
+        check_count("the number of noise levels", num_samples)
         at = as_indices(len(z_clean) if indices is None else indices)
         ends = self.manifest.logsnr_z
         schedule = Schedule("linear", ends.min, ends.max)
@@ -310,8 +309,7 @@ class Pipeline:
     ) -> Iterator[Images]:
         """Checks now, yields later. `draw(pipeline, positions, batch)`: by this one, or by that in float32."""
         size = self.batch_of(count) if batch_size is None else batch_size
-        if size < 1:
-            raise UsageError(f"the batch size is {size}; expected 1 or more")
+        check_count("the batch size", size)
 
         def again(part: np.ndarray, batch: int) -> Images:
             assert self.in_float32 is not None
@@ -355,6 +353,9 @@ def _of_calls(tick: Tick, calls: int) -> Tick:
 
 
 def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        given = f"{array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise UsageError(f"{name} is {given}; an array of numbers is expected, {['n', *shape]}")
     if array.ndim != 4 or array.shape[1:] != shape:
         raise UsageError(f"{name} has shape {list(array.shape)}; the bundle expects {['n', *shape]}")
     return np.ascontiguousarray(array, dtype=np.float32)

@@ -70,8 +70,12 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         from ul_runtime.samplers import parse_grid, parse_sampler
 
+        for what, name in (("sampler", self.sampler), ("grid", self.grid)):
+            if not isinstance(name, str):
+                raise UsageError(f"the {what} is {name!r}; expected its name")
         parse_sampler(self.sampler)
         parse_grid(self.grid)
+        check_whole("the number of steps", self.num_steps)
         if not 1 <= self.num_steps <= MOST_STEPS:
             raise UsageError(f"the number of steps is {self.num_steps}; expected 1 to {MOST_STEPS}")
 
@@ -121,13 +125,11 @@ def resolve_settings(defaults: Any, given: Overrides, *, can_guide: bool) -> Set
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"there is no setting {unknown[0]}{hint}")
     prior, decoder = defaults.prior, defaults.decoder
+    guidance = as_number("guidance", _first(given.get("guidance"), prior.guidance, 1.0))
     if not can_guide and (given.get("guidance") or 1.0) != 1.0:
         raise UsageError(
             f"guidance {given['guidance']} asks for classes, the bundle has none; leave it out, or give a guide"
         )
-    interval = _first(given.get("guidance_interval"), prior.guidance_interval)
-    everywhere = interval is None or (math.isinf(interval[0]) and math.isinf(interval[1]))
-    guidance = float(_first(given.get("guidance"), prior.guidance, 1.0)) if can_guide else 1.0
     return Settings(
         prior=SamplerSettings(
             _first(given.get("sampler"), prior.sampler),
@@ -139,9 +141,9 @@ def resolve_settings(defaults: Any, given: Overrides, *, can_guide: bool) -> Set
             _first(given.get("decoder_grid"), decoder.grid),
             _first(given.get("decoder_steps"), decoder.num_steps),
         ),
-        guidance=guidance,
-        guidance_interval=None if everywhere else (float(interval[0]), float(interval[1])),
-        guidance_rescale=float(_first(given.get("guidance_rescale"), prior.guidance_rescale)),
+        guidance=guidance if can_guide else 1.0,
+        guidance_interval=as_interval(_first(given.get("guidance_interval"), prior.guidance_interval)),
+        guidance_rescale=as_number("guidance rescale", _first(given.get("guidance_rescale"), prior.guidance_rescale)),
     )
 
 
@@ -197,6 +199,7 @@ def label_cycle(labels: str | Iterable[str] | None, classes: Sequence[str]) -> t
 
 SEEDS = 2**64
 INDICES = 2**63
+MOST_IMAGES = 10**8  # by their number: a call holds their indices in memory
 
 
 def as_indices(images: "int | Sequence[int] | np.ndarray") -> "np.ndarray":
@@ -204,8 +207,7 @@ def as_indices(images: "int | Sequence[int] | np.ndarray") -> "np.ndarray":
     import numpy as np
 
     if isinstance(images, (int, np.integer)):
-        if images < 1:
-            raise UsageError(f"the number of images is {images}; expected 1 or more")
+        check_count("the number of images", images, most=MOST_IMAGES)
         return np.arange(images, dtype=np.int64)
     try:
         numbers = [operator.index(index) for index in images]
@@ -219,12 +221,39 @@ def as_indices(images: "int | Sequence[int] | np.ndarray") -> "np.ndarray":
 
 def check_seed(seed: int) -> None:
     """UsageError for a seed that is not 0 to 2^64 - 1."""
+    check_whole("the seed", seed)
     if not 0 <= seed < SEEDS:
         raise UsageError(f"the seed is {seed}; expected 0 to {SEEDS - 1}")
 
 
+def check_whole(what: str, value: object) -> None:
+    """UsageError for what is no whole number."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UsageError(f"{what} is {value!r}; expected a whole number")
+
+
+def as_number(what: str, value: Any) -> float:
+    """UsageError for what is no number; text is none."""
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise UsageError(f"{what} is {value!r}; expected a number")
+    return float(value)
+
+
+def as_interval(ends: Any) -> tuple[float, float] | None:
+    """Two numbers, in logsnr; None: everywhere. UsageError."""
+    if ends is None:
+        return None
+    try:
+        first, last = ends
+    except (TypeError, ValueError):
+        raise UsageError(f"the guidance interval is {ends!r}; expected two numbers (LO, HI), in logsnr") from None
+    low, high = (as_number("an end of the guidance interval", end) for end in (first, last))
+    return None if math.isinf(low) and math.isinf(high) else (low, high)
+
+
 def check_count(option: str, count: int, most: int | None = None) -> None:
-    """UsageError for a count below 1 or above `most`."""
+    """UsageError for a count that is not whole, below 1 or above `most`."""
+    check_whole(option, count)
     if count < 1:
         raise UsageError(f"{option} is {count}; expected 1 or more")
     if most is not None and count > most:

@@ -79,10 +79,10 @@ def generate(
     from ul_runtime.jobs import fill, job_of, summary
     from ul_runtime.loading import open_pipeline
     from ul_runtime.png import ALL_CLASSES, GenerateJob
-    from ul_runtime.settings import INDICES, check_count, label_cycle, no_label
+    from ul_runtime.settings import MOST_IMAGES, check_count, label_cycle, no_label
     from ul_runtime.workers import generate_on_gpus
 
-    check_count("--num-images", options.num_images, most=INDICES)
+    check_count("--num-images", options.num_images, most=MOST_IMAGES)
     pipeline = open_pipeline(bundle, machine, guide)
     if pipeline.guide_hash == pipeline.hash:
         print("the guide is the bundle itself: guidance has no effect", file=sys.stderr, flush=True)
