@@ -57,10 +57,10 @@ def test_what_is_no_array_of_that_shape_is_a_usage_error(pipeline: Pipeline, met
 
 def test_numbers_of_numpy_are_numbers(pipeline: Pipeline) -> None:
     """The control: not everything is refused."""
-    settings: dict[str, Any] = {
+    settings: Any = {
         "steps": np.int64(2),
         "guidance": np.float32(2.0),
         "guidance_interval": np.array([0.0, 1]),
     }
-    (batch,) = pipeline.generate(np.int32(2), seed=np.uint64(3), batch_size=np.int8(2), **settings)  # type: ignore[arg-type]
+    (batch,) = pipeline.generate(np.array([0, 5]), seed=np.uint64(3), batch_size=np.int8(2), **settings)
     assert len(batch.images) == 2

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.errors import BadInputError, UsageError, one_line
+from ul_runtime.npz import DAMAGED, check_expanded, npz_array
+from ul_runtime.safe_tensors import reading_safetensors
 
 SUFFIXES = (".safetensors", ".npz")
 _FORMAT = "unified-latents-latents"
-_MOST_EXPANSION = 20  # of a compressed npz
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,21 @@ def latents_bytes(suffix: str, arrays: dict[str, np.ndarray], info: dict[str, An
 
 
 def read_latents(path: Path) -> Latents:
-    """A file of `latents_bytes`, or any that has z_0 `n c h w`. BadInputError; UsageError for another suffix."""
+    """A file of `latents_bytes`, or any that has z_0 `n c h w`. BadInputError, UntrustedError; UsageError: suffix."""
     if not path.is_file():
         raise BadInputError(f"{path}: no such file; expected one that ul-encode wrote")
-    data = path.read_bytes()
     read = {".safetensors": _read_safetensors, ".npz": _read_npz}.get(path.suffix)
     if read is None:
         raise UsageError(f"{path}: latents are read from {' or '.join(SUFFIXES)}")
+    check_expanded(str(path), path.stat().st_size, path.stat().st_size)
     try:
-        arrays, text = read(data)
+        data = path.read_bytes()
+        arrays, text = read(data, str(path))
         info = json.loads(text)
-    except (SafetensorError, zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, RecursionError) as error:
-        raise BadInputError(f"{path}: is not a whole file of latents: {error}; write it again") from error
+    except (*DAMAGED, KeyError, OSError, RecursionError) as error:
+        raise BadInputError(f"{path}: is not a whole file of latents: {one_line(error)}; write it again") from error
     z_0 = arrays.get("z_0")
-    if z_0 is None or z_0.ndim != 4 or z_0.dtype.kind != "f" or not len(z_0):
+    if z_0 is None or z_0.ndim != 4 or z_0.dtype.kind != "f" or not z_0.size:
         raise BadInputError(f"{path}: has no z_0 of shape n c h w, as ul-encode writes it")
     bad = np.flatnonzero(~np.isfinite(z_0).reshape(len(z_0), -1).all(axis=1))
     if len(bad):
@@ -63,19 +64,19 @@ def read_latents(path: Path) -> Latents:
     return Latents(arrays, info if isinstance(info, dict) else {}, hashlib.sha256(data).hexdigest())
 
 
-def _read_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], str]:
-    arrays = load(data)  # checks the header
+def _read_safetensors(data: bytes, where: str) -> tuple[dict[str, np.ndarray], str]:
+    with reading_safetensors(data, where, "write it again"):
+        arrays = load(data)  # checks the header
     (length,) = struct.unpack("<Q", data[:8])
     metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     return arrays, metadata.get("info", "{}")
 
 
-def _read_npz(data: bytes) -> tuple[dict[str, np.ndarray], str]:
-    with zipfile.ZipFile(io.BytesIO(data)) as members:
-        expanded = sum(member.file_size for member in members.infolist())
-    if expanded > max(2**26, _MOST_EXPANSION * len(data)):
-        raise ValueError(f"{len(data)} bytes would expand to {expanded}")
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    text = str(arrays.pop("info", "{}"))
-    return arrays, text
+def _read_npz(data: bytes, where: str) -> tuple[dict[str, np.ndarray], str]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if len(set(names)) != len(names):
+            raise ValueError("two arrays have the same name")
+        check_expanded(where, len(data), sum(member.file_size for member in archive.infolist()))
+        arrays = {name: npz_array(archive, name, where) for name in names}
+    return arrays, str(arrays.pop("info", "{}"))
