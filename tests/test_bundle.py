@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import Runner
 from tiny_bundle import bundle_files, graph_bytes, info_fields, write_tiny_bundle
 
+import ul_runtime
 from ul_runtime.bundle import Bundle, parse_weights, write_bundle
+from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import BadInputError, UntrustedError, UsageError
 from ul_runtime.manifest import GRAPH_NAMES, BundleInfo
 
@@ -224,3 +227,66 @@ def test_a_file_swapped_while_opening_is_never_returned_unverified(path: Path) -
         stop.set()
         thread.join()
     assert set(outcomes) == {good, b"refused"}
+
+
+# --- which bundle it is
+
+
+@pytest.mark.case(
+    "N7",
+    "a class renamed by hand in manifest.json",
+    "refused where --expect-hash or load(..., expect=) is given",
+)
+def test_a_changed_manifest_is_refused_where_its_hash_is_expected(path: Path) -> None:
+    printed = Bundle.open(path).hash
+    assert Bundle.open(path, expect=printed).hash == printed
+    file = path / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(b'"cat"', b'"cow"'))
+    assert Bundle.open(path).manifest.classes == ("cow", "dog")
+    with pytest.raises(BadInputError, match=f"its hash is {Bundle.open(path).hash}, expected {printed}"):
+        Bundle.open(path, expect=printed)
+    for text in (printed[:12], printed.upper(), "", f"{printed}0"):
+        with pytest.raises(UsageError, match="give all 64 digits"):
+            Bundle.open(path, expect=text)
+
+
+@pytest.mark.case("N7")
+def test_commands_and_load_take_the_expected_hash(command: Runner, analytic_bundle: Path, tmp_path: Path) -> None:
+    printed, out = Bundle.open(analytic_bundle).hash, ["-n", "1", "--threads", "1", "--out", tmp_path / "out"]
+    other = "0" * 64
+    command.fails(generate, 65, f"its hash is {printed}", analytic_bundle, "--expect-hash", other, *out)
+    assert command(generate, analytic_bundle, "--expect-hash", printed, *out).code == 0
+    assert ul_runtime.load(analytic_bundle, threads=1, expect=printed).hash == printed
+    for given in (analytic_bundle, "garments-32"):
+        with pytest.raises(BadInputError, match="it is not the bundle that was meant"):
+            ul_runtime.load(given, threads=1, expect=other)
+
+
+# --- what other programs leave
+
+
+@pytest.mark.case(
+    "R21", ".DS_Store, Thumbs.db or desktop.ini in a bundle", "one line says that it is not read, and the bundle opens"
+)
+def test_what_file_managers_leave_is_said_and_not_read(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._manifest.json"):
+        (path / name).write_bytes(b"\0")
+    with caplog.at_level("INFO", logger="ul_runtime"):
+        Bundle.open(path)
+    assert ".DS_Store, ._manifest.json, Thumbs.db, desktop.ini is no part of the bundle and is not read" in caplog.text
+    for name in (".DS_Store2", "._other", ".hidden"):
+        (path / name).write_bytes(b"\0")
+        with pytest.raises(BadInputError, match="is no part of the bundle; remove it"):
+            Bundle.open(path)
+        (path / name).unlink()
+
+
+@pytest.mark.case("A12", "a sparse file of 60 GiB that the manifest names", "refused unread where memory is smaller")
+def test_files_larger_than_the_memory_are_refused_unread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ul_runtime.closed_folder.memory_bytes", lambda: 2**30)
+    manifest, size = json.loads((path / "manifest.json").read_text()), 60 * 2**30
+    manifest["files"]["prior.safetensors"]["size"] = size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    os.truncate(path / "prior.safetensors", size)
+    with pytest.raises(BadInputError, match=r"60\.0 GiB are to be read, this machine has 1\.0 GiB of memory"):
+        Bundle.open(path)

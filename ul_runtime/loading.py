@@ -36,6 +36,7 @@ def load(
     device: int | None = None,
     engines: str | Path | None = None,
     require_graphs: bool = False,
+    expect: str | None = None,
 ) -> "Pipeline":
     """The verified bundle at `path`, ready to generate, encode and decode; graphs are built when first used.
 
@@ -46,10 +47,12 @@ def load(
     On NVIDIA GPUs: `device` is the GPU's index (None = 0), `engines` the folder of TensorRT's engines (None = the
     user's cache), and with `require_graphs` a step that cannot be captured as a CUDA graph is an error.
     UsageError: a backend that is unknown, not installed or not able to compute in that precision.
-    BadInputError: the guide does not fit. BadInputError, UntrustedError: see Bundle.open.
+    `expect`: the hash that the bundle must have, 64 digits, as ul-export prints it; nobody can change a bundle and keep
+    its hash.
+    BadInputError: the guide does not fit, another hash. BadInputError, UntrustedError: see Bundle.open.
     """
     devices, folder = None if device is None else str(device), None if engines is None else Path(engines)
-    options = MachineOptions(backend, precision, threads, spinning, devices, folder, require_graphs)
+    options = MachineOptions(backend, precision, threads, spinning, devices, folder, require_graphs, expect)
     return open_pipeline(path, options, guide)
 
 
@@ -61,7 +64,7 @@ def open_pipeline(path: str | Path | None, options: MachineOptions, guide: str |
     if guide is not None:
         prior = open_bundle(guide, graphs=["prior_step"])
         weaker = _pipeline(prior, options, choose_backend(prior, options).backend)
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, expect=options.expect_hash)
     backend, why = choose_backend(bundle, options, None if weaker is None else weaker.backend)
     if why:
         _LOG.info("backend %s: %s", options.backend, why)
@@ -82,6 +85,8 @@ def _pipeline(bundle: Bundle, options: MachineOptions, backend: Backend, guide: 
 
 
 def _open_run(path: str | Path | None, options: MachineOptions, guide: str | Path | None) -> "Pipeline":
+    if options.expect_hash is not None:
+        raise UsageError("backend torch samples a run of ul-train, which has no hash: leave out --expect-hash")
     if path is None or options.engines is not None:
         what = "give its folder" if path is None else "it has no engines; leave out --engines"
         raise UsageError(f"backend torch samples a run of ul-train: {what}")
@@ -102,17 +107,19 @@ def shipped_names() -> list[str]:
     return sorted(folder.name for folder in MODELS.iterdir()) if MODELS.is_dir() else []
 
 
-def open_bundle(bundle: str | Path | None, *, graphs: Collection[GraphName] = GRAPH_NAMES) -> Bundle:
+def open_bundle(
+    bundle: str | Path | None, *, graphs: Collection[GraphName] = GRAPH_NAMES, expect: str | None = None
+) -> Bundle:
     """The bundle at that path or, where nothing is, the shipped model of that name; None = DEFAULT.
 
-    BadInputError, UntrustedError: see Bundle.open, whose `graphs` these are.
+    BadInputError, UntrustedError: see Bundle.open, which takes `graphs` and `expect`.
     """
     if bundle is not None and os.path.lexists(bundle):
         if (Path(bundle) / "checkpoints").is_dir():
             raise BadInputError(
                 f"{bundle}: is a run of ul-train; ul-export makes a bundle of it, --backend torch samples it as it is"
             )
-        return Bundle.open(Path(bundle), graphs=graphs)
+        return Bundle.open(Path(bundle), graphs=graphs, expect=expect)
     name = DEFAULT if bundle is None else str(bundle)
     names = shipped_names()
     if name not in names:
@@ -121,4 +128,4 @@ def open_bundle(bundle: str | Path | None, *, graphs: Collection[GraphName] = GR
             f"{name}: no such folder, and no model of that name ships with this package (those that do: {known}); "
             "expected a bundle, the folder that ul-export wrote"
         )
-    return Bundle.open(MODELS / name, graphs=graphs, allow_hard_links=True)
+    return Bundle.open(MODELS / name, graphs=graphs, allow_hard_links=True, expect=expect)

@@ -22,7 +22,7 @@ VERSION = "0.1.0"  # of these packages
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """What runs the graphs, and on which cores and GPUs of this machine. UsageError: devices that cannot be."""
+    """Which bundle, what runs its graphs, and on which cores and GPUs. UsageError: devices that cannot be."""
 
     backend: str = option("auto", "What runs the graphs.", metavar="auto|ort-cpu|openvino|tensorrt|ort-cuda|torch")
     precision: str | None = option(None, "What the networks compute in.", metavar="fp32|bf16", shown="the bundle's")
@@ -33,6 +33,9 @@ class MachineOptions:
     devices: str | None = option(None, "GPU indices, one process each.", metavar="N,...", shown="0")
     engines: Path | None = option(None, "Where TensorRT engines are kept.", metavar="DIR", shown="the user's cache")
     require_graphs: bool = option(False, "Fail where a step cannot be captured as a CUDA graph.", "--require-graphs")
+    expect_hash: str | None = option(
+        None, "Refuse the bundle unless this is its hash, as ul-export printed it.", metavar="HASH", shown="any"
+    )
 
     def __post_init__(self) -> None:
         words = [] if self.devices is None else self.devices.split(",")

@@ -27,6 +27,7 @@ from pydantic import (
 
 from ul_runtime.errors import BadInputError, UntrustedError, UsageError
 from ul_runtime.samplers import parse_grid, parse_sampler
+from ul_runtime.settings import MOST_GUIDANCE
 
 FORMAT: Final = "unified-latents-bundle"
 FORMAT_VERSION: Final = 3
@@ -46,8 +47,11 @@ GraphName = Literal["encoder", "prior_step", "decoder_step", "pixels"]
 NETWORK_GRAPHS: tuple[GraphName, ...] = ("encoder", "prior_step", "decoder_step")
 GRAPH_NAMES: tuple[GraphName, ...] = (*NETWORK_GRAPHS, "pixels")
 Shape = tuple[int | str, ...]
+_MOST_VALUES = 2**26  # of an image or a latent: 8192 x 8192
 
-Text = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # safe to print
+# Safe to print: no control character, no other line, nothing that turns the direction of what follows.
+_SAFE = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+$"
+Text = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=_SAFE)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=65536)]
 Dimension = Count | Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
@@ -139,10 +143,10 @@ class LatentFormat(_Part):
 
 
 class LogsnrRange(_Part):
-    """Ends of a noise schedule, log(alpha^2 / sigma^2)."""
+    """Ends of a noise schedule, log(alpha^2 / sigma^2); beyond 100, sigma and alpha are nothing in float32."""
 
-    min: FiniteFloat
-    max: FiniteFloat
+    min: Annotated[float, Field(ge=-100.0, le=100.0)]
+    max: Annotated[float, Field(ge=-100.0, le=100.0)]
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -165,7 +169,7 @@ class PriorDefaults(DecoderDefaults):
     `guidance_rescale` is phi of Lin et al. 2023, 0 = none.
     """
 
-    guidance: FiniteFloat
+    guidance: Annotated[float, Field(ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)]
     guidance_interval: tuple[FiniteFloat, FiniteFloat] | None = None
     guidance_rescale: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
 
@@ -246,6 +250,9 @@ class BundleInfo(_Part):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
+        for what, part in (("image", self.image), ("latent", self.latent)):
+            if part.channels * part.size**2 > _MOST_VALUES:
+                raise ValueError(f"{what}: {part.channels} x {part.size} x {part.size}; at most {_MOST_VALUES} values")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes: a name occurs twice")
         for name in GRAPH_NAMES:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NO_LABEL = "none"
 MOST_STEPS = 65536  # as in a manifest
+MOST_GUIDANCE = 1000.0
 _NUMBER = re.compile(r"#(0|[1-9][0-9]{0,9})")  # of a class
 
 
@@ -91,8 +92,8 @@ class Settings:
     guidance_rescale: float = 0.0  # where guided; 0 = off
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.guidance < math.inf:
-            raise UsageError(f"guidance is {self.guidance}; expected 0 or more, 1 = off")
+        if not 0.0 <= self.guidance <= MOST_GUIDANCE:
+            raise UsageError(f"guidance is {self.guidance}; expected 0 to {MOST_GUIDANCE:g}, 1 = off")
         if self.guidance_interval is not None and not self.guidance_interval[0] < self.guidance_interval[1]:
             low, high = self.guidance_interval
             raise UsageError(f"the guidance interval is {low},{high}; expected LO below HI, in logsnr")
