@@ -178,7 +178,7 @@ def _read_state(folder: ClosedFolder) -> tuple[State, dict[str, FileEntry], str]
         found = hashlib.sha256(data.replace(seal.encode(), _NO_HASH.encode())).hexdigest()
         if found != seal:
             raise BadInputError(f"{file}: SHA-256 is {found}, state.json says {seal}; {folder.kind.again}")
-        files = {str(name): FileEntry.model_validate(entry, strict=True) for name, entry in record.pop("files").items()}
+        files = {name: checked(FileEntry, entry) for name, entry in record.pop("files").items()}
         if sorted(files) != sorted(TENSOR_FILES):
             raise ValueError(f"files are {', '.join(map(ascii, files))}; expected {', '.join(TENSOR_FILES)}")
         return checked(State, record), files, hashlib.sha256(data).hexdigest()

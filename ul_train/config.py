@@ -173,7 +173,7 @@ class Config(Section):
 
     name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    latent_channels: Positive
+    latent_channels: Annotated[int, Field(gt=0, le=65536)]  # as in a manifest
     image: ImageConfig
     encoder: EncoderConfig
     prior: PriorConfig
