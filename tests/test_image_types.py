@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from icc import ADOBE_RGB, LINEAR_GREY, SWAPPED
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from tiffs import BITS, EXTRA_SAMPLES, FILL_ORDER, PHOTOMETRIC, SAMPLE_FORMAT, Tags, tiff
 
 from ul_runtime.image_files import ImageRejectedError
@@ -131,10 +131,29 @@ def test_transparency_survives_a_profile() -> None:
 
 
 @pytest.mark.case("F7")
-@pytest.mark.parametrize(("gamma", "expected"), [(45455, ()), (100000, ("gAMA ignored",))])
-def test_a_png_with_another_gamma_is_counted(gamma: int, expected: tuple[str, ...]) -> None:
-    source = with_chunks(encoded(Image.fromarray(quadrants())), chunk(b"gAMA", struct.pack(">I", gamma)))
+@pytest.mark.parametrize(
+    ("kind", "data", "expected"),
+    [
+        (b"gAMA", struct.pack(">I", 45455), ()),
+        (b"gAMA", struct.pack(">I", 100000), ("gAMA ignored",)),
+        (b"cICP", bytes([1, 13, 0, 1]), ()),
+        (b"cICP", bytes([9, 16, 0, 1]), ("cICP ignored",)),  # BT.2020, PQ
+    ],
+)
+def test_a_png_of_another_colour_space_without_a_profile_is_counted(
+    kind: bytes, data: bytes, expected: tuple[str, ...]
+) -> None:
+    source = with_chunks(encoded(Image.fromarray(quadrants())), chunk(kind, data))
     assert convert(source, RGB_8)[1] == expected
+
+
+@pytest.mark.case("F7")
+@pytest.mark.parametrize(("index", "expected"), [("R98", ()), ("R03", ("Adobe RGB of EXIF ignored",))])
+def test_a_photograph_in_adobe_rgb_by_its_exif_alone_is_counted(index: str, expected: tuple[str, ...]) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 65535
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: index}
+    assert convert(encoded(Image.fromarray(quadrants()), "JPEG", exif=exif), RGB_8)[1] == expected
 
 
 # Depth and type of numbers

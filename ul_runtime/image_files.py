@@ -141,14 +141,14 @@ def _formats() -> tuple[str, ...]:
 
 def open_image(file: BinaryIO) -> ImageFile:
     """The picture in a file, its pixels not yet decoded. ImageRejectedError, `DAMAGED`."""
-    if not file.read(1):
+    head = file.read(HEAD_BYTES)
+    if not head:
         raise ImageRejectedError("zero bytes")
     file.seek(0)
     try:
         image: ImageFile = Image.open(file, formats=_formats())
     except Image.DecompressionBombError:
-        file.seek(0)
-        if kind_of(file.read(HEAD_BYTES)) != "JPEG":
+        if kind_of(head) != "JPEG":
             raise
         file.seek(0)
         image = JpegImageFile(file)  # may be decoded at a smaller scale
@@ -159,6 +159,8 @@ def open_image(file: BinaryIO) -> ImageFile:
         _read_planes_of_16_bits(image)
     elif image.format == "PNG":
         _scale_transparent_grey(image)
+        if (at := head.find(b"cICP")) > 0:  # which Pillow passes over
+            image.info["cICP"] = head[at + 4 : at + 8]
     return image
 
 

@@ -1,13 +1,14 @@
 """Pixels of any type to opaque sRGB of 8 bits. The type that the file declares decides, never one picture's values."""
 
 import io
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from ul_runtime.image_files import ImageRejectedError
+from ul_runtime.image_files import DAMAGED, ImageRejectedError
 
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
@@ -19,6 +20,7 @@ _WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation
 _SIGNED = 2  # TIFF's SampleFormat
 _SAME_COLOUR = 2  # of 255: sRGB profiles of different makers differ by so much
 _SRGB_GAMMA = 0.45455  # of PNG's gAMA
+_SRGB_CICP = b"\x01\x0d\0\x01"  # primaries, transfer, matrix, full range
 
 
 def nearly_black_note(changes: dict[str, int], num_images: int) -> str | None:
@@ -42,8 +44,8 @@ def to_opaque_8_bit(image: Image.Image, background: tuple[int, int, int], change
     ImageRejectedError: values outside the declared range, or nothing to be seen.
     """
     profile = image.info.get("icc_profile")
-    if not profile and _has_other_gamma(image):
-        changes.append("gAMA ignored")
+    if not profile and (unused := _unused_colour_space(image)):
+        changes.append(f"{unused} ignored")
     ignores_zero_alpha = image.format == "BMP"  # often written with a fourth channel that means nothing
     grey = is_grey(image)
     image = _to_8_bit(image, changes)
@@ -67,9 +69,18 @@ def to_opaque_8_bit(image: Image.Image, background: tuple[int, int, int], change
     return canvas.convert("RGB")
 
 
-def _has_other_gamma(image: Image.Image) -> bool:
-    gamma = image.info.get("gamma", _SRGB_GAMMA)
-    return image.format == "PNG" and "srgb" not in image.info and abs(gamma - _SRGB_GAMMA) > 0.01
+def _unused_colour_space(image: Image.Image) -> str | None:
+    """What names another colour space than sRGB in a picture without a profile."""
+    info = image.info
+    if info.get("cICP", _SRGB_CICP) != _SRGB_CICP:
+        return "cICP"
+    if image.format == "PNG" and "srgb" not in info and abs(info.get("gamma", _SRGB_GAMMA) - _SRGB_GAMMA) > 0.01:
+        return "gAMA"
+    if "exif" in info:
+        with suppress(*DAMAGED):
+            interoperability = image.getexif().get_ifd(ExifTags.IFD.Interop)
+            return "Adobe RGB of EXIF" if interoperability.get(ExifTags.Interop.InteropIndex) == "R03" else None
+    return None
 
 
 def _to_8_bit(image: Image.Image, changes: list[str]) -> Image.Image:
