@@ -318,6 +318,15 @@ def test_splits_without_a_training_part_are_refused(tmp_path: Path) -> None:
     assert opened(tmp_path / "tests", tmp_path).train.class_names == ("cat", "test")
 
 
+@pytest.mark.case("F6")
+def test_splits_below_the_classes_are_noted(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        class_folders(tmp_path / "in" / name, "Train", "test", count=2)
+    class_folders(tmp_path / "in" / "eel", "test", "old", count=2)
+    (note,) = notes_of(tmp_path / "in")
+    assert "cat/ has Train/ and test/, and all of it is trained on; to hold some out" in note
+
+
 @pytest.mark.case("F16", "two folders whose names look the same (NFC and NFD)", "one class")
 def test_names_that_look_the_same_are_one_class(tmp_path: Path) -> None:
     for value, name in enumerate(["\u00e9t\u00e9", "e\u0301te\u0301", "a"]):

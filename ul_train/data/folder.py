@@ -11,12 +11,16 @@ from ul_runtime.find_images import ImageFolder, in_words, printable
 from ul_runtime.image_files import SUFFIXES, Rejected
 from ul_train.data.records import Record, Source
 
+TRAIN_FOLDERS = ("train", "training")
+HELDOUT_FOLDERS = ("heldout", "val", "valid", "validation", "test", "testing")
+
 
 def folder_source(root: Path, labelled: bool) -> Source:
     """The images of a folder. BadInputError: no image file in it, or images beside class folders."""
     digest, count = hashlib.sha256(), 0
     beside: list[str] = []
     classes: set[str] = set()
+    within: dict[str, set[str]] = {}  # names of splits below a folder of the first level
     problems: Counter[str] = Counter()
     folder = ImageFolder(root)
     for found in folder:
@@ -28,6 +32,9 @@ def folder_source(root: Path, labelled: bool) -> Source:
         count += 1
         if found.folders:
             classes.add(found.folders[0])
+            below = found.folders[1:2]
+            if below and below[0].casefold() in (*TRAIN_FOLDERS, *HELDOUT_FOLDERS):
+                within.setdefault(found.folders[0], set()).add(below[0])
         elif len(beside) < 3:
             beside.append(found.relative)
     where = printable(root)
@@ -43,7 +50,8 @@ def folder_source(root: Path, labelled: bool) -> Source:
             f"move them into a class folder, or train without classes: --set image.labels=false"
         )
     labelled = labelled and bool(classes)
-    odd = f"{where}: {in_words(folder.odd)}: images by their first bytes"
+    notes = [f"{where}: {in_words(folder.odd)}: images by their first bytes"] if folder.odd else []
+    notes += [_said_of_splits(where, *each) for each in within.items() if len(each[1]) > 1][:1]
     return Source(
         where=where,
         identity={
@@ -56,8 +64,14 @@ def folder_source(root: Path, labelled: bool) -> Source:
         num_records=count,
         folders=tuple(folder.folders) if labelled else (),
         ignored=dict(folder.ignored),
-        notes=(odd,) if folder.odd else (),
+        notes=tuple(notes),
     )
+
+
+def _said_of_splits(where: str, top: str, names: set[str]) -> str:
+    found = " and ".join(f"{name}/" for name in sorted(names))
+    advice = "to hold some out, name a folder that holds train/ and test/ with the classes in each"
+    return f"{where}: {top}/ has {found}, and all of it is trained on; {advice}"
 
 
 def _records(root: Path, labelled: bool) -> Iterator[Record | Rejected]:

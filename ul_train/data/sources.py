@@ -8,13 +8,11 @@ from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.find_images import is_of_the_user, printable
 from ul_runtime.image_files import SUFFIXES
 from ul_train.data.arrays import DIGITS, digits_source, find_idx, idx_sources, npz_source
-from ul_train.data.folder import folder_source
+from ul_train.data.folder import HELDOUT_FOLDERS, TRAIN_FOLDERS, folder_source
 from ul_train.data.huggingface import huggingface_sources
 from ul_train.data.records import Source
 from ul_train.data.shards import SHARD_SUFFIXES, expand_braces, find_shards, shard_source
 
-_TRAIN_FOLDERS = ("train", "training")
-_HELDOUT_FOLDERS = ("heldout", "val", "valid", "validation", "test", "testing")
 _KINDS = (
     f"a folder of images, a folder of IDX files, a .npz, WebDataset shards (.tar), hf:NAME_OR_PATH[:split] or {DIGITS}"
 )
@@ -97,7 +95,7 @@ def _in_folder(path: Path, labelled: bool) -> tuple[Source, Source | None]:
         shards = find_shards(path)
     except OSError as error:
         raise BadInputError(f"{printable(path)}: cannot be read ({error.strerror})") from error
-    train, heldout = (_split(path, folders, names) for names in (_TRAIN_FOLDERS, _HELDOUT_FOLDERS))
+    train, heldout = (_split(path, folders, names) for names in (TRAIN_FOLDERS, HELDOUT_FOLDERS))
     if has_images or shards or not (train or heldout):
         return _without_splits(path, labelled), None
     if train and (heldout or len(folders) == 1):
@@ -107,7 +105,7 @@ def _in_folder(path: Path, labelled: bool) -> tuple[Source, Source | None]:
             note = f"{printable(path)}: held out is {heldout}/; not used: {', '.join(map(printable, unused))}"
             source = replace(source, notes=(*source.notes, note))
         return source, _without_splits(path / heldout, labelled) if heldout else None
-    if len(folders) > 1 and all(name.casefold() in _HELDOUT_FOLDERS for name in folders):
+    if len(folders) > 1 and all(name.casefold() in HELDOUT_FOLDERS for name in folders):
         found = ", ".join(f"{printable(name)}/" for name in sorted(folders))
         raise BadInputError(
             f"{printable(path)}: has {found}, and no train/; name the folder to train on, such as "
