@@ -153,12 +153,13 @@ def test_a_file_of_no_known_kind_is_bad_input(tmp_path: Path) -> None:
         opened(tmp_path / "data.parquet", tmp_path)
 
 
+@pytest.mark.case("N9", "images smaller than the model, enlarged or padded", "counted in the line converted:")
 def test_the_digits_of_scikit_learn_fill_the_image(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     splits = opened("sklearn-digits", tmp_path, size=16, channels=1)
     assert len(splits.train) + len(splits.heldout) == 1797
     assert splits.train.class_names == tuple("0123456789")
-    assert splits.index.train.converted == {}
+    assert splits.index.train.converted == {"enlarged": len(splits.train) + len(splits.heldout)}
     assert splits.train.images[:].max() == 255
     assert set(splits.heldout.labels) == set(range(10))
 

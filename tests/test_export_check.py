@@ -80,15 +80,16 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.case("F2")
 def test_training_with_checks_logs_what_they_found_and_trains_as_without(command, train_options, tmp_path):
-    """A checkpoint is saved for each check, also at steps where the recipe saves none."""
+    """A checkpoint is saved for each check, also at steps where the recipe saves none; the first is at step 1."""
     options = [*train_options, *SHORT, "--set", "run.checkpoint_every=100", "--threads", 1]
     result = command(train, "tiny", *options, "--export-check", 3)
     assert result.code == 0, result
     run = tmp_path / "run"
     found = {(line["stage"], line["step"]): set(line) for line in logged(run) if "export.seconds" in line}
     names = {f"export.{name}" for name in FIGURES} | {"stage", "step"}
-    assert found == {("joint", 3): names, ("base", 3): names}
+    assert found == {(stage, step): names for stage in ("joint", "base") for step in (1, 3)}
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         *("base-000003", "base-000004", "joint-000003", "joint-000004")
     ]
@@ -113,9 +114,9 @@ def test_a_check_that_fails_ends_training_with_its_exit_code_and_keeps_the_check
     monkeypatch.setattr(ckpt, "save_checkpoint", spoilt)
     result = command(train, "tiny", *train_options, *SHORT, "--threads", 1, "--export-check", 2)
     assert result.code == 76, result
-    assert "stage joint, step 2: the export check failed; the checkpoint is kept, training ends" in result.err
+    assert "stage joint, step 1: the export check failed; the checkpoint is kept, training ends" in result.err
     run = tmp_path / "run"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["joint-000002"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["joint-000001"]
     assert "the export check failed" in logged(run)[-1]["warning"]
 
 
@@ -125,7 +126,7 @@ def test_a_signal_during_a_check_stops_training_with_all_saved(command, train_op
     monkeypatch.setattr(training, "run_script", lambda *words: run_to_end([sys.executable, "-c", stopped]))
     result = command(train, "tiny", *train_options, *SHORT, "--export-check", 2)
     assert result.code == 75, result
-    assert "stage joint, step 2: stopped in the export check, saved; go on with ul-train " in result.err
+    assert "stage joint, step 1: stopped in the export check, saved; go on with ul-train " in result.err
     monkeypatch.undo()
     result = command(train, tmp_path / "run", "--resume", *train_options[2:4])
     assert result.code == 0, result

@@ -228,7 +228,8 @@ def test_pad_shows_the_whole_of_a_larger_image() -> None:
 
 def test_enlarge_scales_small_images_up() -> None:
     for fit in ("crop", "pad"):
-        out, _ = convert(np.full((8, 8), 90, np.uint8), Conversion(16, 1, "black", fit, enlarge=True))
+        out, changes = convert(np.full((8, 8), 90, np.uint8), Conversion(16, 1, "black", fit, enlarge=True))
+        assert changes == ("enlarged",)
         assert np.all(out == 90)
 
 

@@ -45,7 +45,8 @@ def test_what_is_encoded_equals_what_training_saw(tmp_path, fit, background):
 
 def test_small_images_are_padded_where_training_pads_and_refused_where_it_crops(tmp_path):
     file = saved(tmp_path, Image.new("L", (28, 28), 255))
-    x, _ = load_image(file, ImageFormat(channels=1, size=32, background="#000000", fit="pad"))
+    x, changes = load_image(file, ImageFormat(channels=1, size=32, background="#000000", fit="pad"))
+    assert changes == ("smaller than the model (padded)",)
     assert (x[0, 2:30, 2:30] == 1).all()
     assert (x == -1).sum() == 32**2 - 28**2
     with pytest.raises(ImageRejectedError, match=r"smaller than the model.*28x28, model 32x32"):

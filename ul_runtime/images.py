@@ -121,6 +121,8 @@ def _finish(image: Image.Image, to: Conversion, changes: list[str]) -> np.ndarra
     mode = "L" if to.channels == 1 else "RGB"
     if grey != (mode == "L"):
         changes.append("grey to colour" if grey else "colour to grey")
+    if (min if to.fit == "crop" else max)(image.size) < to.size:
+        changes.append("enlarged" if to.enlarge else "smaller than the model (padded)")
     image = _resize(image if image.mode == mode else image.convert(mode), to)
     if np.asarray(image).max() < 256 / 8:
         changes.append(NEARLY_BLACK)

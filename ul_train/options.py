@@ -56,7 +56,10 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
     compile: bool = option(False, "Compile the networks: a minute first, then faster.", "--compile")
     report_images: int = option(512, "Held-out images in the final report.", metavar="COUNT", min=1)
     export_check: int | None = option(
-        None, "Every so many steps, check that the networks export (ul-export --check).", metavar="STEPS", min=1
+        None,
+        "At step 1 and every so many steps, check that the networks export (ul-export --check).",
+        metavar="STEPS",
+        min=1,
     )
 
     @property

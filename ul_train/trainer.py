@@ -61,7 +61,8 @@ class Trainer:
     ) -> None:
         """Train to the last step, which is a tick each. StoppedError (75) of `tick`, with a checkpoint of that step.
 
-        `evaluate` may raise StoppedError too; `check` is called once the checkpoint of its step is saved.
+        `evaluate` may raise StoppedError too; `check` is called once the checkpoint of its step is saved, first
+        at step 1.
         NonFiniteError (76) after three bad steps in a row.
         """
         settings, run = self.stage.settings, self.stage.config.run
@@ -75,7 +76,7 @@ class Trainer:
                 last = self.step == settings.steps
                 self.evaluated = not last and self.step % run.eval_every > 0
                 stopped = self._stops_in(evaluate, silent if last else tick)
-                checking = check_every is not None and self.step % check_every == 0
+                checking = check_every is not None and (self.step == 1 or self.step % check_every == 0)
                 if last or stopped or checking or self.step % run.checkpoint_every == 0:
                     self.save()
                 if stopped and not last:
