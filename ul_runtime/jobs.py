@@ -146,7 +146,7 @@ class ImageFolder:
         info = ImageInfo(job=self.job, bundle_name=self.bundle_name, index=index, label=label, batch=batch)
         durable.atomic_write(self.path / image_name(index), png_bytes(as_pil(image), info))
 
-    def write_contact_sheet(self, title: str, columns: Sequence[str]) -> Path | None:
+    def write_contact_sheet(self, title: str, columns: Sequence[str] = (), captions: Sequence[str] = ()) -> Path | None:
         """The contact sheet of the first images that are there; None if there are none. OutputError."""
         found = [self._read(index) for index in range(min(self.num_images, MOST_TILES))]
         example = next((image for image in found if image is not None), None)
@@ -155,7 +155,7 @@ class ImageFolder:
         images = [np.full_like(example, 255) if image is None else image for image in found]
         info = ImageInfo(job=self.job, bundle_name=self.bundle_name)
         path = self.path / CONTACT_SHEET
-        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns), info))
+        durable.atomic_write(path, png_bytes(contact_sheet(images, title, columns, captions), info))
         return path
 
     def begin(self, job_file: Path) -> None:
@@ -229,6 +229,7 @@ def fill(
     batches: Batches,
     title: str,
     columns: Sequence[str] = (),
+    captions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the images that `out` lacks, then the contact sheet; returns the command's result.
 
@@ -254,7 +255,7 @@ def fill(
             raise StoppedError(f"{out}: {there}; run the same command again to go on") from None
         seconds = time.monotonic() - start
         folder.check_there(len(done) + made)
-        sheet = folder.write_contact_sheet(title, columns)
+        sheet = folder.write_contact_sheet(title, columns, captions)
     if failed:
         raise failed
     if in_float32:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ _MIN_TILE, _MAX_TILE = 96, 256  # px: smaller images are enlarged by whole facto
 _GAP, _MARGIN = 4, 12
 _TEXT_PX, _LINE_PX = 14, 20
 _MOST_TITLE = 720  # px: a longer title is shortened rather than widen the contact sheet
+_NO_GLYPH = "\uffff"  # no font has one for it
 _WHITE, _INK = (255, 255, 255), (32, 32, 32)
 
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -194,11 +196,14 @@ def contact_sheet(
 ) -> Image.Image:
     """The first MOST_TILES of `images` (uint8 `h w c`, one size) under a title, in a square or in named columns.
 
-    `columns`: one name a column, image i stands in column i mod len. `captions`: one line under each image.
+    `columns`: one name a column, image i stands in column i mod len; few names are repeated, so that the sheet is
+    about square. `captions`: one line under each image.
     """
+    tiles = [_tile(image) for image in images[:MOST_TILES]]
     if len(columns) > _MOST_COLUMNS:
         columns, captions = (), captions or [columns[i % len(columns)] for i in range(len(images))]
-    tiles = [_tile(image) for image in images[:MOST_TILES]]
+    elif columns:
+        columns = list(columns) * max(1, round(math.sqrt(len(tiles)) / len(columns)))
     across = len(columns) or math.ceil(math.sqrt(len(tiles)))
     down = math.ceil(len(tiles) / across)
     width, height = tiles[0].size
@@ -208,11 +213,11 @@ def contact_sheet(
     sheet_w = 2 * _MARGIN + max(across * cell_w - _GAP, min(math.ceil(font.getlength(title)), _MOST_TITLE))
     sheet = Image.new("RGB", (sheet_w, top + down * cell_h + _MARGIN), _WHITE)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), _shortened(title, sheet_w - 2 * _MARGIN, font), _INK, font)
+    draw.text((_MARGIN, _MARGIN), _shortened(_drawable(title, font), sheet_w - 2 * _MARGIN, font), _INK, font)
 
     def centred(text: str, column: int, y: int) -> None:
         place = (_MARGIN + column * cell_w + width / 2, y)
-        draw.text(place, _shortened(text, width, font), _INK, font, anchor="ma")
+        draw.text(place, _shortened(_drawable(text, font), width, font), _INK, font, anchor="ma")
 
     for column, name in enumerate(columns):
         centred(name, column, top - _LINE_PX)
@@ -238,9 +243,22 @@ def _tile(image: np.ndarray) -> Image.Image:
 
 
 def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """`text`, with an ellipsis if it is longer than `width` px."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    """`text`, with an ellipsis in its middle if it is longer than `width` px: names often differ at their ends."""
+    for kept in range(len(text), 1, -1):
+        shown = text if kept == len(text) else f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+        if font.getlength(shown) <= width:
+            return shown
+    return "…" if text else ""
+
+
+def _drawable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`; of what the font lacks, letters with accents become letters, and all else \\u and its number."""
+    box = bytes(font.getmask(_NO_GLYPH))
+
+    def drawn(c: str) -> str:
+        if c.isascii() or bytes(font.getmask(c)) != box:
+            return c
+        plain = unicodedata.normalize("NFKD", c)[0]
+        return plain if plain.isascii() else c.encode("unicode_escape").decode()
+
+    return "".join(map(drawn, unicodedata.normalize("NFC", text)))

@@ -81,22 +81,20 @@ def start_up_table(started: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def write_plot(result: Mapping[str, Any], path: Path) -> None:
-    """Images per second against batch size, a line for each runner, as PNG. OutputError."""
+    """Images per second at each batch size, a bar for each runner, as PNG. OutputError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row["contender"] for row in result["results"]):
-        rows = [row for row in result["results"] if row["contender"] == name]
-        batches, rates = ([row["batch_size"] for row in rows], [row["images"]["images_per_s"] for row in rows])
-        axes.plot(batches, rates, marker="o", label=name)
+    names = list(dict.fromkeys(row["contender"] for row in result["results"]))
     sizes = sorted({row["batch_size"] for row in result["results"]})
-    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images/s")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_xticks([], minor=True)
-    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatted("{x:g}")
+    for number, name in enumerate(names):
+        rows = [row for row in result["results"] if row["contender"] == name]
+        places = [sizes.index(row["batch_size"]) + (number + 0.5) * 0.8 / len(names) - 0.4 for row in rows]
+        axes.bar(places, [row["images"]["images_per_s"] for row in rows], 0.8 / len(names), label=name)
+    axes.set(xlabel="batch size", ylabel="images/s")
+    axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axes.set_title(f"{result['bundle']['name']}, threads: {result['threads']}, {result['machine']['processor']}")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside right upper")
     durable.atomic_write(path, figure_png(figure, 120))

@@ -102,8 +102,17 @@ def decode(
             **sampling.overrides,
         ),
         f"{pipeline.manifest.name}, decoded, seed {options.seed}, {calls} {sampler.sampler} calls{average}",
+        captions=_names(file),
     )
     print(json.dumps(result) if as_json else summary(result))
+
+
+def _names(file: "Latents") -> list[str]:
+    """Names of the images that the latents are of, without their folders, if the file says them."""
+    names = file.info.get("names")
+    if not isinstance(names, list) or len(names) != len(file.arrays["z_0"]):
+        return []
+    return [Path(str(name)).name for name in names]
 
 
 def _check_fits(path: Path, file: "Latents", pipeline: "Pipeline") -> None:
