@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ul_export.evaluation.measures import note_of_copies
 from ul_export.evaluation.statistics import (
     density_coverage,
     nearest,
@@ -106,3 +107,17 @@ def test_copies_are_nearer_than_held_out_images_and_fresh_draws_are_not():
     assert share_nearer(to_train(train[:300]), to_train(heldout)) == 1.0
     assert share_nearer(to_train(fresh), to_train(heldout)) == pytest.approx(0.5, abs=0.1)
     assert share_nearer(to_train(fresh + np.float32(9.0)), to_train(heldout)) == 0.0
+
+
+@pytest.mark.case(
+    "N14",
+    "the search for copies on samples of a poor model",
+    "a note says that it says nothing, where samples are farther from training images than unseen real images are",
+)
+def test_the_search_for_copies_says_when_it_says_nothing():
+    real, samples, train = points(300), points(300, seed=1), points(300, seed=2)
+    for moved, says_nothing in ((samples, False), (train, False), (samples + np.float32(4.0), True)):
+        distances = [nearest(of, [train], 1)[1][:, 0] for of in (moved, real)]
+        record = {"nearer_than_heldout": share_nearer(*distances)}
+        record |= {"median_distance": np.median(distances[0]), "heldout_median_distance": np.median(distances[1])}
+        assert any("says nothing" in note for note in note_of_copies(record)) == says_nothing

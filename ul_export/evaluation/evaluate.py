@@ -11,6 +11,7 @@ from ul_export.evaluation.measures import (
     measure_bits,
     measure_reconstructions,
     measure_samples,
+    note_of_copies,
 )
 from ul_export.evaluation.report import CONTACT_SHEETS, contact_sheets, html_report
 from ul_export.evaluation.statistics import COVERAGE_NEIGHBOURS
@@ -80,7 +81,7 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
             "bits_per_pixel": bits,
             "memorisation": memorisation,
             "absent": absent,
-            "notes": _notes(comparison),
+            "notes": [*_notes(comparison), *note_of_copies(memorisation)],
             **origin("ul-eval", _PACKAGES),
         }
         if options.out is not None:

@@ -29,6 +29,7 @@ from ul_train.heldout import psnr_db
 
 Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two x `b c h w` in [-1, 1] -> `b`
 NEIGHBOURS = 5  # of each sample
+_TELLING_SHARE = 0.2  # of samples nearer than held-out images; below it samples are unlike all real images
 
 
 def measure_samples(comparison: Comparison) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
@@ -82,6 +83,18 @@ def find_neighbours(
         "real": share_nearer(of_heldout[::2], of_heldout[1::2]),
     }
     return record, ids[index[:count]], distance[:count]
+
+
+def note_of_copies(memorisation: dict[str, Any]) -> list[str]:
+    """What to say where the search for copies says nothing: the samples are too far from all real images."""
+    if memorisation["nearer_than_heldout"] >= _TELLING_SHARE:
+        return []
+    samples, heldout = memorisation["median_distance"], memorisation["heldout_median_distance"]
+    return [
+        f"the search for copies says nothing: samples are farther from training images ({samples:.3g} in the median) "
+        f"than unseen real images are ({heldout:.3g}), so the nearest ones shown are not alike; make better samples "
+        "first (docs/bad-pictures.md)"
+    ]
 
 
 def image_measures(size: int) -> tuple[dict[str, Compare], dict[str, str]]:
