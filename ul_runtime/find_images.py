@@ -5,14 +5,21 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.file_kinds import HEAD_BYTES, is_image_kind, kind_of
 from ul_runtime.image_files import SUFFIXES, ImageRejectedError, Rejected, check_regular, open_regular
+from ul_runtime.images import load_image
 from ul_runtime.png import is_contact_sheet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ul_runtime.pipeline import Pipeline
 
 _MAX_DEPTH = 32
 # Images that their first bytes do not tell, or tell wrongly: a raw photograph begins as a TIFF of its preview.
@@ -202,3 +209,25 @@ def class_of(found: Found, names: Collection[str]) -> str | None:
     """The outermost of the folders of an image that is a class of these `names` (in one spelling), if one is."""
     around = class_name(found.path.absolute().parent.name)
     return next((folder for folder in (*found.folders, around) if folder in names), None)
+
+
+def read_images(paths: "str | Path | Iterable[str | Path]", pipeline: "Pipeline") -> "np.ndarray":
+    """Image files, or all images of folders in order, as x float32 `b c h w` in [-1, 1], as `pipeline` takes them.
+
+    They are converted to its size and channels, as in training. BadInputError: no such file, or one that cannot be
+    read; it says which.
+    """
+    import numpy as np
+
+    given = [paths] if isinstance(paths, str | Path) else paths
+    images = []
+    for file in find_images([Path(path) for path in given])[0]:
+        try:
+            if file.problem is not None:
+                raise file.problem
+            images.append(load_image(file.path, pipeline.manifest.image)[0])
+        except ImageRejectedError as problem:
+            raise BadInputError(f"{problem.at(printable(file.path))}") from None
+    if not images:
+        raise BadInputError("no images are given; expected paths of images, or of folders of them")
+    return np.stack(images)
