@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,29 @@ def test_the_quickstart_explains_itself_without_doing_anything():
     assert done.returncode == 0
     assert done.stdout.startswith("From nothing to pictures: tools/quickstart [IMAGES]")
     assert done.stderr == ""
+
+
+@pytest.mark.case("N2", "tools/quickstart --threads 1", "training, export and samples all take it")
+@pytest.mark.parametrize(
+    ("given", "expected"), [(["--threads", "1"], "--threads 1"), (["--threads=3"], "--threads=3"), ([], "")]
+)
+def test_the_quickstart_gives_threads_to_every_step(tmp_path, given, expected):
+    """With commands that only note how they are called."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/quickstart", tmp_path / "tools/quickstart")
+    (tmp_path / "tools/environment").write_text("say() { :; }\nmake_environment() { :; }\n")
+    (tmp_path / "bin").mkdir()
+    for name in ("ul-train", "ul-export", "ul-generate"):
+        (tmp_path / "bin" / name).write_text('#!/bin/sh\necho "$(basename "$0") $*" >>"$CALLS"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    command = [tmp_path / "tools/quickstart", "photos", "--set", "seed=1", *given]
+    subprocess.run(command, env=environment, check=True, timeout=20, capture_output=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["ul-train", "ul-export", "ul-generate"]
+    assert all(call.endswith(expected) for call in calls)
+    assert all(("--threads" in call) == bool(given) for call in calls)
+    assert "--set" not in calls[1] + calls[2]
 
 
 def test_photographs_become_tiles_and_none_is_on_both_sides_of_the_split(tmp_path):

@@ -31,9 +31,6 @@ def reduced_bundle(
     calibration = Calibration(info, with_their_weights(info, files), x, threads)
     _LOG.info(f"{kind}: recording the largest magnitude of every tensor along the sampling path")
     reduced = reduce(calibration, precision)
-    pinned = sum(map(len, reduced.pinned.values()))
-    design = sum(len(by_design(model)) for model in reduced.models.values())
-    _LOG.info(f"{kind}: {pinned} nodes pinned to float32, beside {design} by design")
     if reduced.comparison.failures:
         graph, nodes = worst_nodes(calibration, reduced)
         raise BadInputError(
@@ -48,6 +45,9 @@ def reduced_bundle(
                 f"{info.name}: {name} would compute {share:.0%} of its FLOPs in {kind}, to equal float32 within the "
                 f"tolerance; at least {LEAST_SHARE:.0%} are expected, no bundle was written: export in float32"
             )
+    pinned = ", ".join(f"{len(nodes)} of {name}" for name, nodes in reduced.pinned.items())
+    design = sum(len(by_design(model)) for model in reduced.models.values())
+    _LOG.info(f"{kind}: equals float32 within the tolerance; nodes kept in float32: {pinned}, {design} by design")
     pixels = info.graphs["pixels"]
     written = {file: files[file] for file in (pixels.file, pixels.weights)}
     graphs = {"pixels": pixels}

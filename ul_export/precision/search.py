@@ -122,17 +122,14 @@ def reduce(calibration: Calibration, precision: Precision) -> Reduced:
         pins = {graph: overflow_pins(model, calibration.largest[graph]) for graph, model in calibration.models.items()}
     reduced = _attempt(calibration, precision, pins)
     searches: dict[GraphName, _Search] = {}
-    for _ in range(MOST_ROUNDS):
+    for number in range(1, MOST_ROUNDS + 1):
         if not reduced.comparison.failures:
             break
         graph = reduced.comparison.worst_graph
-        _LOG.info(
-            f"{precision.name}: searching for what has to stay in float32 in {graph} ({reduced.comparison.failures[0]})"
-        )
+        _LOG.info(f"{precision.name}: choosing what stays in float32 in {graph}, as most exports need (round {number})")
         if graph not in searches:
             searches[graph] = _Search(calibration, precision, graph, pins[graph], ranking(calibration, reduced))
         found = searches[graph].more(reduced.comparison)
-        _LOG.info(f"{precision.name}: {len(found)} nodes of {graph} to float32, {next(iter(found))} first")
         reduced = _attempt(calibration, precision, reduced.pinned | {graph: pins[graph] | found}, to_first_failure=True)
     return reduced
 
