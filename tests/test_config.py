@@ -249,7 +249,11 @@ def test_a_recipe_never_changes_after_loading():
         config.stages.joint.steps = 5
 
 
-@given(name=st.text(max_size=20), seed=st.integers(0, 2**63 - 1), bias=st.floats(-1e9, 1e9))
+@given(
+    name=st.text(min_size=1, max_size=20).filter(str.isprintable),
+    seed=st.integers(0, 2**63 - 1),
+    bias=st.floats(-1e9, 1e9),
+)
 def test_any_recipe_comes_back_from_its_toml(name, seed, bias):
     config = tiny()
     objective = config.objective.model_copy(update={"bias": bias})
@@ -262,3 +266,13 @@ def test_the_hash_changes_with_every_value_and_not_with_how_it_was_given(tmp_pat
     path.write_text(config_toml(tiny("stages.joint.steps=21")))
     assert config_hash(load_config(str(path), [])) == config_hash(tiny("stages.joint.steps=21"))
     assert len({config_hash(tiny()), config_hash(tiny("stages.joint.steps=21")), config_hash(tiny("seed=1"))}) == 3
+
+
+@pytest.mark.case("R15", "a recipe that an editor saved with a byte order mark", "it is read")
+def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path):
+    text = config_toml(load_config("tiny", []))
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8-sig")
+    assert load_config(str(tmp_path / "mine.toml"), []) == load_config("tiny", [])
+    (tmp_path / "wide.toml").write_text(text, encoding="utf-16")
+    with pytest.raises(UsageError, match="not a text file in UTF-8"):
+        load_config(str(tmp_path / "wide.toml"), [])

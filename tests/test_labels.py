@@ -31,6 +31,8 @@ FAST = ("--steps", 2, "--decoder-steps", 2, "--threads", 1, "--backend", "ort-cp
         (NUMBERS, "none", 4),
         (NUMBERS, "#none", 4),
         (("#1", "b"), "#1", 0),
+        (("a", "\u00e9"), "e\u0301", 1),
+        (("\u00e9", "e\u0301"), "e\u0301", 1),
         (("a", "none"), "none", 1),
         (("a", "none"), "#none", 2),
         (("#none", "none"), "#none", 0),

@@ -1,6 +1,7 @@
 """ul-train from its command line: what it writes and shows, signals, resume, full disks, dry runs, reports."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -11,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from command import Runner
 from disk import Disk
 from PIL import Image
-from tiny_run import SHORT, blobs, refuses, tree, write_npz
+from rich.console import Console
+from tiny_run import SHORT, blobs, image_set, refuses, tree, write_npz
 
 from ul_runtime.cli.command import run_command
+from ul_runtime.errors import UsageError
+from ul_train.account import account
 from ul_train.cli import main
-from ul_train.config import preset_names
+from ul_train.config import load_config, preset_names
 from ul_train.log import RunLog
+from ul_train.plan import for_minutes, plan_table, seconds_of_stages
 
 KEPT = sorted(
     ["config.toml", "run.json", "log.jsonl", "report.json", "report.png", "checkpoints", "previews", "tensorboard"]
@@ -60,16 +66,22 @@ def test_one_command_trains_both_stages_and_prints_the_held_out_figures(
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.case(
+    "N11",
+    "progress of a run of two stages",
+    "it says the epoch, and of which stage the time is left; there is a preview of the last step of each stage",
+)
 def test_the_screen_shows_short_lines_with_the_figures_that_matter(
     command: Runner, train_options: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     lines = command(main, "tiny", *train_options, *SHORT).err.splitlines()
     assert lines[0].startswith("38 training and 2 held-out images of 16 px, 2 classes, from ")
-    assert lines[1].endswith("cpu, fp32, 1 threads")
+    assert lines[1].startswith("images of each class: ")
+    assert lines[2].endswith("cpu, fp32, 1 threads")
     starts = ("joint 4/4  prior ", "joint 4/4  held-out ", "base 4/4  base ")
     joint, heldout, base = (next(line for line in lines if line.startswith(start)) for start in starts)
-    for word in (" nats  decoder ", " bits/pixel", " images/s", "0:00:00 left"):
+    for word in (" nats  decoder ", " bits/pixel", " images/s  epoch 0.4  0:00:00 left of stage 1/2"):
         assert word in joint
     assert heldout.endswith(" dB")
     assert max(map(len, (joint, heldout, base))) < 120
@@ -86,7 +98,7 @@ def test_a_terminal_shows_a_bar_with_its_figures_below_and_messages_above(
 
     @app.command()
     def train() -> None:
-        with log.stage("joint", 3, 8, 0):
+        with log.stage("joint", 3, 8, 0, 16):
             losses = {"prior_nats": 70.123, "decoder_nats": 150.0, "latent_std": 1.0}
             log.step("joint", 1, losses | {"bits_per_pixel": 0.4})
             log.evaluation("joint", 1, {"bits_per_pixel": 0.3, "psnr_db": 7.0})
@@ -96,7 +108,7 @@ def test_a_terminal_shows_a_bar_with_its_figures_below_and_messages_above(
         run_command(app, "ul-train")
     log.close()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
-    for text in ("1/3, left:", "prior 70.12 nats  decoder 150 nats  0.4 bits/pixel", "a message\n"):
+    for text in ("joint, epoch 0.5", "1/3, left:", "prior 70.12 nats  decoder 150 nats  0.4 bits/pixel", "a message\n"):
         assert text in shown
     assert "held-out 0.3 bits/pixel  PSNR 7.00 dB at step 1" in shown
 
@@ -283,10 +295,91 @@ def test_a_dry_run_writes_nothing(
     for name in ("HOME", "XDG_CACHE_HOME", "UL_CACHE", "TMPDIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    result = command(main, preset, "--data", "nowhere", "--out", "run", "--dry-run")
+    result = command(main, preset, "--out", "run", "--dry-run")
     assert (result.code, result.err) == (0, "")
-    assert f'name = "{preset}"' in result.out
+    assert f"{preset}: networks" in result.out
+    assert "not looked at: give --data" in result.out
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.case(
+    "N4",
+    "--dry-run with a folder of images, and with one that is not there",
+    "counts, classes, what is set aside, epochs and measured time of each stage; a missing folder ends with code 65",
+)
+def test_a_dry_run_looks_at_the_data(command: Runner, train_options: list[Any], tmp_path: Path) -> None:
+    steps = ("--set", "stages.joint.steps=76", "--set", "stages.joint.batch_size=4", "--threads", 1)
+    result = command(main, "tiny", *train_options, *steps, "--dry-run", "--json")
+    assert result.code == 0, result
+    data = json.loads(result.out)["account"]["data"]
+    assert (data["num_train"], data["num_heldout"]) == (38, 2)
+    assert sum(data["class_counts"].values()) == 38
+    assert data["class_counts"].keys() == {"disc", "bar"}
+    assert data["epochs"]["joint"] == 8
+    assert all(seconds > 0 for seconds in data["seconds"].values())
+    shown = command(main, "tiny", *train_options, *steps, "--dry-run").out
+    assert re.search(r"stage joint\W+8 epochs, about \d+:\d\d:\d\d on this machine", shown), shown
+    assert not (tmp_path / "run").exists()
+    refuses(command, tmp_path, 65, "nosuchdir: does not exist", "tiny", "--data", "nosuchdir", "--dry-run")
+
+
+@pytest.mark.case("N4")
+def test_a_step_that_is_too_large_for_a_cpu_is_not_measured() -> None:
+    config = load_config("photo-256", [])
+    figures = account(config, 2)
+    assert seconds_of_stages(config, image_set(), torch.device("cpu"), figures) is None
+    shown = io.StringIO()
+    data = {"num_train": 2, "num_heldout": 1, "class_counts": {"[red]": 2}, "rejected": {}, "converted": {}}
+    data |= {"epochs": {"joint": 3.0}, "seconds": None, "measured_on": ""}
+    Console(file=shown, width=100).print(plan_table(figures | {"data": data}))
+    assert "3 epochs, time not measured" in shown.getvalue()
+    assert "[red] 2" in shown.getvalue()
+
+
+@pytest.mark.case(
+    "N8",
+    "a recipe saved by ul-train color-64 --dry-run > mine.toml",
+    "--print-recipe prints the recipe alone, and the file is a recipe",
+)
+def test_a_printed_recipe_is_a_recipe(command: Runner, tmp_path: Path) -> None:
+    result = command(main, "color-64", "--set", "stages.base.steps=77", "--print-recipe")
+    assert (result.code, result.err) == (0, "")
+    (tmp_path / "mine.toml").write_text(result.out)
+    assert load_config(str(tmp_path / "mine.toml"), []) == load_config("color-64", ["stages.base.steps=77"])
+
+
+@pytest.mark.case(
+    "N10",
+    "steps for a slow machine, guessed by hand",
+    "--minutes M scales the steps of all stages to about M minutes, measured by some steps; the recipe keeps them",
+)
+def test_minutes_scale_all_that_is_counted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("quickstart", [])
+    took = {"joint": 300.0, "base": 300.0}
+    monkeypatch.setattr("ul_train.plan.seconds_of_stages", lambda *_: took)
+    shorter = for_minutes(config, 5.0 / 0.85, image_set(), torch.device("cpu"))
+    assert (shorter.stages.joint.steps, shorter.stages.base.steps) == (300, 300)
+    assert (shorter.stages.joint.warmup_steps, shorter.objective.prior_ramp_steps, shorter.run.eval_every) == (
+        25, 125, 150,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="takes 10 minutes on this machine"):
+        for_minutes(config, 0.01, image_set(), torch.device("cpu"))
+
+
+@pytest.mark.case("N10")
+def test_a_run_of_some_minutes_keeps_its_steps(
+    command: Runner, train_options: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ul_train.plan.seconds_of_stages", lambda *_: {"joint": 1.0, "base": 1.0})
+    result = command(main, "tiny", *train_options, *SHORT, "--minutes", 0.1, "--threads", 1)
+    assert result.code == 0, result
+    assert "steps for 0.1 minutes: joint 10, base 10\n" in result.err
+    assert load_config(str(tmp_path / "run/config.toml"), []).stages.joint.steps == 10
+    assert (tmp_path / "run/checkpoints/joint-000010").is_dir()
+    refuses(command, tmp_path, 2, "--minutes: is for a new run", tmp_path / "run", "--resume", "--minutes", 5)
+    refuses(
+        command, tmp_path, 2, "--minutes nan: expected a number above 0", "tiny", *train_options, "--minutes", "nan"
+    )
 
 
 def test_a_report_of_a_finished_run_measures_it_again(command: Runner, finished: Path, image_store: Path) -> None:

@@ -8,6 +8,7 @@ import difflib
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -163,8 +164,9 @@ def label_index(label: str, classes: Sequence[str]) -> int:
     """
     if not isinstance(label, str):
         raise UsageError(f"label {label!r}: is no text; expected a class name, '#3' for class number 3, or 'none'")
-    if label in classes:
-        return list(classes).index(label)
+    for name in (label, unicodedata.normalize("NFC", label)):  # the form that training gives names
+        if name in classes:
+            return list(classes).index(name)
     if label.lstrip("#") == NO_LABEL:
         return len(classes)
     if not classes:

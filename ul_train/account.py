@@ -22,7 +22,7 @@ from ul_runtime.diffusion import NATS_PER_BIT
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_train import objective as ul
 from ul_train.config import Config, load_config, preset_names
-from ul_train.stages import STAGES, Batch, Stage, stages_of
+from ul_train.stages import STAGES, Batch, Stage, fresh_stages
 
 LOW_PRECISION = (F.linear, F.conv2d, F.scaled_dot_product_attention)  # what autocast runs in bfloat16
 NORMS = (F.layer_norm, F.group_norm, F.rms_norm)  # what autocast runs in float32
@@ -127,13 +127,8 @@ def account(config: Config, num_classes: int) -> Figures:
 
 
 def _stages_on_meta(config: Config, num_classes: int) -> list[Stage]:
-    stages: dict[str | None, Stage] = {}
-    precision = "fp32" if config.run.precision == "fp32" else "bf16"
     with _META:
-        for kind in stages_of(config):
-            frozen = stages[kind.needs].sampled if kind.needs else None
-            stages[kind.name] = kind(config, _META, precision, num_classes, frozen)
-    return list(stages.values())
+        return fresh_stages(config, _META, "fp32" if config.run.precision == "fp32" else "bf16", num_classes)
 
 
 def _sizes(stages: Sequence[Stage]) -> dict[str, Figures]:

@@ -42,7 +42,13 @@ def train(
     ],
     options: TrainOptions,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and the resolved recipe; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Look at --data and show counts, epochs, time, sizes, FLOPs and memory; train nothing."
+        ),
+    ] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the whole recipe as TOML, and end: > mine.toml")
     ] = False,
     presets: Annotated[
         bool,
@@ -52,14 +58,16 @@ def train(
 ) -> None:
     """Train a Unified Latents model: encoder, prior and decoder together, then the base prior on their latents."""
     require_packages("torch", extras="train")
-    from ul_train.config import load_config
+    from ul_train.config import config_toml, load_config
     from ul_train.stages import stages_of
 
     run = _run_called(recipe, options)
     config = load_config(str(run / "config.toml") if run else recipe, options.overrides)
     stages_of(config, options.stage)  # a mistake in it is said at once
+    if print_recipe:
+        return print(config_toml(config), end="")
     if dry_run:
-        return _dry_run(config, json_)
+        return _dry_run(config, _data_of(run, options), json_)
     if options.export_check is not None:
         require_packages("onnx", "onnxscript", "onnxruntime", extras="export")
     from ul_train.train import train
@@ -117,16 +125,25 @@ def _run_called(recipe: str, options: TrainOptions) -> Path | None:
     return run
 
 
-def _dry_run(config: "Config", as_json: bool) -> None:
-    from ul_train.account import account, account_table
-    from ul_train.config import config_toml
+def _data_of(run: Path | None, options: TrainOptions) -> TrainOptions:
+    """With the images of the run to resume, unless others are given."""
+    if run is None:
+        return options
+    from ul_train.run import Run
 
-    figures = account(config, num_classes=10 if config.image.labels else 0)
+    info = Run.open(run).info
+    return replace(options, data=options.data or info.data, heldout=options.heldout or info.heldout)
+
+
+def _dry_run(config: "Config", options: TrainOptions, as_json: bool) -> None:
+    from ul_train.plan import plan_table
+    from ul_train.train import dry_run
+
+    config, figures = dry_run(config, options)
     if as_json:
         print(json.dumps({"recipe": config.model_dump(mode="json"), "account": figures}))
-        return
-    print(config_toml(config))
-    print_table(account_table(figures))
+    else:
+        print_table(plan_table(figures))
 
 
 def main() -> None:

@@ -296,7 +296,7 @@ def _read_recipe(recipe: str) -> tuple[str, str]:
             f"recipe {recipe!r} is neither a preset nor a file; {hint}presets: {', '.join(preset_names())}"
         )
     try:
-        return path.read_text(encoding="utf-8"), recipe
+        return path.read_text(encoding="utf-8-sig"), recipe  # some editors put a byte order mark first
     except UnicodeDecodeError:
         raise UsageError(f"{recipe}: not TOML: not a text file in UTF-8") from None
 

@@ -70,12 +70,14 @@ class RunLog:
         self._figures: Progress
         self._tasks: tuple[TaskID, TaskID, TaskID]  # bar, training figures, held-out figures
         self._started = self._last_line = 0.0
-        self._first_step = self._steps = self._batch_size = 0
+        self._first_step = self._steps = self._batch_size = self._num_images = 0
+        self.place = ""  # of the stage among those of the run, as progress says it
 
     @contextmanager
-    def stage(self, name: str, steps: int, batch_size: int, first_step: int) -> Iterator[None]:
-        """Progress of one stage, from `first_step` to `steps`."""
+    def stage(self, name: str, steps: int, batch_size: int, first_step: int, num_images: int) -> Iterator[None]:
+        """Progress of one stage, from `first_step` to `steps`, on so many different images."""
         self._steps, self._batch_size, self._first_step = steps, batch_size, first_step
+        self._num_images = num_images
         self._started = self._last_line = time.monotonic()
         if not sys.stderr.isatty():
             yield
@@ -100,7 +102,7 @@ class RunLog:
                 total, number = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + value, number + 1
         if self._bar is not None:
-            self._bar.update(self._tasks[0], completed=step)
+            self._bar.update(self._tasks[0], completed=step, description=f"{stage}{self.place}, {self._epoch(step)}")
         if step % self.log_every and step != self._steps:
             return
         means = {name: total / number for name, (total, number) in self.sums.items()}
@@ -114,7 +116,11 @@ class RunLog:
             self._last_line = now
             left = (self._steps - step) * (now - self._started) / (step - self._first_step)
             took = timedelta(seconds=round(left))
-            logger.info(f"{stage} {step}/{self._steps}  {on_screen(figures)}  {took} left")
+            where = f"{self._epoch(step)}  {took} left{self.place}"
+            logger.info(f"{stage} {step}/{self._steps}  {on_screen(figures)}  {where}")
+
+    def _epoch(self, step: int) -> str:
+        return f"epoch {step * self._batch_size / self._num_images:.1f}"
 
     def write(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """One JSON line, and one TensorBoard scalar a figure."""

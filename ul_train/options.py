@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ul_runtime.errors import UsageError
 from ul_runtime.machine import cache_dir
 from ul_runtime.settings import option
 
@@ -50,6 +51,12 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
         "Steer loss_factor to this rate: short for --set objective.target_bits_per_pixel=BITS.",
         metavar="BITS",
     )
+    minutes: float | None = option(
+        None,
+        "Scale the recipe's steps to about so many minutes on this machine, measured by some steps.",
+        metavar="MINUTES",
+        shown="the recipe's steps",
+    )
     stage: str = option("all", "Which stage of the recipe to train, by the name of its section.", metavar="NAME")
     resume: bool = option(False, "Go on from the last checkpoint in --out.", "--resume")
     allow: list[str] = option([], "A recipe field that --resume may change; repeatable.", metavar="FIELD")
@@ -61,6 +68,12 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
         metavar="STEPS",
         min=1,
     )
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and self.resume:
+            raise UsageError("--minutes: is for a new run; the recipe of a run to --resume has its steps")
+        if self.minutes is not None and not 0.0 < self.minutes < float("inf"):
+            raise UsageError(f"--minutes {self.minutes:g}: expected a number above 0")
 
     @property
     def overrides(self) -> list[str]:

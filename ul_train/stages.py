@@ -234,6 +234,15 @@ def stages_of(config: Config, name: str = "all") -> list[type[Stage]]:
     return found
 
 
+def fresh_stages(config: Config, device: torch.device, precision: str, num_classes: int) -> list[Stage]:
+    """All stages of a recipe before their first step, each on the untrained networks of the one that it needs."""
+    stages: dict[str | None, Stage] = {}
+    for kind in stages_of(config):
+        frozen = stages[kind.needs].sampled if kind.needs else None
+        stages[kind.name] = kind(config, device, precision, num_classes, frozen)
+    return list(stages.values())
+
+
 _PROPORTIONAL = 3.0  # e-folds of loss_factor for bits that are one e-fold off
 _INTEGRAL = 20.0  # the same, gathered in a whole run
 _SMOOTHING = 0.02  # of a run: time constant of the average of the bits

@@ -17,6 +17,7 @@ from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.json_file import read_if_whole
 from ul_runtime.progress import Tick, progress, silent
 from ul_runtime.signals import check_stopped, stop_on_signal
+from ul_train.account import Figures
 from ul_train.activations import warnings, watched
 from ul_train.checks import check_description, check_disk
 from ul_train.config import Config
@@ -26,6 +27,7 @@ from ul_train.data.sources import user_path
 from ul_train.heldout import HeldoutFigures, bound_eigenvalues, measure, reconstruction_sheet
 from ul_train.log import RunLog, drop_lines_after
 from ul_train.options import ReportOptions, TrainOptions
+from ul_train.plan import for_minutes, plan
 from ul_train.run import REJECTED, Run
 from ul_train.stages import Joint, Stage, missed, stages_of
 from ul_train.sweep import option_words, run_script
@@ -54,8 +56,7 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
         if run and (needed := stages[0].needs):
             replace(run, config=config).check_finished(needed)
         splits = open_splits(config.image, data, heldout, options.cache_folder)
-        check_description(config, splits.train.class_names)
-        check_disk(config, splits.train.class_names, out, stages)
+        config = _checked(config, options, out, splits, device)
         if not there:
             held.enter_context(durable.lock_directory(out))
             _run_to_resume(config, options, out)  # again: another process may have been faster
@@ -70,6 +71,31 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
     figures = read_if_whole(out / REPORT) or {}
     later = {stage.name: run.checkpoints(stage.name) for stage in stages_of(config) if stage.needs}
     return {"run": str(out), **figures, **{name: found[-1].name if found else "none" for name, found in later.items()}}
+
+
+def dry_run(config: Config, options: TrainOptions) -> tuple[Config, Figures]:
+    """The recipe, for --minutes if given, and its plan; images are looked at, and prepared in the cache."""
+    device = choose_device(options.device)
+    fix_threads(options.threads)
+    if options.data is None:
+        if options.minutes is not None:
+            raise UsageError("--data is missing; --minutes is measured on your images")
+        return config, plan(config, None, device)
+    with stop_on_signal():
+        splits = open_splits(config.image, options.data, options.heldout, options.cache_folder)
+        config = _checked(config, options, options.out or Path(), splits, device)
+        return config, plan(config, splits, device)
+
+
+def _checked(config: Config, options: TrainOptions, out: Path, splits: Splits, device: torch.device) -> Config:
+    """The recipe, for --minutes if given. UsageError, OutputError: what its end would be refused for."""
+    if options.minutes is not None:
+        config = for_minutes(config, options.minutes, splits.train, device)
+        counts = ", ".join(f"{stage.name} {config.stages.of(stage.name).steps:,}" for stage in stages_of(config))
+        logger.info(f"steps for {options.minutes:g} minutes: {counts}")
+    check_description(config, splits.train.class_names)
+    check_disk(config, splits.train.class_names, out, stages_of(config, options.stage))
+    return config
 
 
 def _run_to_resume(config: Config, options: TrainOptions, out: Path) -> Run | None:
@@ -110,7 +136,8 @@ def train_stages(
     logger.info(f"training in {run.path} on {device}, {precision}, {torch.get_num_threads()} threads")
     log = RunLog(run.path, run.config.run.log_every)
     try:
-        for kind in stages:
+        for number, kind in enumerate(stages, start=1):
+            log.place = f" of stage {number}/{len(stages)}" if len(stages) > 1 else ""
             trained = train_stage(run.stage(kind, device, precision), run, splits, log, options, check_stopped)
             if kind is Joint and (trained or read_if_whole(run.path / REPORT) is None):
                 report(run, splits, log, device, num_images=options.report_images, mean_of=4)

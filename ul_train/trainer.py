@@ -66,7 +66,7 @@ class Trainer:
         NonFiniteError (76) after three bad steps in a row.
         """
         settings, run = self.stage.settings, self.stage.config.run
-        with self.log.stage(self.stage.name, settings.steps, settings.batch_size, self.step):
+        with self.log.stage(self.stage.name, settings.steps, settings.batch_size, self.step, len(self.images)):
             if self._stops_in(evaluate):
                 raise self._stopped()
             while self.step < settings.steps:
