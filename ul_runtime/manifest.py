@@ -169,7 +169,7 @@ class PriorDefaults(DecoderDefaults):
     `guidance_rescale` is phi of Lin et al. 2023, 0 = none.
     """
 
-    guidance: Annotated[float, Field(ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)]
+    guidance: Annotated[float, Field(ge=0.0, le=MOST_GUIDANCE)]
     guidance_interval: tuple[FiniteFloat, FiniteFloat] | None = None
     guidance_rescale: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
 
