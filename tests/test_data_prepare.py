@@ -438,7 +438,7 @@ def test_a_signal_stops_the_opening_of_images(tmp_path: Path, monkeypatch: pytes
     assert (find_sources(str(source), None, True).num_records is None) == (kind == "shard")
     (tmp_path / "cache").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr("ul_runtime.progress._asked", True)
+        patch.setattr("ul_runtime.signals._State.asked", True)
         with pytest.raises(StoppedError, match="stopped while preparing the images; run the same command again"):
             open_splits(image_config(size=SIZE), str(source), None, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
