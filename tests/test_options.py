@@ -8,12 +8,15 @@ from typing import Annotated, Any
 import pytest
 import typer
 from command import Runner
+from rich.table import Table
 
 from ul_runtime.cli.command import run_command
-from ul_runtime.cli.options import SamplingOptions, with_options
+from ul_runtime.cli.options import SamplingOptions, print_figures, print_table, with_options
 from ul_runtime.errors import UsageError
 from ul_runtime.machine import VERSION, MachineOptions, OneGpuOptions
 from ul_runtime.settings import option
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,35 @@ def test_a_command_on_one_gpu_takes_one() -> None:
     assert OneGpuOptions(devices="1").gpus == [1]
     with pytest.raises(UsageError, match="one GPU is expected"):
         OneGpuOptions(devices="0,1")
+
+
+@pytest.mark.case(
+    "A7", "markup such as [red] or [/x] in a bundle's, a recipe's or a source's name", "shown as it is, in every table"
+)
+@pytest.mark.parametrize("name", ["x[/nosuch]", "[red]x", ":smile:", "[link=https://host]x"])
+def test_markup_in_a_name_is_shown_as_it_is(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    table = Table(name, title=name)
+    table.add_row(name)
+    print_table(table, name, width=200)
+    assert capsys.readouterr().out.count(name) == 4
+
+
+@pytest.mark.case("A8")
+def test_what_a_terminal_would_obey_is_shown_in_tables_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x\x1b]0;owned\x07"
+    print_table(Table(name, title=name), name, width=200)
+    print_figures({"run": name}, as_json=False)
+    out = capsys.readouterr().out
+    assert out.count(r"x\x1b]0;owned\x07") == 4
+    assert "\x1b" not in out
+
+
+@pytest.mark.case("A7")
+def test_no_other_line_shows_tables_or_the_names_of_progress_bars() -> None:
+    lines = [line for path in ROOT.glob("ul_*/**/*.py") for line in path.read_text().splitlines()]
+    columns = [line for line in lines if 'TextColumn("{task.description}"' in line]
+    assert len(columns) == 2
+    assert all("markup=False" in line for line in columns)
+    consoles = [line.strip() for line in lines if re.search(r"\b(Console|Plain)\(", line) and "class " not in line]
+    assert len(consoles) == 3
+    assert sum("Console(stderr=True)" in line for line in consoles) == 2

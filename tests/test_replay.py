@@ -202,6 +202,18 @@ def test_a_picture_of_someone_else_does_not_say_how_it_was_made(command, guided_
     command.fails(main, 2, "no such file", guided_bundle, "--replay", tmp_path / "nowhere.png")
 
 
+@pytest.mark.case("N17")
+def test_a_picture_of_another_kind_is_named(command, guided_bundle, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png", "JPEG")
+    message = "photo.png: is not a whole PNG file: it begins as JPEG"
+    command.fails(main, 65, message, guided_bundle, "--replay", tmp_path / "photo.png")
+
+
+@pytest.mark.case("N17")
+def test_a_misspelled_model_of_the_package_is_guessed(command, tmp_path):
+    command.fails(main, 65, "did you mean garments-32?", "garment-32", "--out", tmp_path / "out")
+
+
 def test_an_image_of_an_earlier_version_says_so(command, guided_bundle, picture):
     info = stored(picture)[1]
     chunks = PngImagePlugin.PngInfo()

@@ -255,6 +255,7 @@ class FillingDisk(Disk):
         return super().write(fd, data)
 
 
+@pytest.mark.case("R5", "a disk that fills up while ul-train saves", "the line ends with ul-train RUN --resume")
 @pytest.mark.parametrize("name", ["config.toml", "log.jsonl", "joint-000004", "previews"])
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_whole_checkpoints(
     command: Runner, train_options: list[Any], tmp_path: Path, name: str
@@ -266,6 +267,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_whole_checkpoints(
     assert last.startswith("ul-train: ")
     assert "No space left on device; free space on this disk and run again" in last
     assert name in last
+    assert last.endswith(f"; to go on: ul-train {tmp_path / 'run'} --resume") == (name != "config.toml")
     assert "Traceback" not in result.err
     assert not list(tmp_path.glob("run/**/*.tmp"))
     saved = {path.name for path in tmp_path.glob("run/checkpoints/*")}

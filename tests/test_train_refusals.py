@@ -57,7 +57,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     result = command(main, finished, "--resume", "--cache", image_store / "cache")
     assert result.code == 65
     last = result.err.splitlines()[-1]
-    assert last.startswith(f"ul-train: {file}: SHA-256 is ")
+    assert last.startswith(f"ul-train: {file}: ")
+    assert "state.json says" in last
     assert "remove joint-000004 and resume from the checkpoint before" in last
     assert tree(tmp_path) == before
 
@@ -81,6 +82,11 @@ def test_a_run_that_misses_a_file_of_its_own_says_which(
 # a new run
 
 
+@pytest.mark.case(
+    "N17",
+    "a run that is not there, a misspelled model, a JPEG for --replay",
+    "each named: no such run; did you mean; JPEG",
+)
 def test_options_that_cannot_be_are_refused_at_once(command: Runner, train_options: list[Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     cases: list[tuple[int, str, list[Any]]] = [
@@ -92,6 +98,7 @@ def test_options_that_cannot_be_are_refused_at_once(command: Runner, train_optio
         (2, "--allow seed: is for --resume", ["tiny", *train_options, "--allow", "seed"]),
         (2, "neither a preset nor a file; did you mean fashion-32?", ["fashon-32", *train_options]),
         (2, "is a folder that holds no run", [tmp_path, *train_options]),
+        (2, "runs/nope: no such run; give the directory that ul-train --out wrote", ["runs/nope", "--resume"]),
         (2, "--device tpu: ", ["tiny", *train_options, "--device", "tpu"]),
         (2, "--device meta: expected auto, cpu or cuda", ["tiny", *train_options, "--device", "meta"]),
         (

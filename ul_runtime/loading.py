@@ -1,5 +1,6 @@
 """A path, or the name of a model inside the package, to a pipeline that is ready to sample."""
 
+import difflib
 import logging
 import os
 from collections.abc import Collection
@@ -123,7 +124,8 @@ def open_bundle(
     name = DEFAULT if bundle is None else str(bundle)
     names = shipped_names()
     if name not in names:
-        known = ", ".join(names) or "none"
+        near = difflib.get_close_matches(name, names, 1)
+        known = (", ".join(names) or "none") + (f"; did you mean {near[0]}?" if near else "")
         raise BadInputError(
             f"{name}: no such folder, and no model of that name ships with this package (those that do: {known}); "
             "expected a bundle, the folder that ul-export wrote"

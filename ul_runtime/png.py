@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ul_runtime.errors import BadInputError
+from ul_runtime.file_kinds import HEAD_BYTES, kind_of
 from ul_runtime.machine import VERSION
 from ul_runtime.manifest import Count, Sha256, Text, first_error
 
@@ -155,7 +156,9 @@ def read_png(path: Path) -> StoredImage:
                 texts = {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
                 pixels = np.asarray(image)
     except UnidentifiedImageError as error:
-        raise BadInputError(f"{path}: is not a whole PNG file: it does not begin as one") from error
+        kind = kind_of(data[:HEAD_BYTES])
+        said = "it does not begin as one" if kind in (None, "PNG") else f"it begins as {kind}"
+        raise BadInputError(f"{path}: is not a whole PNG file: {said}") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path}: is not a whole PNG file: {ascii(str(error))[1:-1][:200]}") from error
     return StoredImage(pixels[..., None] if pixels.ndim == 2 else pixels, texts, data)

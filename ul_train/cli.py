@@ -110,6 +110,8 @@ def _run_called(recipe: str, options: TrainOptions) -> Path | None:
     from ul_train.config import preset_names
 
     run, out = Path(recipe), options.out
+    if options.resume and not run.exists() and recipe not in preset_names():
+        raise UsageError(f"{recipe}: no such run; give the directory that ul-train --out wrote")
     if not run.is_dir() or (recipe in preset_names() and not options.resume):
         return None
     if not (run / "run.json").is_file():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ul_runtime import durable
-from ul_runtime.errors import StoppedError, UsageError
+from ul_runtime.errors import OutputError, StoppedError, UsageError
 from ul_runtime.json_file import read_if_whole
 from ul_runtime.progress import Tick, progress, silent
 from ul_runtime.signals import check_stopped, stop_on_signal
@@ -141,6 +141,8 @@ def train_stages(
             trained = train_stage(run.stage(kind, device, precision), run, splits, log, options, check_stopped)
             if kind is Joint and (trained or read_if_whole(run.path / REPORT) is None):
                 report(run, splits, log, device, num_images=options.report_images, mean_of=4)
+    except OutputError as error:  # "run again" would be refused: the run is there
+        raise OutputError(f"{error}; to go on: ul-train {run.path} --resume") from error
     finally:
         log.close()
 
