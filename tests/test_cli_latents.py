@@ -3,6 +3,7 @@
 import json
 import math
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from analytic_bundle import CLASSES, write_analytic_bundle
 from PIL import Image
 
 import ul_runtime
+from ul_runtime.cli.latents import _names
 from ul_runtime.cli.latents import decode_main as decode
 from ul_runtime.cli.latents import encode_main as encode
 from ul_runtime.latents import latents_bytes, read_latents
@@ -71,6 +73,33 @@ def test_the_file_holds_both_latents_labels_bits_and_names(command, analytic_bun
     assert (printed["num_images"], printed["num_rejected"]) == (6, 0)
     assert printed["bits_per_image"] == pytest.approx(latents.arrays["bits"].mean(), abs=1e-3)
     assert printed["bits_per_pixel"] == pytest.approx(latents.arrays["bits"].mean() / 64, abs=1e-6)
+
+
+@pytest.mark.case(
+    "N13",
+    "ul-encode on pictures of another kind than those of the training",
+    "a warning where they take 1.5 times the bits of held-out images, which ul-export puts into the manifest",
+)
+@pytest.mark.parametrize(("share", "warned"), [(None, False), (1.0, False), (0.5, True)])
+def test_bits_far_above_those_of_the_training_are_warned_of(command, photos, tmp_path, share, warned):
+    bundle = write_analytic_bundle(tmp_path / "bundle").path
+    given = (bundle, photos, "--bits-samples", 1, "--json", *THREAD)
+    bits = json.loads(command(encode, *given, "--out", tmp_path / "a.npz").out)["bits_per_image"]
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["quality"] = {} if share is None else {"heldout_bits_per_image": share * bits}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    result = command(encode, *given, "--out", tmp_path / "b.npz")
+    assert result.code == 0
+    assert ("it may not reconstruct such images" in result.err) == warned
+
+
+@pytest.mark.case("N12")
+def test_the_sheet_of_decoded_latents_has_the_names_of_the_images(command, analytic_bundle, photos, tmp_path):
+    assert command(encode, analytic_bundle, photos, "--out", tmp_path / "a.npz", "--bits-samples", 1, *THREAD).code == 0
+    file = read_latents(tmp_path / "a.npz")
+    assert _names(file) == [path.name for path in sorted(photos.rglob("*.png"))]
+    for names in (None, ["one"], "abcdef"):
+        assert _names(replace(file, info={"names": names})) == []
 
 
 @pytest.mark.case(

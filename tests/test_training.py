@@ -198,6 +198,17 @@ def test_a_stop_during_an_evaluation_saves_the_step_it_was_at(tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["joint-000002"]
 
 
+@pytest.mark.case("N13")
+def test_a_bundle_says_what_the_held_out_report_measured(tmp_path: Path) -> None:
+    run = new_run(tmp_path, tiny())
+    train(run, "joint", "base")
+    assert run.finished().manifest().quality == {}
+    figures = measured(run)
+    quality = run.finished().manifest().quality
+    assert quality["heldout_bits_per_image"] == figures.bits_per_image
+    assert quality.keys() == {"heldout_bits_per_image", "heldout_psnr_db", "heldout_psnr_mean_db"}
+
+
 def test_the_base_of_another_encoder_is_not_trained_on(tmp_path: Path) -> None:
     train(new_run(tmp_path, tiny()), "joint", "base")
     longer = tiny("stages.joint.steps=8")

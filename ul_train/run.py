@@ -15,7 +15,7 @@ from torch import nn
 from ul_runtime import durable
 from ul_runtime.errors import BadInputError, UsageError, one_line
 from ul_runtime.images import rgb
-from ul_runtime.json_file import checked, read_object
+from ul_runtime.json_file import checked, read_if_whole, read_object
 from ul_runtime.machine import VERSION
 from ul_runtime.manifest import (
     GRAPH_NAMES,
@@ -42,6 +42,7 @@ from ul_train.stages import Stage, stages_of
 
 FORMAT, FORMAT_VERSION = "unified-latents-run", 1
 REJECTED = "rejected.txt"  # training images that could not be used: one a line, the first 10,000
+QUALITY = ("bits_per_image", "psnr_db", "psnr_mean_db")  # of report.json, in a bundle
 OPSET = 20  # of a manifest that no export has filled in
 
 
@@ -262,9 +263,15 @@ class Snapshot:
     state_hash: str  # of that checkpoint
 
     def manifest(self, opset: int = OPSET) -> BundleInfo:
-        """The manifest of a bundle of these networks, without hashes, quality and parity."""
+        """The manifest of a bundle of these networks, without hashes and parity.
+
+        Its quality is that of the run's held-out report, if there is one.
+        """
         encoder = weights_sha256(self.networks["encoder"])
-        return self.run.manifest(opset, step=self.step, encoder_sha256=encoder)
+        described = self.run.manifest(opset, step=self.step, encoder_sha256=encoder)
+        report = read_if_whole(self.run.path / "report.json") or {}
+        found = {f"heldout_{name}": report[name] for name in QUALITY if isinstance(report.get(name), int | float)}
+        return described.model_copy(update={"quality": found})
 
 
 def _read_info(path: Path) -> RunInfo:

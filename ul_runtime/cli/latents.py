@@ -37,6 +37,10 @@ decode_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exc
 encode_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+_USUAL_BITS = "heldout_bits_per_image"  # in the quality of a bundle that ul-export made of a run with a report
+_UNUSUAL = 1.5  # times those bits; the bound under the base is otherwise within a tenth of them
+
+
 @dataclass(frozen=True)
 class DecodeOptions(JobOptions):
     """How latents are decoded, beside the sampler."""
@@ -187,6 +191,10 @@ def encode(
     }
     text = f"{len(encoded)} images in {out}: {mean:.1f} bits/image, {result['bits_per_pixel']:.4f} bits/pixel"
     print(json.dumps(result) if as_json else text)
+    usual = pipeline.manifest.quality.get(_USUAL_BITS)
+    if isinstance(usual, int | float) and mean > _UNUSUAL * usual:
+        known = f"held-out images of its training took {usual:.0f}"
+        print(f"warning: {mean:.0f} bits/image, {known}: it may not reconstruct such images", file=sys.stderr)
     if rejected:
         found = f"{len(rejected)} of {len(files)} images cannot be read, the others are in {out}"
         raise BadInputError(f"{found}: {first_three(rejected)}")
