@@ -104,9 +104,25 @@ def test_a_tiff_of_a_type_that_is_not_read_says_which(type: str, shape: tuple[in
 
 
 @pytest.mark.case("R2")
+def test_a_big_tiff_of_a_type_that_is_not_read_says_which() -> None:
+    source = encoded(Image.new("F", (16, 16)), "TIFF", big_tiff=True)
+    entry = struct.pack("<HHQH", 339, 3, 1, 3)  # SampleFormat: float
+    assert entry in source
+    message = "TIFF of 1 x 32 bits, complex, photometric 1; save it as 8- or 16-bit"
+    assert refused(source.replace(entry, struct.pack("<HHQH", 339, 3, 1, 6))) == f"unsupported ({message})"
+
+
+@pytest.mark.case("R2")
 def test_the_preview_of_a_raw_photograph_is_not_taken_for_it() -> None:
     message = "unsupported (raw photograph (DNG or another): its first picture is a preview)"
     assert refused(tiff(np.zeros((16, 16, 3), np.uint8), {254: (1,)})) == message
+
+
+@pytest.mark.case("R3")
+def test_a_decoder_that_is_not_there_is_not_the_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = encoded(Image.new("RGB", (16, 16), RED), "JPEG2000")
+    monkeypatch.delattr(Image.core, "jpeg2k_decoder")
+    assert refused(source) == "unsupported (JPEG 2000: decoder jpeg2k not available)"
 
 
 def test_every_suffix_is_that_of_a_format_that_is_read() -> None:

@@ -274,7 +274,7 @@ def why_not(file: BinaryIO, error: BaseException) -> ImageRejectedError:
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
     if kind == "TIFF" and (types := _tiff_type(file, text)):
         return ImageRejectedError("unsupported", types)
-    if text.startswith(_UNSUPPORTED):
+    if text.startswith(_UNSUPPORTED) or text.endswith("not available"):  # a decoder that Pillow was built without
         return ImageRejectedError("unsupported", f"{kind}: {text}")
     return ImageRejectedError("corrupt or truncated", text)
 
@@ -298,7 +298,8 @@ def _tiff_type(file: BinaryIO, text: str) -> str | None:
     """The type of a TIFF that is not read; None if it should have been, or its tags cannot be read."""
     with suppress(*DAMAGED):
         file.seek(0)
-        tags = ImageFileDirectory_v2(file.read(8))
+        head = file.read(16)
+        tags = ImageFileDirectory_v2(head if head[2] == 43 else head[:8])  # 43: BigTIFF
         file.seek(tags.next)
         tags.load(file)
         compression = tags.get(ExifTags.Base.Compression, 1)
