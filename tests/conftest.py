@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # or the load of the machine says how many: other last digits
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background jobs: a Ctrl-C is to end the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
@@ -13,6 +16,13 @@ from command import Runner
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
 hypothesis.settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What torch compiles for these tests, and what a stop leaves half done there, is no other program's."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ[name] = str(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.case("N6", "Ctrl-C in ul-eval or ul-bench", "stopped; nothing is said of going on, for nothing is kept")
 def test_ctrl_c_ends_it_with_75(analytic_bundle: Path) -> None:
     code = "from ul_export.bench.cli import main; main()"
     process = start(code, analytic_bundle, "--threads", 1, "--repeats", 1000000, *WITHOUT)

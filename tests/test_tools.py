@@ -25,6 +25,24 @@ def test_a_shell_script_parses_and_stops_at_the_first_error(script):
     assert not re.search(r"https?://|--(extra-)?index-url", text)
 
 
+@pytest.mark.case(
+    "N5",
+    "Ctrl-C in tools/test",
+    "ends the tests; their compile cache is their own",
+)
+def test_ctrl_c_ends_the_tests_though_their_shell_ignores_it():
+    code = "import conftest, signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    words = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT / "tests", capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.case("N5")
+def test_what_the_tests_compile_is_kept_in_a_cache_of_their_own(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    assert all(base in Path(os.environ[name]).parents for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
+
+
 def test_the_quickstart_explains_itself_without_doing_anything():
     done = subprocess.run([ROOT / "tools/quickstart", "--help"], capture_output=True, text=True, timeout=20)
     assert done.returncode == 0
