@@ -270,3 +270,19 @@ def test_arrays_that_are_not_used_are_named(tmp_path: Path) -> None:
     source = npz(tmp_path / "a.npz", images=flat(4, SIZE, SIZE), label=np.arange(4))
     note = f"{source}: arrays that are not used: label; labels are in an array called labels"
     assert notes_of(source) == [note]
+
+
+@pytest.mark.case(
+    "F2", "npz whose class_names are empty, long, twins, or have a newline", "escaped, or refused at once"
+)
+def test_class_names_of_an_npz_are_those_that_a_bundle_can_hold(tmp_path: Path) -> None:
+    def names(*given: str) -> tuple[str, ...]:
+        path = npz(tmp_path / "a.npz", images=flat(4, SIZE, SIZE), labels=np.arange(4) % 2, class_names=np.array(given))
+        return opened(path, tmp_path).train.class_names
+
+    assert names("a\nb", "c\x1b[31m") == ("a\\nb", "c\\x1b[31m")
+    for first, message in (("", "a class name of 0 characters"), ("x" * 129, "a class name of 129 characters")):
+        with pytest.raises(BadInputError, match=message):
+            names(first, "b")
+    with pytest.raises(BadInputError, match="two of the class names are the same in Unicode's form NFC"):
+        names("\u00e9", "e\u0301")

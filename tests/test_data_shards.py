@@ -173,13 +173,16 @@ def test_members_that_are_no_image_are_counted(tmp_path: Path) -> None:
         ("f.mask_png", png(0)),
         ("f.cls", b"1"),
         ("README", b"text"),
+        ("g.\x1b[31m", png(0)),
     ]
     train = opened(tar(tmp_path / "s.tar", members), tmp_path).index.train
     assert reasons(train) == {
         "s.tar/b": "an image of another ending",
         "s.tar/c": "an image of another ending",
         "s.tar/d": "unsupported",
+        "s.tar/g": "an image of another ending",
     }
+    assert train.rejected[-1].detail == ".\\x1b[31m; name it key.png"
     assert train.ignored == {
         ".txt": 1,
         ".json without label, cls, class": 1,

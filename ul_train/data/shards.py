@@ -111,7 +111,7 @@ class _Sample:
     def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Ignored | None:
         """Read what a member has for the sample; what it is, if that is nothing. ImageRejectedError."""
         name = member.name.rpartition("/")[2]
-        ending = f".{name.rpartition('.')[2].lower()}" if "." in name else ""
+        ending = printable(f".{name.rpartition('.')[2].lower()}" if "." in name else "")
         if ending in (".cls", ".json"):
             self.is_one = True
             given = _label(_read(tar, member, _MAX_LABEL_BYTES), ending)
@@ -126,7 +126,7 @@ class _Sample:
             return None
         try:
             if not member.isreg() or not is_image_file(ending, lambda: _head(tar, member)):
-                return Ignored(printable(ending) or "no ending")
+                return Ignored(ending or "no ending")
             self.other = ImageRejectedError("an image of another ending", f"{ending or 'none'}; name it key.png")
         except ImageRejectedError as problem:
             self.other = problem
