@@ -61,7 +61,7 @@ def test_pictures_are_those_of_the_host_byte_for_byte(bundle, name, captured):
     memory = HostMemory()
     host = on_host(bundle)
     for images, batch_size in ((5, 3), ([7, 2], 2), (1, 1)):
-        options = {"seed": 4, "labels": [1, 2, "none"], "batch_size": batch_size, **LOOPS[name]}
+        options = {"seed": 4, "labels": ["#1", "#2", "none"], "batch_size": batch_size, **LOOPS[name]}
         expected = pictures(host, images, **options)
         assert np.isfinite(expected).all()
         assert pictures(device(bundle, memory, captured=captured), images, **options).tobytes() == expected.tobytes()
