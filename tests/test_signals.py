@@ -90,6 +90,21 @@ def importing():  # as a module that is written in C turns an interrupt into an 
     except KeyboardInterrupt:
         raise ImportError("initialization failed")
 
+CHILD = '''
+import os, signal, sys, time
+def end(*_):
+    time.sleep(1)  # longer than the time that is left to work that does not hear
+    print("saved", file=sys.stderr)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, end)
+print("working", file=open(f"/proc/{os.getppid()}/fd/1", "w"), flush=True)
+time.sleep(60)
+'''
+
+def waiting():  # for a command in a process of its own
+    from ul_train.sweep import run_to_end
+    run_to_end([sys.executable, "-c", CHILD])
+
 @app.command()
 def main():
     globals()[sys.argv_work]()
@@ -140,6 +155,10 @@ def test_work_that_has_heard_of_the_signal_has_time_to_save() -> None:
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_what_a_terminal_or_a_cluster_sends_twice_is_asked_once(number: signal.Signals) -> None:
     assert signalled("saving", signal.SIGTERM, number, number) == (75, "saved\n", "ul-test: stopped\n")
+
+
+def test_a_command_that_is_waited_for_is_told_and_has_time_to_save() -> None:
+    assert signalled("waiting", signal.SIGTERM, grace=0.2) == (75, "", "saved\nul-test: stopped\n")
 
 
 @pytest.mark.case("A14", "SIGHUP; SIGTERM while libraries are imported", "exit code 75, no missing package")
