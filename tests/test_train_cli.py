@@ -307,7 +307,7 @@ def test_a_dry_run_writes_nothing(
 @pytest.mark.case(
     "N4",
     "--dry-run with a folder of images, and with one that is not there",
-    "counts, classes, what is set aside, epochs and measured time of each stage; a missing folder ends with code 65",
+    "counts, classes, what is rejected, epochs and measured time of each stage; a missing folder ends with code 65",
 )
 def test_a_dry_run_looks_at_the_data(command: Runner, train_options: list[Any], tmp_path: Path) -> None:
     steps = ("--set", "stages.joint.steps=76", "--set", "stages.joint.batch_size=4", "--threads", 1)

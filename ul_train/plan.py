@@ -56,7 +56,7 @@ def plan_table(figures: Figures) -> Group:
         table.add_row("images", "not looked at: give --data")
         return Group(account_table(figures), table)
     table.add_row("images", f"{data['num_train']:,} to train on, {data['num_heldout']:,} held out")
-    for title, counts in (("classes", "class_counts"), ("set aside", "rejected"), ("converted", "converted")):
+    for title, counts in (("classes", "class_counts"), ("rejected", "rejected"), ("converted", "converted")):
         table.add_row(title, Text(_counted(data[counts])))
     for name, epochs in data["epochs"].items():
         table.add_row(f"stage {name}", f"{epochs:,.4g} epochs, {_took(data, name)}")
