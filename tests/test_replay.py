@@ -228,7 +228,8 @@ def test_an_image_of_an_earlier_version_says_so(command, guided_bundle, picture)
     ("changes", "message"),
     [
         ({"prior_sampler": "astrology"}, "cannot be made again: sampler 'astrology'"),
-        ({"decoder_grid": "\u202eevil"}, "cannot be made again: grid"),
+        ({"decoder_grid": "evil"}, "cannot be made again: grid"),
+        ({"decoder_grid": "\u202eevil"}, "decoder_grid: String should match pattern"),
         ({"label": "mauve"}, "label 'mauve' is not a class of the bundle"),
         ({"guidance_interval": (3.0, -3.0)}, "cannot be made again: the guidance interval"),
         ({"guidance_interval": (float("nan"), 1.0)}, "cannot be made again: the guidance interval"),
