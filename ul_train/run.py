@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import math
 import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -270,8 +271,12 @@ class Snapshot:
         encoder = weights_sha256(self.networks["encoder"])
         described = self.run.manifest(opset, step=self.step, encoder_sha256=encoder)
         report = read_if_whole(self.run.path / "report.json") or {}
-        found = {f"heldout_{name}": report[name] for name in QUALITY if isinstance(report.get(name), int | float)}
+        found = {f"heldout_{name}": report[name] for name in QUALITY if _is_figure(report.get(name))}
         return described.model_copy(update={"quality": found})
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _read_info(path: Path) -> RunInfo:
