@@ -295,3 +295,18 @@ def test_an_optimiser_before_its_first_step_is_saved_and_loaded() -> None:
     ckpt.load_optimizer(optimizer, ["weight", "bias"], saved)
     assert saved == {}
     assert not any(optimizer.state.values())
+
+
+@pytest.mark.case("A16")
+def test_a_checkpoint_that_cannot_be_removed_is_an_error_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        (tmp_path / f"joint-{step:06d}").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("ul_train.checkpoint.os.rename", full)
+    with pytest.raises(OutputError, match=r"joint-000001: cannot write: Read-only file system"):
+        ckpt.prune(tmp_path, "joint", 1)

@@ -242,3 +242,9 @@ def test_an_npz_that_would_expand_without_bound_is_refused(command, analytic_bun
         file.writestr("z_0.npy", bytes(100_000_000))
     message = "to 100,000,000; more than 200 times is refused"
     command.fails(decode, 65, message, analytic_bundle, tmp_path / "z.npz", "--out", tmp_path / "out")
+
+
+@pytest.mark.case("A16")
+def test_ul_encode_looks_at_the_folder_of_its_file_before_it_opens_anything(command, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    command.fails(encode, 74, "file", tmp_path / "no.bundle", tmp_path, "--out", tmp_path / "file" / "latents.npz")

@@ -341,6 +341,20 @@ def test_an_output_directory_must_be_missing_empty_or_hold_only_what_is_allowed(
         durable.check_output_directory(tmp_path / "image-1.png")
 
 
+@pytest.mark.case("A16")
+def test_what_a_killed_check_of_a_folder_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".probe.0123456789abcdef.tmp").write_bytes(b"")
+    durable.check_output_directory(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.case("A16")
+def test_an_error_of_a_write_names_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
+    with FailingDisk(1, errno.ENOSPC).in_use(), pytest.raises(OutputError) as caught:
+        durable.atomic_write(tmp_path / "000003.png", NEW)
+    assert str(caught.value).startswith(f"{tmp_path / '000003.png'}: cannot write: No space left on device")
+
+
 def test_an_output_directory_that_cannot_be_written_is_refused_with_advice(tmp_path: Path) -> None:
     with FailingDisk(1, errno.EROFS).in_use(), pytest.raises(OutputError, match=r"Read-only.*writable disk"):
         durable.check_output_directory(tmp_path / "missing")
