@@ -273,7 +273,7 @@ def test_another_guide_or_rescale_is_another_job(command, analytic_bundle, lesse
     hash_ = Bundle.open(lesser_bundle).hash
     command.fails(main, 2, f"guide {hash_}, now None", analytic_bundle, "--out", out, *FAST, "--guidance", 2)
     rescale = ("--guidance-rescale", 0.5)
-    command.fails(main, 2, "guidance_rescale 0.0, now 0.5", analytic_bundle, "--out", out, *guide, *rescale, *FAST)
+    command.fails(main, 2, "--guidance-rescale 0.0, now 0.5", analytic_bundle, "--out", out, *guide, *rescale, *FAST)
 
 
 # --- what is refused
