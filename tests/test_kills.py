@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 JOB = """
-import os, random, signal, sys, threading, time
+import itertools, os, random, signal, sys, threading, time
 from ul_runtime import durable, jobs, loading, pipeline
 from ul_runtime.backends import ort_cpu
 from ul_runtime.cli import generate
@@ -21,19 +21,20 @@ from ul_runtime.cli import generate
 class KillingOs:
     # `os` as the files' module sees it: the process ends before or after its n-th call
     def __init__(self, at, after):
-        self.left, self.after = at, after
+        self.numbers, self.at, self.after = itertools.count(1), at, after
     def __getattr__(self, name):
         found = getattr(os, name)
         return self.counted(found) if callable(found) and not isinstance(found, type) else found
     def counted(self, call):
         def run(*arguments, **options):
-            self.left -= 1
-            if self.left == 0 and not self.after:
+            chosen = next(self.numbers) == self.at  # counted once, whichever thread calls
+            if chosen and not self.after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*arguments, **options)
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*arguments, **options)
+            finally:
+                if chosen:
+                    os.kill(os.getpid(), signal.SIGKILL)
         return run
 
 def command(out, prepare=lambda: None):
