@@ -27,7 +27,6 @@ from pydantic import (
 
 from ul_runtime.errors import BadInputError, UntrustedError, UsageError
 from ul_runtime.samplers import parse_grid, parse_sampler
-from ul_runtime.settings import MOST_GUIDANCE
 
 FORMAT: Final = "unified-latents-bundle"
 FORMAT_VERSION: Final = 3
@@ -169,7 +168,7 @@ class PriorDefaults(DecoderDefaults):
     `guidance_rescale` is phi of Lin et al. 2023, 0 = none.
     """
 
-    guidance: Annotated[float, Field(ge=0.0, le=MOST_GUIDANCE)]
+    guidance: Annotated[float, Field(ge=0.0, le=1000.0)]
     guidance_interval: tuple[FiniteFloat, FiniteFloat] | None = None
     guidance_rescale: Annotated[FiniteFloat, Field(ge=0.0, le=1.0)] = 0.0
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NO_LABEL = "none"
 MOST_STEPS = 65536  # as in a manifest
-MOST_GUIDANCE = 1000.0
+MOST_GUIDANCE = 3e38  # what float32 holds
 _NUMBER = re.compile(r"#(0|[1-9][0-9]{0,9})")  # of a class
 
 
