@@ -295,7 +295,7 @@ def test_float_to_uint8_is_round_of_x_plus_1_times_127_5():
         ({"sampler": "euler"}, "sampler 'euler' is not known; expected one of ddim"),
         ({"grid": "karas"}, "grid 'karas' is not known; .*; did you mean karras"),
         ({"guidance": math.nan}, "guidance is nan"),
-        ({"guidance": -5.0}, "guidance is -5.0; expected 0 to 3e+38, 1 = off"),
+        ({"guidance": -5.0}, "guidance is -5.0; expected 0 to "),
         ({"guidance_interval": (2.0, -1.0)}, "LO below HI"),
         ({"labels": "gren"}, "did you mean 'green'"),
         ({"labels": "#3"}, "label '#3' is out of range"),
