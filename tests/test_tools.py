@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tool_module import load_tool
 
 ROOT = Path(__file__).parent.parent
 SHELL = ("tools/environment", "tools/quickstart", "tools/test", ".ci/run")
@@ -41,6 +42,30 @@ def test_ctrl_c_ends_the_tests_though_their_shell_ignores_it():
 def test_what_the_tests_compile_is_kept_in_a_cache_of_their_own(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     assert all(base in Path(os.environ[name]).parents for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
+
+
+def test_the_page_of_cases_is_that_of_the_tests(tmp_path):
+    tool = load_tool("cases")
+    found = tool.rows(tool.test_files())
+    assert tool.PAGE.read_text() == tool.page(found), "run python tools/cases.py"
+    names = [row[0] for row in found]
+    assert {"F1", "A3", "N1"} <= set(names)
+    described = """
+@pytest.mark.case("A2", "x | y", "z")
+def test_one():
+    pass
+
+@pytest.mark.case("A2")
+def test_two():
+    pass
+"""
+    (tmp_path / "test_it.py").write_text(described)
+    assert "| A2 | x \\| y | z | [test_one](../tests/test_it.py)<br>[test_two](../tests/test_it.py) |" in tool.page(
+        tool.rows([tmp_path / "test_it.py"])
+    )
+    (tmp_path / "test_it.py").write_text(described.replace(', "x | y", "z"', ""))
+    with pytest.raises(ValueError, match=r"test_it.py: no marker says what was tried in case A2"):
+        tool.rows([tmp_path / "test_it.py"])
 
 
 def test_the_quickstart_explains_itself_without_doing_anything():
