@@ -117,6 +117,9 @@ def test_a_file_one_byte_off_is_refused(path: Path, name: str, change: int, grap
         Bundle.open(path, graphs=graphs)
 
 
+@pytest.mark.case(
+    "B2", "a missing or additional file, a million files, a manifest of a gigabyte", "refused at once, exit code 65"
+)
 def test_a_missing_or_extra_file_is_refused(path: Path) -> None:
     (path / "notes.txt").write_text("hi")
     with pytest.raises(BadInputError, match=r"'notes.txt' is no part of the bundle"):
@@ -127,6 +130,7 @@ def test_a_missing_or_extra_file_is_refused(path: Path) -> None:
         Bundle.open(path)
 
 
+@pytest.mark.case("B2")
 def test_a_million_files_are_refused_without_listing_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
         name = "x"
@@ -159,6 +163,7 @@ def test_a_folder_without_manifest_a_file_and_nothing_are_no_bundles(tmp_path: P
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "encoder.safetensors", "manifest.json"])
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "directory symlink", "pipe", "directory", "device"])
+@pytest.mark.case("B1", "links, devices and pipes in a bundle", "refused before a parser reads them, exit code 77")
 def test_anything_but_a_plain_file_with_one_name_is_not_trusted(path: Path, name: str, kind: str) -> None:
     outside = path.parent / "outside"
     os.rename(path / name, outside)
@@ -197,12 +202,14 @@ def test_a_pickle_in_the_place_of_weights_is_not_trusted(path: Path) -> None:
         parse_weights(b"\x00" * 20, "prior.safetensors")
 
 
+@pytest.mark.case("B2")
 def test_a_manifest_of_a_gigabyte_is_refused_unread(path: Path) -> None:
     os.truncate(path / "manifest.json", 2**30)
     with pytest.raises(BadInputError, match="1073741824 bytes; at most"):
         Bundle.open(path)
 
 
+@pytest.mark.case("B3", "a file swapped while it is opened", "what is parsed is what was hashed")
 def test_a_file_swapped_while_opening_is_never_returned_unverified(path: Path) -> None:
     good = graph_bytes("encoder")
     other = good.replace(b"z_clean", b"z_other")

@@ -55,6 +55,9 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
+@pytest.mark.case(
+    "C5", "a bit flipped anywhere in a checkpoint, or a file cut", "refused with the name of the file, exit code 65"
+)
 def test_a_flipped_bit_anywhere_is_refused_with_the_file_named(tmp_path: Path, file: str) -> None:
     path = save(tmp_path)
     good = (path / file).read_bytes()
@@ -83,6 +86,7 @@ def test_the_message_of_a_changed_file_has_both_hashes_and_what_to_do(tmp_path: 
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
+@pytest.mark.case("C5")
 def test_a_cut_empty_or_missing_file_is_refused_by_name(tmp_path: Path, file: str, damage: str) -> None:
     path = save(tmp_path)
     good = (path / file).read_bytes()
@@ -124,6 +128,7 @@ def test_a_state_that_is_no_record_is_refused(tmp_path: Path, text: str) -> None
         ckpt.load_checkpoint(path)
 
 
+@pytest.mark.case("C6", "a pickle under any name that is read", "never run, exit code 77")
 def test_a_pickle_under_any_of_our_names_is_never_run(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     payload = b"cposix\nsystem\n(S'touch " + os.fsencode(canary) + b"'\ntR."
@@ -137,6 +142,11 @@ def test_a_pickle_under_any_of_our_names_is_never_run(tmp_path: Path) -> None:
 # crashes and full disks
 
 
+@pytest.mark.case(
+    "C1",
+    "a process killed at any call of a checkpoint's save",
+    "the newest committed checkpoint is whole; leftovers are swept",
+)
 def test_a_power_loss_at_any_call_of_a_save_leaves_a_whole_newest_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save(folder, 7)
@@ -186,6 +196,7 @@ class FullDisk(Disk):
 
 
 @pytest.mark.parametrize("room", [0, 100, 1500, 2200, 2600])
+@pytest.mark.case("C3", "a full disk at any write of a save", "exit code 74; the checkpoint before stays")
 def test_a_full_disk_is_an_output_error_and_the_checkpoint_before_stays(tmp_path: Path, room: int) -> None:
     save(tmp_path, 7)
     before = contents(tmp_path)

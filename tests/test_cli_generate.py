@@ -67,6 +67,9 @@ def test_json_is_one_line_on_stdout(command, analytic_bundle, tmp_path):
     assert json.loads(result.out)["made"] == 2
 
 
+@pytest.mark.case(
+    "G8", "images deleted, cut or changed between two runs of a job", "these alone are made again, with the same bytes"
+)
 def test_resume_makes_only_what_is_missing_or_damaged_and_equals_an_unbroken_run(command, analytic_bundle, tmp_path):
     out = tmp_path / "out"
     arguments = (analytic_bundle, "--out", out, "--num-images", 9, "--sampler", "ancestral", *FAST)
@@ -172,6 +175,7 @@ def test_a_job_may_be_extended_and_then_equals_a_fresh_run(command, analytic_bun
         (("--num-images", 1), "holds a job of 2 images, now 1"),
     ],
 )
+@pytest.mark.case("G7", "a job continued with other settings", "refused, naming the option")
 def test_a_folder_of_another_job_is_refused_naming_the_setting(command, analytic_bundle, tmp_path, changed, message):
     out = tmp_path / "out"
     command(main, analytic_bundle, "--out", out, "--num-images", 2, *FAST)
@@ -272,6 +276,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.case("G14", "a signal while images are made", "stops at a step, whole files, exit code 75")
 def test_a_signal_stops_at_a_step_and_leaves_whole_files(analytic_bundle, tmp_path, number):
     out = tmp_path / "out"
     code = "from ul_runtime.cli.generate import main; main()"
@@ -340,6 +345,11 @@ class FullDisk(Disk):
 
 
 @pytest.mark.case("A16", "a disk that is full", "the line names the picture, not a hidden file")
+@pytest.mark.case(
+    "G6",
+    "a disk that fills while images are made",
+    "the work ends before the next step; whole files stay; exit code 74",
+)
 def test_a_disk_that_fills_ends_the_work_at_once_and_leaves_whole_files(command, analytic_bundle, tmp_path):
     out = tmp_path / "out"
     arguments = (analytic_bundle, "--out", out, "--num-images", 100_000, "--batch-size", 4, *FAST)

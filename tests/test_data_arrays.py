@@ -109,6 +109,7 @@ def test_a_plain_idx_file_that_declares_more_or_less_than_it_holds_is_not_read(
         opened(tmp_path / "in", tmp_path, fit="pad")
 
 
+@pytest.mark.case("T5")
 def test_a_gzip_bomb_is_refused_before_it_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     idx(tmp_path / "in", "train", 5)
     images = tmp_path / "in" / "train-images-idx3-ubyte.gz"
@@ -218,6 +219,7 @@ def test_a_pickle_in_a_npz_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.case("T5", "archives that expand far beyond their size", "refused before they are expanded")
 def test_a_zip_bomb_is_refused_before_it_is_expanded(tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", images=np.zeros((70_000, 32, 32), dtype=np.uint8))
     assert path.stat().st_size < 100_000

@@ -120,6 +120,7 @@ def test_a_truncated_gz_shard_is_reported(tmp_path: Path) -> None:
     assert reasons(splits.index.train) == {"s.tar.gz": "damaged or truncated shard"}
 
 
+@pytest.mark.case("T5")
 def test_a_header_that_claims_gigabytes_is_not_read(tmp_path: Path) -> None:
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, 8 << 30

@@ -67,6 +67,7 @@ CASES: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], bytes | T
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.case("C2", "a power loss that drops all that was not flushed, at any call", "old or new, whole")
 def test_a_power_loss_at_any_call_leaves_old_or_new_whole(tmp_path: Path, case: str) -> None:
     prepare, act, new = CASES[case]
     prepare(tmp_path)
@@ -164,6 +165,7 @@ def run_python(code: str, *arguments: object) -> "subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.case("C4", "writes that the system cuts short", "written whole, or exit code 74 and the old file")
 def test_a_file_size_limit_gives_an_output_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(OLD)
     code = """

@@ -112,6 +112,7 @@ def test_the_reason_is_told_against_the_nearest_engine(cache):
         lambda data: b"",
     ],
 )
+@pytest.mark.case("B6", "an engine that is damaged or another user's", "not used; it is built again, or refused")
 def test_a_damaged_engine_is_not_used_and_the_reason_says_so(cache, damage):
     path = cache.store(FACTS, ENGINE)
     path.write_bytes(damage(path.read_bytes()))
@@ -145,6 +146,7 @@ def test_a_folder_or_file_that_others_may_write_to_is_refused(cache):
         cache.store(FACTS, ENGINE)
 
 
+@pytest.mark.case("B6")
 def test_an_engine_of_another_user_is_refused(cache, monkeypatch):
     cache.store(FACTS, ENGINE)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)

@@ -153,6 +153,7 @@ def weakened(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
 
 
 @pytest.mark.parametrize("name", WEAKER)
+@pytest.mark.case("B8")
 def test_a_weaker_comparator_is_noticed(name, tmp_path, monkeypatch):
     module = weakened(name, tmp_path / "compare.py", monkeypatch)
     with np.errstate(invalid="ignore"):

@@ -83,6 +83,9 @@ def all_values(weight: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("network", "graph"), [("encoder", "encoder"), ("prior", "prior_step"), ("decoder", "decoder_step")]
 )
+@pytest.mark.case(
+    "B8", "a weight wrong by a thousandth, a wrong operator, weights that are not finite", "no bundle is written"
+)
 def test_a_weight_that_is_wrong_by_a_thousandth_fails_the_export(
     network, graph, fault, plain, command, monkeypatch, tmp_path
 ):
@@ -177,6 +180,7 @@ def hidden_infinity(model: ModelProto) -> None:
         ("pixels", hidden_infinity, "pixels: the sum of an image with NaN or infinity is finite"),
     ],
 )
+@pytest.mark.case("B8")
 def test_a_wrong_operator_fails_the_export(graph, change, message, plain, command, monkeypatch, tmp_path):
     files = with_graph(plain.files, graph, change)
     result = exported_again(plain, files, command, monkeypatch, tmp_path / "bundle")
@@ -217,6 +221,7 @@ def test_a_full_disk_leaves_nothing(room, plain, command, monkeypatch, tmp_path)
     check_refused(result, 74, "No space left on device; free space", tmp_path / "bundle")
 
 
+@pytest.mark.case("B7", "a full disk while a bundle is replaced", "the old bundle stays whole")
 def test_a_full_disk_leaves_the_bundle_that_was_there(plain, command, monkeypatch, tmp_path):
     bundle = tmp_path / "bundle"
     assert exported_again(plain, plain.files, command, monkeypatch, bundle).code == 0
@@ -340,6 +345,7 @@ def test_no_threads_at_all_are_refused_before_any_work(command, run, tmp_path):
 
 
 @pytest.mark.parametrize("opset", [17, 19, 24])
+@pytest.mark.case("B9", "an opset that is not supported", "refused before any work")
 def test_an_opset_that_no_test_covers_is_refused(opset, command, run, tmp_path):
     command.fails(
         main, 2, f"--opset is {opset}; expected 18, 20, 22 or 23", run, "--out", tmp_path / "bundle", "--opset", opset

@@ -32,6 +32,7 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.case("G9", "other batch sizes, orders and numbers of threads (ONNX Runtime, CPU)", "the same bytes")
 def test_the_real_networks_give_the_same_bytes_at_any_batch_size_order_and_thread_count(tool, fashion):
     pipelines = [ul_runtime.load(fashion, threads=threads, spinning=False) for threads in (1, 2)]
     result = tool.measure(pipelines, (1, 2), SIZES, 0, SHORT)

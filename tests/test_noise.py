@@ -67,6 +67,7 @@ def test_the_counter_is_block_stream_index_and_the_key_is_the_seed() -> None:
 
 
 @pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()) if GOLDEN.exists() else [])
+@pytest.mark.case("G11", "seeds and indices up to 2^64 - 1", "the noise of the first release, byte for byte")
 def test_the_bytes_are_those_of_the_first_release(case: dict[str, Any]) -> None:
     assert hex_of(case) == case["float32"]
 

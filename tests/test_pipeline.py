@@ -232,6 +232,9 @@ class Overflowing(Recorder):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
+@pytest.mark.case(
+    "G12", "NaN or Inf in one image of a batch", "this image alone is made again in float32, or left out and listed"
+)
 def test_images_that_are_not_finite_are_made_again_in_float32_and_these_alone(pipeline, batch_size):
     opened = []
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # resume
 
 
+@pytest.mark.case("C9", "a resume with another recipe", "refused with the fields that differ, unless allowed")
 def test_another_recipe_is_refused_by_its_keys_unless_allowed(
     command: Runner, train_options: list[Any], finished: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.case("C10", "two processes on one run", "the second is refused and told who has it")
 def test_a_run_in_use_is_refused(command: Runner, finished: Path, image_store: Path) -> None:
     resume = [finished, "--resume", "--cache", image_store / "cache"]
     with durable.lock_directory(finished):

@@ -91,6 +91,11 @@ def test_one_batch_overfits(tmp_path: Path, make: Callable[..., Stage]) -> None:
 
 
 @pytest.mark.parametrize(("stop", "more"), [(2, ()), (4, ()), (3, STEERED)])
+@pytest.mark.case(
+    "C7",
+    "a stop at any step, and a resume",
+    "weights, averages and optimizer are those of an unbroken run, bit for bit",
+)
 def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(
     tmp_path: Path, stop: int, more: tuple[str, ...]
 ) -> None:

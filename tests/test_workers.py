@@ -59,6 +59,7 @@ def test_a_process_that_cannot_open_the_bundle_says_why(bundle, tmp_path):
         list(workers.generate(3, batch_size=1, **OPTIONS))
 
 
+@pytest.mark.case("G3", "one of several sampling processes killed", "the job ends with an error and can be continued")
 def test_a_process_that_is_killed_is_an_error(bundle):
     def kill(amount: float) -> None:
         if not amount:
