@@ -1,4 +1,4 @@
-"""The system calls of ul_runtime.durable in a test's hands: recorded, failed or dropped."""
+"""The system calls of ul_runtime.files.durable in a test's hands: recorded, failed or dropped."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import pytest
 
-from ul_runtime import durable
+from ul_runtime.files import durable
 
 _APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _real_renameat2 = durable._renameat2

@@ -290,7 +290,7 @@ def test_what_file_managers_leave_is_said_and_not_read(path: Path, caplog: pytes
 
 @pytest.mark.case("A12", "a sparse file of 60 GiB that the manifest names", "refused unread where memory is smaller")
 def test_files_larger_than_the_memory_are_refused_unread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ul_runtime.closed_folder.memory_bytes", lambda: 2**30)
+    monkeypatch.setattr("ul_runtime.files.closed_folder.memory_bytes", lambda: 2**30)
     manifest, size = json.loads((path / "manifest.json").read_text()), 60 * 2**30
     manifest["files"]["prior.safetensors"]["size"] = size
     (path / "manifest.json").write_text(json.dumps(manifest))

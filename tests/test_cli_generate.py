@@ -20,8 +20,8 @@ from PIL import Image, PngImagePlugin
 import ul_runtime
 from ul_runtime.backends.ort_cpu import OrtCpuBackend
 from ul_runtime.cli.generate import _title, main
+from ul_runtime.images.png import read_info, read_png
 from ul_runtime.jobs import ImageFolder, _missing
-from ul_runtime.png import read_info, read_png
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
 QUIET = ("--backend", "ort-cpu")  # chosen by name, so that there is nothing to say about it

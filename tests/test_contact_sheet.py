@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from ul_runtime.png import _TEXT_PX, MOST_TILES, _drawable, _shortened, contact_sheet
+from ul_runtime.images.png import _TEXT_PX, MOST_TILES, _drawable, _shortened, contact_sheet
 
 
 def flat(value: int, size: int = 8, channels: int = 3) -> np.ndarray:

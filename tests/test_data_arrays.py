@@ -128,10 +128,10 @@ def test_an_array_larger_than_the_memory_of_this_machine_is_refused(
 ) -> None:
     idx(tmp_path / "in", "train", 20)
     source = tmp_path / "in" if kind == "idx" else npz(tmp_path / "a.npz", images=flat(20, 6, 6))
-    monkeypatch.setattr("ul_runtime.npz.memory_bytes", lambda: 19 * 36)
+    monkeypatch.setattr("ul_runtime.files.npz.memory_bytes", lambda: 19 * 36)
     with pytest.raises(BadInputError, match=r"of memory, this machine has .* a folder or as \.tar shards"):
         opened(source, tmp_path, fit="pad")
-    monkeypatch.setattr("ul_runtime.npz.memory_bytes", lambda: 20 * 36 + 128)
+    monkeypatch.setattr("ul_runtime.files.npz.memory_bytes", lambda: 20 * 36 + 128)
     assert len(opened(source, tmp_path, fit="pad").train) > 0
 
 

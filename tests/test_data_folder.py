@@ -119,7 +119,7 @@ def test_an_unreadable_folder_is_listed(tmp_path: Path, monkeypatch: pytest.Monk
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr("ul_runtime.find_images.os.scandir", refuse)
+    monkeypatch.setattr("ul_runtime.images.find.os.scandir", refuse)
     splits = opened(tmp_path / "in", tmp_path)
     assert reasons(splits.index.train) == {"b/": "not readable"}
     assert of(splits) == {0: "a", 2: "c"}

@@ -23,7 +23,7 @@ from image_sources import SIZE, opened
 from PIL import Image
 
 from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
-from ul_runtime.images import Conversion
+from ul_runtime.images.convert import Conversion
 from ul_runtime.machine import cache_dir, in_units
 from ul_train.config import ImageConfig, load_config
 from ul_train.data import imageset, prepare, write

@@ -20,7 +20,7 @@ from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.batches import Images, in_batches
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import NonFiniteError, OutOfMemoryError, StoppedError, ULError, UsageError
-from ul_runtime.images import to_uint8
+from ul_runtime.images.convert import to_uint8
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
 

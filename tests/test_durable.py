@@ -13,8 +13,8 @@ import pytest
 from disk import Disk
 from power_loss import RecordingDisk, Tree, violations
 
-from ul_runtime import durable
 from ul_runtime.errors import OutputError, UsageError
+from ul_runtime.files import durable
 
 OLD, NEW = b"old" * 1000, b"new!" * 2000
 
@@ -171,7 +171,7 @@ def test_a_file_size_limit_gives_an_output_error_and_keeps_the_old_file(tmp_path
     code = """
 import resource, sys
 from pathlib import Path
-from ul_runtime import durable
+from ul_runtime.files import durable
 from ul_runtime.errors import OutputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 root = Path(sys.argv[1])
@@ -263,7 +263,7 @@ def child(code: str, *arguments: object) -> Iterator["subprocess.Popen[str]"]:
 HOLD = """
 import sys, time
 from pathlib import Path
-from ul_runtime import durable
+from ul_runtime.files import durable
 with durable.{what}(Path(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(60)

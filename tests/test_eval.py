@@ -19,8 +19,8 @@ from tiny_run import blobs
 
 import ul_runtime
 from ul_export.evaluation.cli import main
+from ul_runtime.images.png import contact_sheet
 from ul_runtime.install import install
-from ul_runtime.png import contact_sheet
 from ul_train.data.imageset import epoch_order
 
 ROOT = Path(__file__).parent.parent

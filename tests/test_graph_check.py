@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
+from ul_runtime.files.onnx_file import MAX_BYTES, read_model
 from ul_runtime.graph_check import OPERATORS
 from ul_runtime.loading import DEFAULT, MODELS
-from ul_runtime.onnx_file import MAX_BYTES, read_model
 
 GRAPHS = sorted((MODELS / DEFAULT).glob("*.onnx"))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ul_runtime.diffusion import NATS_PER_BIT, alpha, sigma
 from ul_runtime.errors import StoppedError
-from ul_runtime.images import from_uint8
+from ul_runtime.images.convert import from_uint8
 from ul_runtime.manifest import BundleInfo
 from ul_runtime.pipeline import Pipeline
 from ul_train.data.imageset import ImageSet

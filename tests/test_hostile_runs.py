@@ -13,7 +13,7 @@ import torch
 from tiny_run import new_run, tiny
 
 from ul_runtime.errors import BadInputError, ULError, UntrustedError, UsageError
-from ul_runtime.json_file import read_if_whole
+from ul_runtime.files.json_file import read_if_whole
 from ul_train import checkpoint as ckpt
 from ul_train.log import drop_lines_after
 from ul_train.run import Run

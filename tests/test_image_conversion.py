@@ -17,8 +17,8 @@ from PIL import Image
 
 from ul_runtime import image_files
 from ul_runtime.errors import UsageError
-from ul_runtime.image_files import ImageRejectedError, quiet_decoders
-from ul_runtime.images import Conversion, convert
+from ul_runtime.images.convert import Conversion, convert
+from ul_runtime.images.decode import ImageRejectedError, quiet_decoders
 
 RGB_16 = Conversion(16, 3)
 GREY_16 = Conversion(16, 1)
@@ -322,7 +322,7 @@ def test_a_file_without_permission_is_rejected(tmp_path: Path, monkeypatch: pyte
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("ul_runtime.image_files.os.open", refuse)
+    monkeypatch.setattr("ul_runtime.images.decode.os.open", refuse)
     assert rejection(path) == "not readable"
 
 

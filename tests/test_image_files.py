@@ -12,9 +12,9 @@ from PIL import Image, features
 from tiffs import COMPRESSION, SAMPLE_FORMAT, tiff
 
 from ul_runtime import image_files
-from ul_runtime.file_kinds import kind_of
-from ul_runtime.image_files import FORMATS, SUFFIXES, ImageRejectedError
-from ul_runtime.images import Conversion, convert
+from ul_runtime.images.convert import Conversion, convert
+from ul_runtime.images.decode import FORMATS, SUFFIXES, ImageRejectedError
+from ul_runtime.images.kinds import kind_of
 
 RGB_8 = Conversion(8, 3)
 RED = (200, 40, 40)
@@ -217,8 +217,8 @@ def test_decoders_write_nothing_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(source)
     script = f"""
 import os, pathlib
-from ul_runtime.image_files import ImageRejectedError, quiet_decoders
-from ul_runtime.images import Conversion, convert
+from ul_runtime.images.decode import ImageRejectedError, quiet_decoders
+from ul_runtime.images.convert import Conversion, convert
 def read():
     try:
         convert(pathlib.Path({str(tmp_path / "a.tif")!r}), Conversion(8, 3))

@@ -10,9 +10,9 @@ from icc import ADOBE_RGB, LINEAR_GREY, SWAPPED
 from PIL import ExifTags, Image, ImageCms
 from tiffs import BITS, EXTRA_SAMPLES, FILL_ORDER, PHOTOMETRIC, SAMPLE_FORMAT, Tags, tiff
 
-from ul_runtime.image_files import ImageRejectedError
-from ul_runtime.images import Conversion, convert
-from ul_runtime.pixels import NEARLY_BLACK
+from ul_runtime.images.convert import Conversion, convert
+from ul_runtime.images.decode import ImageRejectedError
+from ul_runtime.images.pixels import NEARLY_BLACK
 
 RGB_8, GREY_8 = Conversion(8, 3), Conversion(8, 1)
 QUADRANTS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (128, 128, 128))

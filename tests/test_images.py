@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ul_runtime.find_images import find_images
-from ul_runtime.image_files import ImageRejectedError
-from ul_runtime.images import load_image
+from ul_runtime.images.convert import load_image
+from ul_runtime.images.decode import ImageRejectedError
+from ul_runtime.images.find import find_images
 from ul_runtime.manifest import ImageFormat
 from ul_train.config import load_config
 from ul_train.data.prepare import open_splits

@@ -14,7 +14,8 @@ import pytest
 
 JOB = """
 import itertools, os, random, signal, sys, threading, time
-from ul_runtime import durable, jobs, loading, pipeline
+from ul_runtime import jobs, loading, pipeline
+from ul_runtime.files import durable
 from ul_runtime.backends import ort_cpu
 from ul_runtime.cli import generate
 

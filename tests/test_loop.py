@@ -7,7 +7,7 @@ from given_steps import run_steps
 from ul_runtime import noise
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError
-from ul_runtime.images import to_uint8
+from ul_runtime.images.convert import to_uint8
 from ul_runtime.loop import NO_NOISE, NoiseKeys, side_by_side, to_pixels
 from ul_runtime.samplers import ALPHA, B_0, B_1, B_2, LOGSNR, SAMPLERS, SIGMA, A, S, sampler_table
 

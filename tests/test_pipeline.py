@@ -15,7 +15,7 @@ from ul_runtime import noise
 from ul_runtime.backends import HostBackend
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import NonFiniteError, StoppedError, UsageError
-from ul_runtime.images import to_uint8
+from ul_runtime.images.convert import to_uint8
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.samplers import B_0, SAMPLERS
 

@@ -31,7 +31,7 @@ from ul_runtime.backends import openvino
 from ul_runtime.backends.choose import choose_on_cpu
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
-from ul_runtime.images import from_uint8
+from ul_runtime.images.convert import from_uint8
 from ul_runtime.loading import load
 from ul_runtime.manifest import GRAPH_NAMES, NETWORK_GRAPHS
 

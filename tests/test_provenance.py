@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.png import (
+from ul_runtime.images.png import (
     ALL_CLASSES,
     KEY,
     SOFTWARE,

@@ -16,9 +16,9 @@ from ul_runtime.backends.ort_cuda import OrtDeviceBackend
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main
 from ul_runtime.cli.latents import decode_main as decode
+from ul_runtime.images.png import ImageInfo, as_pil, png_bytes, read_info, read_png
 from ul_runtime.latents import latents_bytes
 from ul_runtime.pipeline import Pipeline
-from ul_runtime.png import ImageInfo, as_pil, png_bytes, read_info, read_png
 
 FAST = ("--steps", 3, "--decoder-steps", 2, "--threads", 1)
 NOISY = ("--sampler", "ancestral", "--decoder-sampler", "ancestral", "--seed", 2**64 - 1)

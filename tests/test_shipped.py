@@ -15,7 +15,7 @@ from ul_runtime import loading
 from ul_runtime.bundle import Bundle
 from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import BadInputError, UntrustedError, UsageError
-from ul_runtime.find_images import find_images
+from ul_runtime.images.find import find_images
 from ul_train.config import validate
 
 QUICK = ("--steps", 2, "--decoder-steps", 1, "--threads", 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from ul_runtime.diffusion import alpha, sigma, x_from_v
-from ul_runtime.images import to_uint8
+from ul_runtime.images.convert import to_uint8
 from ul_runtime.samplers import B_0, B_1, B_2, SAMPLERS, A, S, sampler_table
 from ul_train.networks import DecoderUViT, LatentViT
 from ul_train.step_graphs import DecoderStep, Pixels, PriorStep, clean_value, rescale_std, update

@@ -13,8 +13,8 @@ from command import Runner
 from disk import Disk
 from tiny_run import SHORT, refuses, tree, write_npz
 
-from ul_runtime import durable
 from ul_runtime.errors import OutputError, UsageError
+from ul_runtime.files import durable
 from ul_train import train as commands
 from ul_train.checks import check_description, check_disk
 from ul_train.cli import main

@@ -100,7 +100,7 @@ def busy_machine(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file to write.")] = None,
 ) -> None:
     """Measure images/s, idle and beside a busy core."""
-    from ul_runtime import durable
+    from ul_runtime.files import durable
 
     if one is not None:
         print(KINDS[one](int(threads) or None, seconds))

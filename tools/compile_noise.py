@@ -16,10 +16,10 @@ from typing import Annotated
 
 import typer
 
-from ul_runtime import durable
 from ul_runtime.backends.gpu import PTX_FILE, SOURCE_FILE
 from ul_runtime.cli.command import run_command
 from ul_runtime.errors import UsageError
+from ul_runtime.files import durable
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 ARCHITECTURE, LANGUAGE = "compute_75", "7.0"

@@ -86,7 +86,7 @@ def gpu_report(
     require_packages("torch", "onnx", extras="train,export")
     import torch
 
-    from ul_runtime import durable
+    from ul_runtime.files import durable
 
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():

@@ -102,7 +102,7 @@ def host_cost(
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Batches timed after the first.")] = 5,
 ) -> None:
     """Measure, and write the seconds a batch as JSON."""
-    from ul_runtime import durable
+    from ul_runtime.files import durable
 
     require_packages("torch", extras="train")
     durable.make_directory(out)

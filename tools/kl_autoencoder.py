@@ -174,7 +174,7 @@ def compare(
     eval_seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds of sampling.")] = 2,
 ) -> None:
     """Train the autoencoder and its latent diffusion model at equal compute, and put both beside each other."""
-    from ul_runtime import durable
+    from ul_runtime.files import durable
     from ul_runtime.machine import cache_dir, origin
     from ul_train.account import account
     from ul_train.data.prepare import open_splits

@@ -117,7 +117,7 @@ def table(
     mean_of: Annotated[int, typer.Option(metavar="K", min=1, help="Decodes averaged for the distortion.")] = 4,
 ) -> None:
     """Train, export and evaluate every row of a table, and write it."""
-    from ul_runtime import durable
+    from ul_runtime.files import durable
     from ul_runtime.machine import origin
     from ul_train.sweep import Variants, option_words
 
@@ -180,7 +180,7 @@ def run_name(row: Row, seed: int, recipe: str, common: list[str]) -> str:
 def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]) -> dict[str, Any]:
     """What ul-train report and ul-eval say of a run; kept in the run's folder."""
     from ul_export.evaluation.report import summary
-    from ul_runtime import durable
+    from ul_runtime.files import durable
     from ul_train.sweep import run_script
 
     report = variants.measured(run, images, mean_of)

@@ -40,7 +40,7 @@ def write_results(
     out: Path, names: tuple[str, ...], record: dict[str, Any], table: str, plot: bytes | None = None
 ) -> None:
     """Write the record, its table in Markdown and its plot as files of these names, and print the table."""
-    from ul_runtime import durable
+    from ul_runtime.files import durable
 
     durable.make_directory(out)
     durable.write_json(out / names[0], record)

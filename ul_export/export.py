@@ -33,12 +33,12 @@ from ul_export.verify import (
     compare_pixels,
     image_psnr_db,
 )
-from ul_runtime import durable
 from ul_runtime.backends import NO_BF16
 from ul_runtime.backends.choose import open_backend
 from ul_runtime.bundle import Bundle, write_bundle
 from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
-from ul_runtime.images import from_uint8
+from ul_runtime.files import durable
+from ul_runtime.images.convert import from_uint8
 from ul_runtime.machine import cache_dir, versions
 from ul_runtime.manifest import GRAPH_NAMES, MANIFEST_NAME, BundleInfo
 from ul_runtime.pipeline import Pipeline

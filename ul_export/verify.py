@@ -11,7 +11,7 @@ import numpy as np
 from ul_runtime.backends import Backend, WrappedBackend
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import BadInputError, NonFiniteError
-from ul_runtime.images import to_uint8
+from ul_runtime.images.convert import to_uint8
 from ul_runtime.manifest import GraphName, interface
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress

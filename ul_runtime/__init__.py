@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ul_runtime.machine import VERSION
 
 if TYPE_CHECKING:
-    from ul_runtime.find_images import read_images
+    from ul_runtime.images.find import read_images
     from ul_runtime.loading import load
 
 __all__ = ["load", "read_images"]
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "read_images":
-        from ul_runtime.find_images import read_images
+        from ul_runtime.images.find import read_images
 
         return read_images
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

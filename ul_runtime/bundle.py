@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ul_runtime import durable
-from ul_runtime.closed_folder import Kind, closed_folder
 from ul_runtime.errors import BadInputError, UsageError
+from ul_runtime.files import durable
+from ul_runtime.files.closed_folder import Kind, closed_folder
+from ul_runtime.files.safe_tensors import reading_safetensors
 from ul_runtime.graph_check import check_graph
 from ul_runtime.manifest import (
     GRAPH_NAMES,
@@ -30,7 +31,6 @@ from ul_runtime.manifest import (
     manifest_bytes,
     parse_manifest,
 )
-from ul_runtime.safe_tensors import reading_safetensors
 
 _CHUNK = 2**20
 _KIND = Kind("bundle", "a bundle, the folder that ul-export wrote", "the manifest", "copy or export it again")

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from ul_runtime.errors import BadInputError, UntrustedError
+from ul_runtime.files.onnx_file import Message, read_model
 from ul_runtime.manifest import BundleInfo, Graph, GraphName, TensorFormat
-from ul_runtime.onnx_file import Message, read_model
 
 MAX_NODES = 2**14
 # Those that ul-export writes, and others of their kind, which another version of torch may write.

@@ -14,12 +14,11 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
 
-from ul_runtime import durable
 from ul_runtime.batches import Images
 from ul_runtime.errors import BadInputError, NonFiniteError, OutputError, StoppedError, UsageError
-from ul_runtime.json_file import read_object
-from ul_runtime.pipeline import Pipeline
-from ul_runtime.png import (
+from ul_runtime.files import durable
+from ul_runtime.files.json_file import read_object
+from ul_runtime.images.png import (
     CONTACT_SHEET,
     JOB_FILES,
     MOST_TILES,
@@ -33,6 +32,7 @@ from ul_runtime.png import (
     read_info,
     read_png,
 )
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, progress, silent
 from ul_runtime.settings import check_seed, no_label
 from ul_runtime.signals import stop_on_signal

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from ul_runtime.errors import BadInputError, UsageError, one_line
-from ul_runtime.npz import DAMAGED, check_expanded, npz_array
-from ul_runtime.safe_tensors import reading_safetensors
+from ul_runtime.files.npz import DAMAGED, check_expanded, npz_array
+from ul_runtime.files.safe_tensors import reading_safetensors
 
 SUFFIXES = (".safetensors", ".npz")
 _FORMAT = "unified-latents-latents"

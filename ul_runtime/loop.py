@@ -8,7 +8,7 @@ import numpy as np
 
 from ul_runtime import noise
 from ul_runtime.errors import BadInputError, UsageError
-from ul_runtime.images import to_uint8
+from ul_runtime.images.convert import to_uint8
 from ul_runtime.manifest import BundleInfo, GraphName
 from ul_runtime.progress import Tick
 from ul_runtime.samplers import B_0, LOGSNR, A, S

@@ -19,12 +19,12 @@ from pydantic import ConfigDict
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ul_runtime import durable
-from ul_runtime.closed_folder import ClosedFolder, Kind, closed_folder
 from ul_runtime.errors import BadInputError, one_line
-from ul_runtime.json_file import MAX_BYTES, checked, parse_object
+from ul_runtime.files import durable
+from ul_runtime.files.closed_folder import ClosedFolder, Kind, closed_folder
+from ul_runtime.files.json_file import MAX_BYTES, checked, parse_object
+from ul_runtime.files.safe_tensors import reading_safetensors
 from ul_runtime.manifest import FileEntry
-from ul_runtime.safe_tensors import reading_safetensors
 
 FORMAT, FORMAT_VERSION = "unified-latents-checkpoint", 1
 NAME = re.compile(r"([a-z]+)-(\d{6,})")  # stage, step

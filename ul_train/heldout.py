@@ -7,9 +7,9 @@ import numpy as np
 
 from ul_runtime import noise
 from ul_runtime.diffusion import NATS_PER_BIT, alpha
-from ul_runtime.images import from_uint8
+from ul_runtime.images.convert import from_uint8
+from ul_runtime.images.png import contact_sheet, png_bytes
 from ul_runtime.pipeline import Encoded, Pipeline
-from ul_runtime.png import contact_sheet, png_bytes
 from ul_runtime.progress import Tick, silent
 from ul_train.data.imageset import Images, ImageSet
 

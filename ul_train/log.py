@@ -16,8 +16,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ul_runtime import durable
-from ul_runtime.json_file import parse_object
+from ul_runtime.files import durable
+from ul_runtime.files.json_file import parse_object
 
 logger = logging.getLogger(__name__)
 

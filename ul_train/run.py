@@ -13,10 +13,10 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from ul_runtime import durable
 from ul_runtime.errors import BadInputError, UsageError, one_line
-from ul_runtime.images import rgb
-from ul_runtime.json_file import checked, read_if_whole, read_object
+from ul_runtime.files import durable
+from ul_runtime.files.json_file import checked, read_if_whole, read_object
+from ul_runtime.images.convert import rgb
 from ul_runtime.machine import VERSION
 from ul_runtime.manifest import (
     GRAPH_NAMES,

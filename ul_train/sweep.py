@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ul_runtime import durable
 from ul_runtime.errors import StoppedError, UsageError
+from ul_runtime.files import durable
+from ul_runtime.files.json_file import read_if_whole
 from ul_runtime.install import install
-from ul_runtime.json_file import read_if_whole
 from ul_runtime.machine import commit, versions
 from ul_runtime.signals import asked_to_stop, check_stopped, stop_on_signal, waiting_for_a_command
 from ul_train.config import Config, load_config

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ul_runtime import durable
 from ul_runtime.errors import OutputError, StoppedError, UsageError
-from ul_runtime.json_file import read_if_whole
+from ul_runtime.files import durable
+from ul_runtime.files.json_file import read_if_whole
 from ul_runtime.progress import Tick, progress, silent
 from ul_runtime.signals import check_stopped, stop_on_signal
 from ul_train.account import Figures

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ul_runtime import durable
 from ul_runtime.cli.options import print_table
+from ul_runtime.files import durable
 from ul_train.log import figure_png
 
 _STEPS = {"prior_step": "prior step", "guided_prior_step": "guided prior step", "decoder_step": "decoder step"}

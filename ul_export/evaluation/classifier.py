@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ul_runtime import durable
 from ul_runtime.errors import BadInputError
-from ul_runtime.images import from_uint8
+from ul_runtime.files import durable
+from ul_runtime.images.convert import from_uint8
 from ul_runtime.progress import Tick, silent
 from ul_train.data.imageset import ImageSet, sample_ids
 from ul_train.torch_backend import follow_load

@@ -16,9 +16,9 @@ from ul_export.evaluation.measures import (
 from ul_export.evaluation.report import CONTACT_SHEETS, contact_sheets, html_report
 from ul_export.evaluation.statistics import COVERAGE_NEIGHBOURS
 from ul_export.options import EvalOptions
-from ul_runtime import durable
 from ul_runtime.cli.options import SamplingOptions
 from ul_runtime.errors import UsageError
+from ul_runtime.files import durable
 from ul_runtime.loading import open_pipeline
 from ul_runtime.machine import OneGpuOptions, cache_dir, origin
 from ul_runtime.settings import check_count, check_seed

@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, max_po
 from ul_export.options import EvalOptions
 from ul_runtime.backends.ort_cpu import ORT_ERRORS, session_options
 from ul_runtime.errors import BadInputError, NonFiniteError, ULError, UsageError, one_line
-from ul_runtime.images import from_uint8
+from ul_runtime.images.convert import from_uint8
 from ul_runtime.install import require_packages
 from ul_runtime.progress import Tick, progress, silent
 from ul_train.data.imageset import Images, Splits

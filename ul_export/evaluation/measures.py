@@ -20,7 +20,7 @@ from ul_export.evaluation.statistics import (
     ssim,
 )
 from ul_runtime.errors import UsageError
-from ul_runtime.images import from_uint8
+from ul_runtime.images.convert import from_uint8
 from ul_runtime.install import install
 from ul_runtime.progress import Tick, progress
 from ul_runtime.settings import Overrides

@@ -10,7 +10,7 @@ from rich.table import Table
 from ul_export.evaluation.comparison import Comparison
 from ul_export.html_page import image, page, paragraph, table
 from ul_runtime.cli.options import print_table
-from ul_runtime.png import contact_sheet, png_bytes
+from ul_runtime.images.png import contact_sheet, png_bytes
 
 _WIDTH = 110  # of tables that no terminal limits
 # figure -> (name, better, what it says)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ul_runtime import durable
 from ul_runtime.backends.onnx_weights import with_weights
 from ul_runtime.backends.tensorrt_build import (
     REFITTABLE,
@@ -32,6 +31,7 @@ from ul_runtime.backends.tensorrt_build import (
 )
 from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, ULError, UntrustedError
+from ul_runtime.files import durable
 from ul_runtime.machine import engine_dir, gpus
 from ul_runtime.manifest import GraphName
 from ul_runtime.progress import Tick, silent

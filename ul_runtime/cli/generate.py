@@ -76,9 +76,9 @@ def generate(
     if out is None:
         raise UsageError("--out is missing; give the folder of the images")
     overrides = sampling.overrides
+    from ul_runtime.images.png import ALL_CLASSES, GenerateJob
     from ul_runtime.jobs import fill, job_of, summary
     from ul_runtime.loading import open_pipeline
-    from ul_runtime.png import ALL_CLASSES, GenerateJob
     from ul_runtime.settings import MOST_IMAGES, check_count, label_cycle, no_label
     from ul_runtime.workers import generate_on_gpus
 

@@ -27,8 +27,8 @@ from ul_runtime.machine import OneGpuOptions
 if TYPE_CHECKING:
     import numpy as np
 
-    from ul_runtime.find_images import Found
-    from ul_runtime.image_files import Rejected
+    from ul_runtime.images.decode import Rejected
+    from ul_runtime.images.find import Found
     from ul_runtime.latents import Latents
     from ul_runtime.pipeline import Pipeline
     from ul_runtime.progress import Tick
@@ -74,10 +74,10 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Decode latents to images: PNG files and a contact sheet. Latents of ul-encode give reconstructions."""
+    from ul_runtime.images.png import DecodeJob
     from ul_runtime.jobs import fill, job_of, summary
     from ul_runtime.latents import read_latents
     from ul_runtime.loading import open_pipeline
-    from ul_runtime.png import DecodeJob
     from ul_runtime.settings import check_count
 
     check_count("--mean-of", options.mean_of)
@@ -150,8 +150,8 @@ def encode(
 
     Images that cannot be read are left out and listed; the exit code is then 65.
     """
-    from ul_runtime import durable
-    from ul_runtime.find_images import find_images, first_three, in_words
+    from ul_runtime.files import durable
+    from ul_runtime.images.find import find_images, first_three, in_words
     from ul_runtime.latents import SUFFIXES, latents_bytes
     from ul_runtime.loading import open_pipeline
     from ul_runtime.settings import check_count
@@ -209,9 +209,9 @@ def _encode_files(pipeline: "Pipeline", files: "list[Found]", options: EncodeOpt
     import numpy as np
 
     from ul_runtime.batches import halved_where_short
-    from ul_runtime.find_images import in_words
-    from ul_runtime.image_files import quiet_decoders
-    from ul_runtime.pixels import nearly_black_note
+    from ul_runtime.images.decode import quiet_decoders
+    from ul_runtime.images.find import in_words
+    from ul_runtime.images.pixels import nearly_black_note
     from ul_runtime.progress import progress
     from ul_runtime.signals import stop_on_signal
 
@@ -244,9 +244,9 @@ def _read(
     files: "list[Found]", pipeline: "Pipeline", converted: Counter[str], rejected: "list[Rejected]"
 ) -> "Iterator[tuple[Found, np.ndarray]]":
     """The images that can be read, as x `c h w`; counts what was converted, and lists the others."""
-    from ul_runtime.find_images import printable
-    from ul_runtime.image_files import ImageRejectedError
-    from ul_runtime.images import load_image
+    from ul_runtime.images.convert import load_image
+    from ul_runtime.images.decode import ImageRejectedError
+    from ul_runtime.images.find import printable
 
     for file in files:
         try:
@@ -271,7 +271,7 @@ def _encode_batch(
     """Those of x `b c h w`, the files `indices`."""
     import numpy as np
 
-    from ul_runtime.find_images import class_name, class_of
+    from ul_runtime.images.find import class_name, class_of
 
     encoded = pipeline.encode(x, seed=options.seed, indices=indices)
     finite = np.isfinite(encoded.z_clean).reshape(len(x), -1).all(axis=1)

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ul_runtime import durable, loading
+from ul_runtime import loading
 from ul_runtime.backends import BACKENDS, TORCH
 from ul_runtime.errors import BadInputError, DifferentError, UsageError
-from ul_runtime.machine import MachineOptions
-from ul_runtime.manifest import is_bundle
-from ul_runtime.pipeline import Pipeline
-from ul_runtime.png import (
+from ul_runtime.files import durable
+from ul_runtime.images.png import (
     SOFTWARE,
     DecodeJob,
     GenerateJob,
@@ -24,6 +22,9 @@ from ul_runtime.png import (
     read_info,
     read_png,
 )
+from ul_runtime.machine import MachineOptions
+from ul_runtime.manifest import is_bundle
+from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress
 from ul_runtime.settings import Overrides, no_label
 from ul_runtime.signals import stop_on_signal

@@ -15,10 +15,10 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from ul_runtime.errors import BadInputError, UsageError
-from ul_runtime.find_images import printable
-from ul_runtime.image_files import MAX_PIXELS, ImageRejectedError, open_regular
+from ul_runtime.files.npz import DAMAGED, check_expanded, npz_array, npz_header
+from ul_runtime.images.decode import MAX_PIXELS, ImageRejectedError, open_regular
+from ul_runtime.images.find import printable
 from ul_runtime.install import install
-from ul_runtime.npz import DAMAGED, check_expanded, npz_array, npz_header
 from ul_train.data.records import Record, Source, file_identity
 
 _FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.find_images import ImageFolder, in_words, printable
-from ul_runtime.image_files import SUFFIXES, Rejected
+from ul_runtime.images.decode import SUFFIXES, Rejected
+from ul_runtime.images.find import ImageFolder, in_words, printable
 from ul_train.data.records import Record, Source
 
 TRAIN_FOLDERS = ("train", "training")

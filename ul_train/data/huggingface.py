@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ul_runtime.errors import BadInputError, UsageError
-from ul_runtime.find_images import printable
-from ul_runtime.image_files import ImageRejectedError, Rejected
+from ul_runtime.images.decode import ImageRejectedError, Rejected
+from ul_runtime.images.find import printable
 from ul_runtime.install import install
 from ul_train.data.records import MAX_IMAGE_BYTES, Record, Source, file_identity
 

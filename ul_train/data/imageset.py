@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ul_runtime.image_files import Rejected
+from ul_runtime.images.decode import Rejected
 from ul_runtime.progress import Tick, silent
 
 SCHEMA = 3  # of the files and of the code: raise it when the same source would give other bytes

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from ul_runtime import durable
 from ul_runtime.errors import BadInputError, OutputError, StoppedError, UsageError
-from ul_runtime.find_images import first_three, in_words
-from ul_runtime.images import SMALLER, Conversion
+from ul_runtime.files import durable
+from ul_runtime.images.convert import SMALLER, Conversion
+from ul_runtime.images.find import first_three, in_words
 from ul_runtime.machine import in_units
 from ul_runtime.progress import Tick, progress, silent
 from ul_runtime.signals import check_stopped

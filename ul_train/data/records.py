@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ul_runtime.find_images import printable
-from ul_runtime.image_files import Rejected
+from ul_runtime.images.decode import Rejected
+from ul_runtime.images.find import printable
 
 MAX_IMAGE_BYTES = 256 << 20  # of one encoded image in a shard or data set
 LABEL_ALONE = "a label without an image"

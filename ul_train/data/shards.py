@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Self, cast
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.file_kinds import HEAD_BYTES
-from ul_runtime.find_images import is_image_file, printable
-from ul_runtime.image_files import SUFFIXES, ImageRejectedError, Rejected, open_regular
+from ul_runtime.images.decode import SUFFIXES, ImageRejectedError, Rejected, open_regular
+from ul_runtime.images.find import is_image_file, printable
+from ul_runtime.images.kinds import HEAD_BYTES
 from ul_train.data.records import LABEL_ALONE, MAX_IMAGE_BYTES, Ignored, Record, Source, file_identity
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ul_runtime.errors import BadInputError, UsageError
-from ul_runtime.find_images import is_of_the_user, printable
-from ul_runtime.image_files import SUFFIXES
+from ul_runtime.images.decode import SUFFIXES
+from ul_runtime.images.find import is_of_the_user, printable
 from ul_train.data.arrays import DIGITS, digits_source, find_idx, idx_sources, npz_source
 from ul_train.data.folder import HELDOUT_FOLDERS, TRAIN_FOLDERS, folder_source
 from ul_train.data.huggingface import huggingface_sources

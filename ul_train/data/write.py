@@ -14,13 +14,13 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ul_runtime import durable
 from ul_runtime.errors import BadInputError
-from ul_runtime.find_images import class_name, first_three
-from ul_runtime.image_files import ImageRejectedError, Rejected, quiet_decoders
-from ul_runtime.images import SMALLER, Conversion, convert
+from ul_runtime.files import durable
+from ul_runtime.images.convert import SMALLER, Conversion, convert
+from ul_runtime.images.decode import ImageRejectedError, Rejected, quiet_decoders
+from ul_runtime.images.find import class_name, first_three
+from ul_runtime.images.pixels import nearly_black_note
 from ul_runtime.manifest import MAX_NAME
-from ul_runtime.pixels import nearly_black_note
 from ul_runtime.progress import Tick
 from ul_train.data.imageset import (
     IDS_NAMES,

@@ -20,7 +20,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 
-from ul_runtime.file_kinds import HEAD_BYTES, is_image_kind, kind_of
+from ul_runtime.images.kinds import HEAD_BYTES, is_image_kind, kind_of
 from ul_runtime.install import install
 
 SUFFIXES = frozenset(

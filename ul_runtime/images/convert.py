@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from ul_runtime.errors import UsageError
-from ul_runtime.image_files import (
+from ul_runtime.images.decode import (
     DAMAGED,
     ImageRejectedError,
     check_pixels,
@@ -22,8 +22,8 @@ from ul_runtime.image_files import (
     why_not,
     without_extras,
 )
+from ul_runtime.images.pixels import NEARLY_BLACK, is_grey, to_opaque_8_bit
 from ul_runtime.manifest import ImageFormat
-from ul_runtime.pixels import NEARLY_BLACK, is_grey, to_opaque_8_bit
 
 SMALLER = "smaller than the model"
 _LARGE_PIXELS = 16_000_000

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.file_kinds import HEAD_BYTES, kind_of
+from ul_runtime.images.kinds import HEAD_BYTES, kind_of
 from ul_runtime.machine import VERSION
 from ul_runtime.manifest import Count, Sha256, Text, first_error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image
 
-from ul_runtime.image_files import DAMAGED, ImageRejectedError
+from ul_runtime.images.decode import DAMAGED, ImageRejectedError
 
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ul_runtime.errors import BadInputError
-from ul_runtime.file_kinds import HEAD_BYTES, is_image_kind, kind_of
-from ul_runtime.image_files import SUFFIXES, ImageRejectedError, Rejected, check_regular, open_regular
-from ul_runtime.images import load_image
-from ul_runtime.png import is_contact_sheet
+from ul_runtime.images.convert import load_image
+from ul_runtime.images.decode import SUFFIXES, ImageRejectedError, Rejected, check_regular, open_regular
+from ul_runtime.images.kinds import HEAD_BYTES, is_image_kind, kind_of
+from ul_runtime.images.png import is_contact_sheet
 
 if TYPE_CHECKING:
     import numpy as np

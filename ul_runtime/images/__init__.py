@@ -1,0 +1,1 @@
+"""Images: found in folders, read from any file, converted, and written as PNG."""
