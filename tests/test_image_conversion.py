@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ul_runtime import image_files
 from ul_runtime.errors import UsageError
+from ul_runtime.images import decode
 from ul_runtime.images.convert import Conversion, convert
 from ul_runtime.images.decode import ImageRejectedError, quiet_decoders
 
@@ -261,7 +261,7 @@ def test_unusable_content_is_rejected_with_its_reason(name: str) -> None:
 
 
 def test_an_image_over_the_pixel_bound_is_never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 24 * 24 - 1)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 24 * 24 - 1)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert rejection(GOOD_PNG) == "too many pixels"
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, features
 from tiffs import COMPRESSION, SAMPLE_FORMAT, tiff
 
-from ul_runtime import image_files
+from ul_runtime.images import decode
 from ul_runtime.images.convert import Conversion, convert
 from ul_runtime.images.decode import FORMATS, SUFFIXES, ImageRejectedError
 from ul_runtime.images.kinds import kind_of
@@ -66,7 +66,7 @@ def test_heic_is_read_with_the_extra() -> None:
 
 @pytest.mark.case("R2")
 def test_without_the_extra_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_files, "_formats", lambda: FORMATS)
+    monkeypatch.setattr(decode, "_formats", lambda: FORMATS)
     message = refused(b"\0\0\0\x1cftypheic" + bytes(200))
     assert message.startswith("unsupported (HEIF; pip install ")
     assert "[heif]" in message
@@ -194,7 +194,7 @@ def test_a_tiff_with_too_few_strips_is_called_corrupt() -> None:
 )
 def test_a_large_jpeg_is_decoded_at_a_smaller_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 2000)
     image = Image.new("RGB", (64, 64), RED)
     out, changes = convert(encoded(image, "JPEG"), RGB_8)
     assert np.abs(out[:, 3, 3].astype(int) - RED).max() <= 3
@@ -205,7 +205,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale(monkeypatch: pytest.MonkeyPa
         (encoded(image, "JPEG"), Conversion(60, 3)),
     ):
         assert refused(source, to).startswith("too many pixels (")
-    monkeypatch.setattr(image_files, "MAX_JPEG_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(decode, "MAX_JPEG_PIXELS", 64 * 64 - 1)
     assert refused(encoded(image, "JPEG")).startswith("too many pixels (64x64")
 
 
