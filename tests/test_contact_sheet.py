@@ -93,3 +93,5 @@ def test_a_long_name_keeps_its_beginning_and_its_end():
     assert (long[:5], long[-4:]) == ("a ver", "e 17")
     assert _shortened("short", 96, font) == "short"
     assert _shortened("short", 1, font) == "…"
+    assert [_shortened(text, 96, font) for text in ("7", "", "ab")] == ["7", "", "ab"]
+    assert _shortened("7", 1, font) == "…"

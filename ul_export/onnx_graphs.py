@@ -30,6 +30,8 @@ from ul_runtime.manifest import BundleInfo, GraphName, ImageFormat, LatentFormat
 from ul_train.networks import SelfAttention
 from ul_train.step_graphs import DecoderStep, Pixels, PriorStep
 
+_LOG = logging.getLogger(__name__)
+
 _TRANSPOSED = ".T"
 _AGAIN = re.compile(r"~\d+$")  # another initializer of the same parameter, in another shape
 _HALF = re.compile(r"(?P<weight>.+)\.half")
@@ -145,6 +147,7 @@ def export_graphs(
     """All graph and weight files of a bundle by name; `half_weights`: float16 for those that it holds exactly."""
     files: dict[str, bytes] = {}
     for graph in step_graphs(networks, info.image, info.latent):
+        _LOG.info(f"graph {graph.name}")
         entry = info.graphs[graph.name]
         model = export_onnx(graph, [tensor.name for tensor in entry.outputs], opset)
         if half_weights:

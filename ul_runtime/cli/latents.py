@@ -21,7 +21,7 @@ from ul_runtime.cli.options import (
     option,
     with_options,
 )
-from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
+from ul_runtime.errors import BadInputError, NonFiniteError, UsageError, visible
 from ul_runtime.machine import OneGpuOptions
 
 if TYPE_CHECKING:
@@ -180,12 +180,12 @@ def encode(
         "classes": list(pipeline.manifest.classes),
         "names": [str(file.path) for file in encoded],
     }
-    durable.atomic_write(out, latents_bytes(out.suffix, arrays, info))
+    durable.atomic_write(out, latents_bytes(out.suffix, arrays, info), overwrite=False)
     mean = float(arrays["bits"].mean())
     result = {
         "out": str(out),
         "num_images": len(encoded),
-        "num_rejected": len(rejected),
+        "rejected": [str(each) for each in rejected],
         "bits_per_image": round(mean, 3),
         "bits_per_pixel": round(mean / pipeline.manifest.image.size**2, 6),
     }
@@ -195,9 +195,11 @@ def encode(
     if isinstance(usual, int | float) and mean > _UNUSUAL * usual:
         known = f"held-out images of its training took {usual:.0f}"
         print(f"warning: {mean:.0f} bits/image, {known}: it may not reconstruct such images", file=sys.stderr)
+    for each in rejected:
+        print(f"left out: {visible(str(each))}", file=sys.stderr)
     if rejected:
-        found = f"{len(rejected)} of {len(files)} images cannot be read, the others are in {out}"
-        raise BadInputError(f"{found}: {first_three(rejected)}")
+        found = f"{len(rejected)} of {len(files)} images cannot be read; the others are in {out}"
+        raise BadInputError(found)
 
 
 _Encoded: TypeAlias = "tuple[dict[str, np.ndarray], list[Found], list[Rejected]]"

@@ -247,8 +247,10 @@ def _tile(image: np.ndarray) -> Image.Image:
 
 def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """`text`, with an ellipsis in its middle if it is longer than `width` px: names often differ at their ends."""
-    for kept in range(len(text), 1, -1):
-        shown = text if kept == len(text) else f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        shown = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
         if font.getlength(shown) <= width:
             return shown
     return "…" if text else ""
