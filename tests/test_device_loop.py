@@ -203,7 +203,7 @@ def test_steps_seed_sampler_grid_guidance_and_labels_capture_nothing_anew(bundle
     first = pictures(pipeline, 4, steps=6, guidance=2.0)
     for change in (
         {"seed": 1},
-        {"labels": 2},
+        {"labels": "#2"},
         {"steps": 7},
         {"sampler": "unipc2"},
         {"grid": "karras"},

@@ -21,7 +21,7 @@ Abs Add And Ceil Clip Cos Div Equal Erf Exp Floor Gelu Greater GreaterOrEqual Le
 Not Or Pow Reciprocal Relu Round Sigmoid Sign Sin Softplus Sqrt Sub Sum Tanh Where DequantizeLinear QuantizeLinear
 
 Attention Conv ConvTranspose Gemm GroupNormalization InstanceNormalization LayerNormalization MatMul
-RMSNormalization ReduceMax ReduceMean ReduceMin ReduceSum Softmax
+RMSNormalization ReduceMax ReduceMean ReduceMin ReduceSum Resize Softmax
 """
 OPERATORS: Final = frozenset(_OPERATORS.split())
 _STANDARD = ("", "ai.onnx")  # domains
