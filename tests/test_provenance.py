@@ -25,7 +25,7 @@ from ul_runtime.images.png import (
     read_png,
 )
 from ul_runtime.samplers import GRIDS, SAMPLERS
-from ul_runtime.settings import SamplerSettings, Settings
+from ul_runtime.settings import MOST_GUIDANCE, SamplerSettings, Settings
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HASH, OTHER = "0123456789abcdef" * 4, "f" * 64
@@ -50,7 +50,7 @@ names = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"])
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 loops = st.builds(SamplerSettings, st.sampled_from(list(SAMPLERS)), st.sampled_from(list(GRIDS)), st.integers(1, 65536))
 intervals = st.none() | st.tuples(st.floats(-1e9, 0) | st.just(float("-inf")), st.floats(0.1, 1e9))
-samplings = st.builds(Settings, loops, loops, numbers, intervals, st.floats(0, 1))
+samplings = st.builds(Settings, loops, loops, st.floats(0, MOST_GUIDANCE), intervals, st.floats(0, 1))
 seeds, indices = st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)
 
 

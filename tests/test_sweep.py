@@ -99,6 +99,7 @@ def test_a_signal_lets_the_command_save_what_it_has(tmp_path):
     saved = tmp_path / "saved"
     slow = (
         "import os, signal, time\n"
+        "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"  # our commands take it for the signal that they have had
         f"def save(*_): time.sleep(0.5); open({str(saved)!r}, 'w').close(); os._exit(75)\n"
         "signal.signal(signal.SIGINT, save)\n"
         "for process in (os.getppid(), os.getpid()): os.kill(process, signal.SIGINT)\n"

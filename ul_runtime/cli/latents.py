@@ -181,15 +181,25 @@ def encode(
         "names": [str(file.path) for file in encoded],
     }
     durable.atomic_write(out, latents_bytes(out.suffix, arrays, info), overwrite=False)
-    mean = float(arrays["bits"].mean())
+    _say_encoded(pipeline, out, arrays["bits"], rejected, as_json)
+    if rejected:
+        found = f"{len(rejected)} of {len(files)} images cannot be read; the others are in {out}"
+        raise BadInputError(found)
+
+
+def _say_encoded(
+    pipeline: "Pipeline", out: Path, bits: "np.ndarray", rejected: "list[Rejected]", as_json: bool
+) -> None:
+    """What was written, on stdout; on stderr what was left out, and a warning where images take unusually many bits."""
+    mean = float(bits.mean())
     result = {
         "out": str(out),
-        "num_images": len(encoded),
+        "num_images": len(bits),
         "rejected": [str(each) for each in rejected],
         "bits_per_image": round(mean, 3),
         "bits_per_pixel": round(mean / pipeline.manifest.image.size**2, 6),
     }
-    text = f"{len(encoded)} images in {out}: {mean:.1f} bits/image, {result['bits_per_pixel']:.4f} bits/pixel"
+    text = f"{len(bits)} images in {out}: {mean:.1f} bits/image, {result['bits_per_pixel']:.4f} bits/pixel"
     print(json.dumps(result) if as_json else text)
     usual = pipeline.manifest.quality.get(_USUAL_BITS)
     if isinstance(usual, int | float) and mean > _UNUSUAL * usual:
@@ -197,9 +207,6 @@ def encode(
         print(f"warning: {mean:.0f} bits/image, {known}: it may not reconstruct such images", file=sys.stderr)
     for each in rejected:
         print(f"left out: {visible(str(each))}", file=sys.stderr)
-    if rejected:
-        found = f"{len(rejected)} of {len(files)} images cannot be read; the others are in {out}"
-        raise BadInputError(found)
 
 
 _Encoded: TypeAlias = "tuple[dict[str, np.ndarray], list[Found], list[Rejected]]"
