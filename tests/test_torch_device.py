@@ -40,7 +40,7 @@ def test_pictures_are_those_of_the_bundle(exported, options):
         ul_runtime.load(exported.run, backend="torch", threads=1),
     )
     for images, batch_size in ((5, 3), ([7, 2], 2)):
-        how = {"seed": 4, "labels": [1, 2, "none"], "batch_size": batch_size, **options}
+        how = {"seed": 4, "labels": ["#1", "#2", "none"], "batch_size": batch_size, **options}
         expected = pictures(bundle, images, **how)
         assert image_psnr_db(expected, pictures(run, images, **how)) > FP32.least_psnr_db
     assert np.abs(pictures(run, 2, seed=5, **options) - pictures(run, 2, seed=6, **options)).max() > 0.01
