@@ -8,7 +8,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from ul_runtime.files.onnx_file import MAX_BYTES, read_model
-from ul_runtime.graph_check import OPERATORS
+from ul_runtime.graph_check import OPERATORS, _check_precision
 from ul_runtime.loading import DEFAULT, MODELS
 
 GRAPHS = sorted((MODELS / DEFAULT).glob("*.onnx"))
@@ -35,6 +35,22 @@ def test_numbers_are_read_packed_or_not_and_with_their_sign() -> None:
     assert by_name["value"]["t"]["int64_data"] == [-1, 2**63 - 1]
     assert by_name["axes"]["ints"] == [-3, 300]
     assert len(by_name["ratio"]["floats"]) == 2
+
+
+def test_a_cast_to_half_is_rounding_only_where_the_value_is_cast_back_at_once() -> None:
+    to_half = helper.make_node("Cast", ["x"], ["h"], to=TensorProto.BFLOAT16)
+    back = helper.make_node("Cast", ["h"], ["y"], to=TensorProto.FLOAT)
+    product = helper.make_node("MatMul", ["h", "h"], ["z"])
+
+    def check(*nodes: onnx.NodeProto, precision: str) -> None:
+        model = helper.make_model(helper.make_graph(nodes, "g", [], []))
+        _check_precision(read_model(model.SerializeToString())["graph"]["node"], precision)
+
+    check(to_half, back, precision="fp32")
+    check(to_half, back, product, precision="bf16")
+    for nodes, precision in (((to_half, back), "bf16"), ((to_half, back, product), "fp32"), ((product,), "fp16")):
+        with pytest.raises(ValueError, match=f"the manifest says {precision}"):
+            check(*nodes, precision=precision)
 
 
 @pytest.mark.case(

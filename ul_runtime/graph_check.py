@@ -115,7 +115,7 @@ def _check_precision(nodes: list[Message], precision: str) -> None:
         if node["op_type"] == "Cast" and not taken.isdisjoint(node.get("output", [])):
             to = next((at.get("i", 0) for at in node.get("attribute", []) if at.get("name") == "to"), 0)
             found = _HALF.get(to, found)
-    if found != precision and precision != "fp32":  # a float32 graph may round to half precision, as copies do
+    if found != precision:
         raise ValueError(f"it computes in {found}, the manifest says {precision}")
 
 
