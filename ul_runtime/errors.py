@@ -91,7 +91,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return _NO_MEMORY.search(str(error)) is not None or is_out_of_memory(error.__context__)
 
 
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # and what turns the direction of writing
+# Of a pattern: control characters, other line ends, and what turns the direction of writing.
+CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+_CONTROLS = re.compile(f"[{CONTROLS}]")
 
 
 def visible(text: str) -> str:

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from ul_runtime.errors import BadInputError, UntrustedError, UsageError
+from ul_runtime.errors import CONTROLS, BadInputError, UntrustedError, UsageError
 from ul_runtime.samplers import parse_grid, parse_sampler
 
 FORMAT: Final = "unified-latents-bundle"
@@ -48,9 +48,7 @@ GRAPH_NAMES: tuple[GraphName, ...] = (*NETWORK_GRAPHS, "pixels")
 Shape = tuple[int | str, ...]
 _MOST_VALUES = 2**26  # of an image or a latent: 8192 x 8192
 
-# Safe to print: no control character, no other line, nothing that turns the direction of what follows.
-_SAFE = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+$"
-Text = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=_SAFE)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=f"^[^{CONTROLS}]+$")]  # safe to print
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=65536)]
 Dimension = Count | Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
