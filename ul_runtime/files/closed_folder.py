@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from ul_runtime.errors import BadInputError, UntrustedError
-from ul_runtime.machine import memory_bytes
+from ul_runtime.machine import in_units, memory_bytes
 from ul_runtime.manifest import MAX_FILES, FileEntry
 
 _LOG = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ class ClosedFolder:
     def check_memory(self, size: int) -> None:
         """BadInputError for more bytes than this machine has memory."""
         if size > (memory := memory_bytes()):
-            gib = f"{size / 2**30:.1f} GiB are to be read, this machine has {memory / 2**30:.1f} GiB of memory"
-            raise BadInputError(f"{self.path}: {gib}")
+            raise BadInputError(
+                f"{self.path}: {in_units(size)} are to be read, this machine has {in_units(memory)} of memory"
+            )
 
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of a file that must not be larger than `limit`."""
