@@ -68,7 +68,7 @@ class Found:
     problem: ImageRejectedError | None = None
 
 
-class ImageFolder:
+class ImageSearch:
     """One pass over a tree, names sorted; holds one folder's listing per level, never the whole tree.
 
     Counted on the way: `ignored`, what is passed over, by ending or kind; `odd`, endings of images that were known by
@@ -190,14 +190,13 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Found], Counter[str]]:
     ignored: Counter[str] = Counter()
     for path in paths:
         if path.is_dir():
-            below = ImageFolder(path)
-            inside = list(below)
+            search = ImageSearch(path)
+            inside = list(search)
             if not inside:
-                others, endings = in_words(below.ignored) or "nothing", " ".join(sorted(SUFFIXES))
+                others, endings = in_words(search.ignored) or "nothing", " ".join(sorted(SUFFIXES))
                 raise BadInputError(f"{path}: the folder holds no images (found {others}); expected {endings}")
-
             found += inside
-            ignored += below.ignored
+            ignored += search.ignored
         elif path.is_file():
             found.append(Found(printable(path), path))
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.images.decode import SUFFIXES, Rejected
-from ul_runtime.images.find import ImageFolder, in_words, printable
+from ul_runtime.images.find import ImageSearch, in_words, printable
 from ul_train.data.records import Record, Source
 
 TRAIN_FOLDERS = ("train", "training")
@@ -22,8 +22,8 @@ def folder_source(root: Path, labelled: bool) -> Source:
     classes: set[str] = set()
     within: dict[str, set[str]] = {}  # names of splits below a folder of the first level
     problems: Counter[str] = Counter()
-    folder = ImageFolder(root)
-    for found in folder:
+    search = ImageSearch(root)
+    for found in search:
         facts = [found.relative, found.size, found.mtime_ns, str(found.problem or "")]
         digest.update(json.dumps(facts).encode() + b"\n")
         if found.problem is not None:
@@ -39,9 +39,9 @@ def folder_source(root: Path, labelled: bool) -> Source:
             beside.append(found.relative)
     where = printable(root)
     if count == 0:
-        others = in_words(problems + folder.ignored) or "nothing"
+        others = in_words(problems + search.ignored) or "nothing"
         expected = f"expected files ending in {' '.join(sorted(SUFFIXES))}"
-        if folder.ignored[".arrow"] or folder.ignored[".parquet"]:
+        if search.ignored[".arrow"] or search.ignored[".parquet"]:
             expected = f"a Hugging Face data set is hf:{where}"
         raise BadInputError(f"{where}: no images in this folder (found {others}); {expected}")
     if beside and classes and labelled:
@@ -50,7 +50,7 @@ def folder_source(root: Path, labelled: bool) -> Source:
             f"move them into a class folder, or train without classes: --set image.labels=false"
         )
     labelled = labelled and bool(classes)
-    notes = [f"{where}: {in_words(folder.odd)}: images by their first bytes"] if folder.odd else []
+    notes = [f"{where}: {in_words(search.odd)}: images by their first bytes"] if search.odd else []
     notes += [_said_of_splits(where, *each) for each in within.items() if len(each[1]) > 1][:1]
     return Source(
         where=where,
@@ -62,8 +62,8 @@ def folder_source(root: Path, labelled: bool) -> Source:
         },
         records=lambda: _records(root, labelled),
         num_records=count,
-        folders=tuple(folder.folders) if labelled else (),
-        ignored=dict(folder.ignored),
+        folders=tuple(search.folders) if labelled else (),
+        ignored=dict(search.ignored),
         notes=tuple(notes),
     )
 
@@ -75,7 +75,7 @@ def _said_of_splits(where: str, top: str, names: set[str]) -> str:
 
 
 def _records(root: Path, labelled: bool) -> Iterator[Record | Rejected]:
-    for found in ImageFolder(root):
+    for found in ImageSearch(root):
         if found.problem is not None:
             yield found.problem.at(found.relative)
         else:
