@@ -58,8 +58,6 @@ def concatenated(a: Images, b: Images) -> Images:
 
 # (positions in the indices, batch that they are computed as where a device depends on it) -> images, finite or not
 Draw = Callable[[np.ndarray, int], Images]
-
-
 Made = TypeVar("Made")
 
 

@@ -63,9 +63,8 @@ class OpenVinoBackend(HostBackend):
         self._bundle = bundle
         if precision == "bf16" and not has_bf16():
             raise UsageError(f"{NO_BF16}; give --precision fp32")
-        self.threads = (
-            threads or cores()
-        )  # its threads do not wait for each other: a busy core costs no more than its share
+        # OpenVINO's threads do not wait for each other: a busy core costs no more than its share
+        self.threads = threads or cores()
         self._lock = Lock()  # a request holds the inputs of one call
         self._graphs: dict[tuple[GraphName, tuple[tuple[str, int], ...]], _Graph] = {}
 
