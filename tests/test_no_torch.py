@@ -116,7 +116,8 @@ def test_ul_export_says_which_extras_it_needs(plain_install, tmp_path):
     words = [plain_install / "ul-export", "run", "--out", "out"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
-    said = f"ul-export: torch is not installed; pip install '{ROOT}[train,export]'; without an NVIDIA GPU, first "
+    source = plain_install.parent.parent / "source"
+    said = f"ul-export: torch is not installed; pip install '{source}[train,export]'; without an NVIDIA GPU, first "
     assert done.stderr == f"{said}install torch's CPU build by the command on pytorch.org/get-started\n"
 
 

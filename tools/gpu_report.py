@@ -197,12 +197,12 @@ def float16_bundle(info: "BundleInfo", networks: "dict[str, nn.Module]", opset: 
     from ul_runtime.bundle import write_bundle
 
     files = export_graphs(networks, info, opset)
-    graphs = dict(info.graphs)
+    graphs = {name: entry.model_copy(update={"opset": opset}) for name, entry in info.graphs.items()}
     for name, model in with_their_weights(info, files).items():
         entry = graphs[name]
         lowered = FP16.lowered(model, FP16.nodes(model, ()), {})
         files[entry.file], files[entry.weights] = split_weights(lowered, entry.weights)
-        graphs[name] = entry.model_copy(update={"precision": "fp16", "opset": opset})
+        graphs[name] = entry.model_copy(update={"precision": "fp16"})
     write_bundle(path, info.model_copy(update={"graphs": graphs}), files)
     return path
 
