@@ -22,7 +22,7 @@ from ul_export.precision.graphs import in_memory
 from ul_export.precision.lower import BF16, PRECISIONS, Precision
 from ul_export.precision.reduce import REPORT, reduced_bundle, with_their_weights
 from ul_export.precision.search import CALIBRATION_IMAGES, first_difference
-from ul_export.update import check_same, updated_files
+from ul_export.update import updated_files
 from ul_export.verify import (
     BATCH_SIZES,
     CHECK_BATCHES,
@@ -43,6 +43,7 @@ from ul_runtime.machine import cache_dir, versions
 from ul_runtime.manifest import GRAPH_NAMES, MANIFEST_NAME, BundleInfo
 from ul_runtime.pipeline import Pipeline
 from ul_train.data.prepare import open_splits
+from ul_train.fine_tune import check_same
 from ul_train.run import OPSET, Run, Snapshot
 from ul_train.torch_backend import fix_threads, torch_pipeline
 
@@ -201,7 +202,7 @@ class _Plan:
         info = trained.manifest(self.opset)
         changed: dict[str, Any] = {}
         if self.old is not None:
-            check_same(trained.run.path, info, self.old)
+            check_same(info, self.old, str(trained.run.path), "export without --update")
             changed["graphs"] = self.old.manifest.graphs
         if self.half_weights:
             weights = f"{info.provenance.weights}, rounded to float16"

@@ -1,8 +1,6 @@
 """New weights of the same networks in the graphs of a bundle."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -58,22 +56,3 @@ def replace_weights(model: ir.Model, given: Mapping[str, np.ndarray]) -> None:
         raise BadInputError(
             f"the graph does not have {len(left)} weights of the run, such as {left[0]}; export without --update"
         )
-
-
-_SAME = ("image", "latent", "classes", "logsnr_z", "logsnr_x")  # of bundles whose graphs are the same
-
-
-def check_same(run: Path, described: BundleInfo, old: Bundle) -> None:
-    """BadInputError unless both have the same formats and networks, by their recipes."""
-    manifest = old.manifest
-    pairs = {part: (getattr(described, part), getattr(manifest, part)) for part in _SAME}
-    for part in ("encoder", "decoder", "base"):
-        pairs[part] = _without_dropout(described.recipe.get(part)), _without_dropout(manifest.recipe.get(part))
-    for part, (ours, its) in pairs.items():
-        if ours != its:
-            raise BadInputError(f"{run}: its {part} is {ours}, that of {old.path} {its}; export without --update")
-
-
-def _without_dropout(part: Any) -> Any:
-    """A network of a recipe without what only training knows."""
-    return {name: value for name, value in part.items() if name != "dropout"} if isinstance(part, dict) else part

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ul_runtime.diffusion import Schedule, resolution_shift
 from ul_runtime.errors import UsageError
-from ul_runtime.manifest import Text
+from ul_runtime.manifest import Sha256, Text
 from ul_runtime.samplers import parse_grid, parse_sampler
 from ul_train.objective import Objective
 
@@ -160,6 +160,7 @@ class StagesConfig(Section):
     """Optimisation of each stage, by the name of its class in stages.py; None: a recipe may be without."""
 
     joint: StageConfig
+    decoder: StageConfig | None = None
     base: StageConfig
 
     def of(self, name: str) -> StageConfig:
@@ -173,6 +174,7 @@ class Config(Section):
 
     name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    init: Sha256 | None = None  # of the bundle that --init has begun with: stage joint is not trained
     latent_channels: Annotated[int, Field(gt=0, le=65536)]  # as in a manifest
     image: ImageConfig
     encoder: EncoderConfig

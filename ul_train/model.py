@@ -54,6 +54,11 @@ def joint_networks(config: Config) -> dict[str, nn.Module]:
     return {"encoder": make_encoder(config), "prior": make_prior(config), "decoder": make_decoder(config)}
 
 
+def sampled_networks(config: Config, num_classes: int) -> dict[str, nn.Module]:
+    """The networks that a bundle has, by their place in sampling, freshly initialised."""
+    return {"encoder": make_encoder(config), "prior": make_base(config, num_classes), "decoder": make_decoder(config)}
+
+
 def randomise(network: nn.Module, seed: int) -> nn.Module:
     """Weights of no meaning, none of them zero, for tests and measurements; returns the network.
 

@@ -58,6 +58,12 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
         shown="the recipe's steps",
     )
     stage: str = option("all", "Which stage of the recipe to train, by the name of its section.", metavar="NAME")
+    init: str | None = option(
+        None,
+        "Begin with the networks of a bundle of the same shapes and classes, and without stage joint.",
+        metavar="BUNDLE",
+        shown="fresh networks",
+    )
     resume: bool = option(False, "Go on from the last checkpoint in --out.", "--resume")
     allow: list[str] = option([], "A recipe field that --resume may change; repeatable.", metavar="FIELD")
     compile: bool = option(False, "Compile the networks: a minute first, then faster.", "--compile")
@@ -70,6 +76,8 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
     )
 
     def __post_init__(self) -> None:
+        if self.init is not None and self.resume:
+            raise UsageError("--init: is for a new run; a run to --resume has its networks")
         if self.minutes is not None and self.resume:
             raise UsageError("--minutes: is for a new run; the recipe of a run to --resume has its steps")
         if self.minutes is not None and not 0.0 < self.minutes < float("inf"):

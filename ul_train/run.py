@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import math
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -38,12 +38,13 @@ from ul_runtime.manifest import (
 from ul_train import checkpoint as ckpt
 from ul_train.config import Config, config_hash, config_toml, load_config
 from ul_train.data.imageset import Splits
-from ul_train.model import weights_sha256
-from ul_train.stages import Stage, stages_of
+from ul_train.model import sampled_networks, weights_sha256
+from ul_train.stages import Joint, Stage, stages_of
 
 FORMAT, FORMAT_VERSION = "unified-latents-run", 1
 REJECTED = "rejected.txt"  # training images that could not be used: one a line, the first 10,000
 QUALITY = ("bits_per_image", "psnr_db", "psnr_mean_db")  # of report.json, in a bundle
+INIT = "init"  # the stage of the checkpoint that --init makes
 OPSET = 20  # of a manifest that no export has filled in
 
 
@@ -152,7 +153,9 @@ class Run:
         return ckpt.list_checkpoints(self.path / "checkpoints", stage)
 
     def check_finished(self, stage: str) -> None:
-        """BadInputError unless this stage has come to its last step."""
+        """BadInputError unless this stage has come to its last step, or --init stands for it."""
+        if self.config.init and stage == Joint.name:
+            return
         found, steps = self.checkpoints(stage), self.config.stages.of(stage).steps
         done = ckpt.read_state(found[-1])[0].step if found else 0
         if done < steps:
@@ -161,49 +164,54 @@ class Run:
             )
 
     def after(self, stage: type[Stage], device: torch.device | str = "cpu") -> "Snapshot":
-        """The averaged networks by the newest checkpoint of a stage, and by those of the stages that it needs.
+        """The averaged networks by the newest checkpoint of a stage and of those before it.
 
         BadInputError: one is missing, damaged, of another recipe, or was trained on the networks of another.
         """
-        before = self._before(stage, device)
+        begun = self._begun(stage, device)
         found = self.checkpoints(stage.name)
         if not found:
             raise BadInputError(
                 f"{self.path}: has no {stage.name} stage, so nothing to sample from; run ul-train {self.path} --resume "
                 f"--stage {stage.name}"
             )
-        path, modules = found[-1], stage.networks(self.config, len(self.info.class_names))
-        saved = ckpt.load_checkpoint(path)
-        if saved.state.encoder_checkpoint != (before.state_hash if before else None):
-            raise BadInputError(
-                f"{path}: was trained on the latents of another encoder than "
-                f"{before.path.name if before else 'none'}; train stage {stage.name} again"
-            )
-        if saved.state.config_sha256 not in (self.recipe_sha256, *self.info.earlier_recipes):
-            raise BadInputError(
-                f"{self.path}/config.toml: is not the recipe of the checkpoints; restore the file that ul-train wrote"
-            )
-        ckpt.load_tensors(modules, saved.ema, str(path))
-        networks = dict(before.networks) if before else {}
-        for name, module in modules.items():
-            networks[stage.places[name]] = module.to(device).eval().requires_grad_(False)
-        run = self if stage.conditional else replace(self, info=replace(self.info, class_names=()))
-        return Snapshot(run, stage.name, saved.state.step, networks, path, saved.state_hash)
+        saved = begun.add(self, stage, found[-1], device)
+        run = self if begun.sees_labels else replace(self, info=replace(self.info, class_names=()))
+        return Snapshot(run, stage.name, saved.state.step, begun.networks, found[-1], saved.state_hash)
 
-    def _before(self, stage: type[Stage], device: torch.device | str) -> "Snapshot | None":
-        """The networks that a stage begins from. BadInputError: the stage that it needs is not finished."""
-        if stage.needs is None:
-            return None
-        self.check_finished(stage.needs)
-        (needed,) = stages_of(self.config, stage.needs)
-        return self.after(needed, device)
+    def _begun(self, stage: type[Stage] | None, device: torch.device | str) -> "_Begun":
+        """What a stage begins from, or the first. BadInputError: the stage that it needs is not finished."""
+        begun = _Begun()
+        if self.config.init:
+            saved = ckpt.load_checkpoint(self._initial)
+            begun.networks = sampled_networks(self.config, len(self.info.class_names))
+            ckpt.load_tensors(begun.networks, saved.ema, str(self._initial))
+            begun.networks = {name: _frozen(module, device) for name, module in begun.networks.items()}
+            begun.checkpoints[Joint.name], begun.sees_labels = (self._initial, saved.state_hash), True
+        stages = stages_of(self.config)
+        for kind in stages[: stages.index(stage)] if stage else ():
+            if stage and kind.name == stage.needs:
+                self.check_finished(kind.name)
+            if found := self.checkpoints(kind.name):
+                begun.add(self, kind, found[-1], device)
+        return begun
+
+    @property
+    def _initial(self) -> Path:
+        """The checkpoint that holds what --init has begun with."""
+        return self.path / "checkpoints" / f"{INIT}-{0:06d}"
+
+    def begin_with(self, networks: dict[str, nn.Module]) -> None:
+        """Keep what --init begins with: `encoder`, `prior` and `decoder` of a bundle. OutputError."""
+        state = ckpt.State(INIT, 0, self.config.seed, self.recipe_sha256, self.info.data_fingerprint)
+        tensors = ckpt.tensors_of(networks)
+        ckpt.save_checkpoint(self._initial.parent, state, {}, tensors, {})
 
     def stage(self, kind: type[Stage], device: torch.device, precision: str) -> Stage:
         """A stage before its first step. BadInputError: it needs an earlier stage that is not finished."""
-        num_classes, before = len(self.info.class_names), self._before(kind, device)
-        if before is None:
-            return kind(self.config, device, precision, num_classes)
-        return kind(self.config, device, precision, num_classes, before.networks, before.state_hash)
+        begun, num_classes = self._begun(kind, device), len(self.info.class_names)
+        hash = begun.checkpoints[kind.needs][1] if kind.needs else None
+        return kind(self.config, device, precision, num_classes, begun.networks, hash)
 
     def finished(self) -> "Snapshot":
         """The averaged networks of a run whose last stage has begun. BadInputError: see `after`."""
@@ -218,6 +226,18 @@ class Run:
         if not begun:
             raise BadInputError(f"{self.path}: has no checkpoint yet; train it first: ul-train {self.path} --resume")
         return self.after(begun[-1])
+
+    def reconstructing(self, device: torch.device | str = "cpu") -> "Snapshot":
+        """The averaged networks that reconstruct, and the prior that measures their bits. BadInputError.
+
+        By the newest stage that trains the decoder and has a checkpoint.
+        """
+        stages = [stage for stage in stages_of(self.config) if "decoder" in stage.places.values()]
+        begun = [stage for stage in stages if self.checkpoints(stage.name)]
+        if begun or not self.config.init:
+            return self.after((begun or stages)[-1], device)
+        initial = self._begun(None, device)
+        return Snapshot(self, INIT, 0, initial.networks, *initial.checkpoints[Joint.name])
 
     def manifest(self, opset: int = OPSET, *, step: int = 0, encoder_sha256: str | None = None) -> BundleInfo:
         """The manifest of a bundle of this run, without hashes, quality and parity."""
@@ -250,6 +270,41 @@ class Run:
             ),
             recipe=config.model_dump(mode="json", exclude_none=True),
         )
+
+
+@dataclass
+class _Begun:
+    """The averaged networks of the stages of a run so far, a later one's in the place of an earlier one's."""
+
+    networks: dict[str, nn.Module] = field(default_factory=dict)  # by place: encoder, prior, decoder
+    checkpoints: dict[str, tuple[Path, str]] = field(default_factory=dict)  # of each stage, and its state hash
+    sees_labels: bool = False  # the prior
+
+    def add(self, run: Run, stage: type[Stage], path: Path, device: torch.device | str) -> ckpt.Checkpoint:
+        """Those of this checkpoint. BadInputError: damaged, of another recipe, or trained on those of another."""
+        saved = ckpt.load_checkpoint(path)
+        needed, hash = self.checkpoints[stage.needs] if stage.needs else (None, None)
+        if saved.state.encoder_checkpoint != hash:
+            raise BadInputError(
+                f"{path}: was trained on the latents of another encoder than {needed.name if needed else 'none'}; "
+                f"train stage {stage.name} again"
+            )
+        if saved.state.config_sha256 not in (run.recipe_sha256, *run.info.earlier_recipes):
+            raise BadInputError(
+                f"{run.path}/config.toml: is not the recipe of the checkpoints; restore the file that ul-train wrote"
+            )
+        modules = stage.networks(run.config, len(run.info.class_names))
+        ckpt.load_tensors(modules, saved.ema, str(path))
+        for name, module in modules.items():
+            self.networks[stage.places[name]] = _frozen(module, device)
+        if "prior" in stage.places.values():
+            self.sees_labels = stage.conditional
+        self.checkpoints[stage.name] = path, saved.state_hash
+        return saved
+
+
+def _frozen(module: nn.Module, device: torch.device | str) -> nn.Module:
+    return module.to(device).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)

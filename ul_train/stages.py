@@ -16,9 +16,9 @@ from ul_runtime.progress import Tick, silent
 from ul_train import objective as ul
 from ul_train.config import Config, StagesConfig
 from ul_train.data.imageset import ImageSet
-from ul_train.heldout import measure, reconstruction_sheet, sample_sheet
+from ul_train.heldout import HeldoutFigures, measure, reconstruction_sheet, sample_sheet
 from ul_train.log import RunLog
-from ul_train.model import joint_networks, make_base
+from ul_train.model import joint_networks, make_base, make_decoder, sampled_networks
 
 
 @dataclass
@@ -51,7 +51,8 @@ class Stage(ABC):
 
     name: ClassVar[str]  # of its section in the recipe, its checkpoints, its figures
     number: ClassVar[int]  # in the seeds of its random numbers; no two stages share one, and it never changes
-    needs: ClassVar[str | None] = None  # the stage that comes first, whose averaged networks are then `frozen`
+    needs: ClassVar[str | None] = None  # the stage that comes first; it and those between are then `frozen`, averaged
+    goes_on: ClassVar[bool] = False  # its networks begin as the frozen ones of their places; so do all after --init
     places: ClassVar[dict[str, str]]  # of a network that learns, in sampling: encoder, prior or decoder
     conditional: ClassVar[bool] = False  # a network sees the labels
     channels_last: ClassVar[bool] = False  # on a CPU, where convolutions are a tenth faster in this layout
@@ -65,7 +66,7 @@ class Stage(ABC):
         frozen: dict[str, nn.Module] | None = None,
         encoder_checkpoint: str | None = None,
     ) -> None:
-        """`precision`: bf16 or fp32; `encoder_checkpoint`: state hash of the checkpoint that `frozen` is of."""
+        """`precision`: bf16 or fp32; `encoder_checkpoint`: state hash of the one that the frozen encoder is of."""
         torch.manual_seed(config.seed + self.number)
         self.config, self.device, self.precision = config, device, precision
         self.num_classes = num_classes if self.conditional else 0
@@ -74,6 +75,9 @@ class Stage(ABC):
         self.objective = config.make_objective()
         self.rate_control = self.make_rate_control()
         self.modules = self.networks(config, num_classes)
+        if self.goes_on or config.init:
+            for name, place in self.places.items():
+                self.modules[name].load_state_dict(self.frozen[place].state_dict())
         for module in self.modules.values():
             if self.channels_last and device.type == "cpu":
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -93,6 +97,15 @@ class Stage(ABC):
     @abstractmethod
     def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
         """A contact sheet as PNG by the `sampled` networks; held-out figures go to the log."""
+
+    def reconstructions(
+        self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick
+    ) -> tuple[bytes, HeldoutFigures]:
+        """A sheet of held-out images beside their reconstructions, and the figures, which are logged."""
+        figures = measure(pipeline, heldout, self.config.run.eval_images, mean_of=1, bits_samples=4, tick=tick)
+        sheet = reconstruction_sheet(pipeline, heldout, f"step {step}: {figures.in_short}", tick)
+        log.evaluation(self.name, step, figures.as_dict())
+        return sheet, figures
 
     def make_rate_control(self) -> "RateControl | None":
         """What steers loss_factor, if anything does."""
@@ -128,6 +141,11 @@ class Stage(ABC):
         if self.config.objective.learned_variance:
             batch.eps_clean = torch.randn(draws.eps_z.shape, generator=generator).to(self.device)
         return batch
+
+    @torch.no_grad()
+    def frozen_latent(self, batch: Batch) -> Tensor:
+        """z_clean of a batch in float32 by the frozen encoder."""
+        return self.encode(self.frozen["encoder"], batch)[0]
 
     def encode(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(z_clean in float32, nats `b` that a learned variance costs: ablation D) of a batch."""
@@ -186,17 +204,41 @@ class Joint(Stage):
 
     def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
         """Held-out images beside their reconstructions."""
-        num_images = self.config.run.eval_images
-        figures = measure(pipeline, heldout, num_images, mean_of=1, bits_samples=4, tick=tick)
-        sheet = reconstruction_sheet(pipeline, heldout, f"step {step}: {figures.in_short}", tick)
-        log.evaluation(self.name, step, figures.as_dict())
+        sheet, figures = self.reconstructions(pipeline, heldout, step, log, tick)
         if figures.latent_died and step > self.config.objective.prior_ramp_steps:
             log.warn(figures.collapse_warning, self.name, step)
         return sheet
 
 
+class Decoder(Stage):
+    """Stage 2: the decoder further, on the latents of stage 1: its loss is that of stage 1, the encoder is frozen.
+
+    The bits stay as they are. In stage joint the decoder has seen too few images: what is sampled is then as far from
+    real images as what is only reconstructed.
+    """
+
+    name, number, needs, goes_on = "decoder", 2, Joint.name, True
+    places = {"decoder": "decoder"}  # noqa: RUF012
+    channels_last = True
+
+    @staticmethod
+    def networks(config: Config, num_classes: int) -> dict[str, nn.Module]:
+        return {"decoder": make_decoder(config)}
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of L_decoder over the batch, divided by the number of image values."""
+        draws, objective = batch.draws, self.objective
+        z_0 = ul.noisy_latent(self.frozen_latent(batch), draws.eps_z, objective.schedule_z)
+        nats = ul.decoder_nats(self.compute["decoder"], batch.x, z_0, draws.eps_x, draws.t_x, objective)
+        return nats.mean() / batch.x[0].numel(), {"decoder_nats": nats.mean()}
+
+    def preview(self, pipeline: Pipeline, heldout: ImageSet, step: int, log: RunLog, tick: Tick = silent) -> bytes:
+        """Held-out images beside their reconstructions."""
+        return self.reconstructions(pipeline, heldout, step, log, tick)[0]
+
+
 class Base(Stage):
-    """Stage 2: the prior that makes images, on the latents of stage 1, whose averaged networks stay `frozen`."""
+    """Stage 3: the prior that makes images, on the latents of stage 1; it sees the labels."""
 
     name, number, needs = "base", 1, Joint.name
     places = {"base": "prior"}  # noqa: RUF012
@@ -208,9 +250,7 @@ class Base(Stage):
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of the weighted denoising loss over the batch and the latent's values."""
-        draws = batch.draws
-        with torch.no_grad():
-            z_clean, _ = self.encode(self.frozen["encoder"], batch)
+        draws, z_clean = batch.draws, self.frozen_latent(batch)
         nats = ul.base_nats(self.compute["base"], z_clean, batch.label, draws.eps_prior, draws.t_z, self.objective)
         return nats.mean() / z_clean[0].numel(), {"base_nats": nats.mean()}
 
@@ -219,14 +259,19 @@ class Base(Stage):
         return sample_sheet(pipeline, f"samples at step {step}", tick)
 
 
-STAGES: tuple[type[Stage], ...] = (Joint, Base)  # in the order of training
+STAGES: tuple[type[Stage], ...] = (Joint, Decoder, Base)  # in the order of training
 if (_names := [stage.name for stage in STAGES]) != list(StagesConfig.model_fields):
     raise TypeError(f"stages {_names} are not those of StagesConfig, {list(StagesConfig.model_fields)}")
 
 
 def stages_of(config: Config, name: str = "all") -> list[type[Stage]]:
-    """The stages that a recipe has, in the order of training: the one of this name, or all. UsageError."""
+    """The stages that are trained, in their order: the one of this name, or all. UsageError.
+
+    Those that the recipe has; after --init without stage joint, whose networks are there.
+    """
     stages = [stage for stage in STAGES if getattr(config.stages, stage.name) is not None]
+    if config.init:
+        stages.remove(Joint)
     found = [stage for stage in stages if name in (stage.name, "all")]
     if not found:
         *names, last = (*(stage.name for stage in stages), "all")
@@ -235,12 +280,13 @@ def stages_of(config: Config, name: str = "all") -> list[type[Stage]]:
 
 
 def fresh_stages(config: Config, device: torch.device, precision: str, num_classes: int) -> list[Stage]:
-    """All stages of a recipe before their first step, each on the untrained networks of the one that it needs."""
-    stages: dict[str | None, Stage] = {}
+    """All stages of a recipe before their first step, each on the untrained networks of those before."""
+    stages: list[Stage] = []
+    frozen = sampled_networks(config, num_classes) if config.init else {}
     for kind in stages_of(config):
-        frozen = stages[kind.needs].sampled if kind.needs else None
-        stages[kind.name] = kind(config, device, precision, num_classes, frozen)
-    return list(stages.values())
+        stages.append(kind(config, device, precision, num_classes, dict(frozen)))
+        frozen |= stages[-1].sampled
+    return stages
 
 
 _PROPORTIONAL = 3.0  # e-folds of loss_factor for bits that are one e-fold off

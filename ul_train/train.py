@@ -24,22 +24,25 @@ from ul_train.config import Config
 from ul_train.data.imageset import ImageSet, Splits
 from ul_train.data.prepare import open_splits
 from ul_train.data.sources import user_path
+from ul_train.fine_tune import begins_with, networks_of
 from ul_train.heldout import HeldoutFigures, bound_eigenvalues, measure, reconstruction_sheet
 from ul_train.log import RunLog, drop_lines_after
 from ul_train.options import ReportOptions, TrainOptions
 from ul_train.plan import for_minutes, plan
 from ul_train.run import REJECTED, Run
-from ul_train.stages import Joint, Stage, missed, stages_of
+from ul_train.stages import Decoder, Joint, Stage, missed, stages_of
 from ul_train.sweep import option_words, run_script
 from ul_train.torch_backend import choose_device, choose_precision, fix_threads, torch_pipeline
 from ul_train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
+MEASURED = "measured"  # in it: the checkpoint that the decoder is of
 
 
 def train(config: Config, options: TrainOptions) -> dict[str, Any]:
     """Train the stages asked for; returns the figures of the held-out report."""
+    config = begins_with(config, options)
     out, stages = options.out, stages_of(config, options.stage)
     if out is None:
         raise UsageError("--out is missing; give the run directory to write")
@@ -57,6 +60,7 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
             replace(run, config=config).check_finished(needed)
         splits = open_splits(config.image, data, heldout, options.cache_folder)
         config = _checked(config, options, out, splits, device)
+        networks = None if options.init is None else networks_of(options.init, config, splits.train.class_names)
         if not there:
             held.enter_context(durable.lock_directory(out))
             _run_to_resume(config, options, out)  # again: another process may have been faster
@@ -67,6 +71,8 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
         else:
             run.check_data(splits)
             run = run.adopt(config)
+        if networks is not None:
+            run.begin_with(networks)
         train_stages(run, stages, splits, options, device)
     figures = read_if_whole(out / REPORT) or {}
     later = {stage.name: run.checkpoints(stage.name) for stage in stages_of(config) if stage.needs}
@@ -75,7 +81,7 @@ def train(config: Config, options: TrainOptions) -> dict[str, Any]:
 
 def dry_run(config: Config, options: TrainOptions) -> tuple[Config, Figures]:
     """The recipe, for --minutes if given, and its plan; images are looked at, and prepared in the cache."""
-    device = choose_device(options.device)
+    device, config = choose_device(options.device), begins_with(config, options)
     fix_threads(options.threads)
     if options.data is None:
         if options.minutes is not None:
@@ -113,7 +119,7 @@ def _run_to_resume(config: Config, options: TrainOptions, out: Path) -> Run | No
         raise UsageError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
     durable.check_output_directory(out)
     first = stages_of(config, options.stage)[0]
-    if first.needs:
+    if first.needs and not config.init:
         raise UsageError(
             f"{out}: holds no run; stage {first.name} needs a finished stage {first.needs}: train that first"
         )
@@ -131,7 +137,7 @@ def _anywhere(source: str) -> str:
 def train_stages(
     run: Run, stages: list[type[Stage]], splits: Splits, options: TrainOptions, device: torch.device
 ) -> None:
-    """Train each from where its checkpoints stand, and measure stage 1 once it is finished."""
+    """Train each from where its checkpoints stand, and measure reconstructions after each that trains the decoder."""
     precision = choose_precision(run.config.run.precision, device)
     logger.info(f"training in {run.path} on {device}, {precision}, {torch.get_num_threads()} threads")
     log = RunLog(run.path, run.config.run.log_every)
@@ -139,12 +145,18 @@ def train_stages(
         for number, kind in enumerate(stages, start=1):
             log.place = f" of stage {number}/{len(stages)}" if len(stages) > 1 else ""
             trained = train_stage(run.stage(kind, device, precision), run, splits, log, options, check_stopped)
-            if kind is Joint and (trained or read_if_whole(run.path / REPORT) is None):
+            if "decoder" in kind.places.values() and (trained or not _is_reported(run, kind)):
                 report(run, splits, log, device, num_images=options.report_images, mean_of=4)
     except OutputError as error:  # "run again" would be refused: the run is there
         raise OutputError(f"{error}; to go on: ul-train {run.path} --resume") from error
     finally:
         log.close()
+
+
+def _is_reported(run: Run, stage: type[Stage]) -> bool:
+    """Whether the report is there, and not of an earlier stage than this."""
+    record = read_if_whole(run.path / REPORT)
+    return record is not None and record.get(MEASURED, Joint.name).partition("-")[0] in (stage.name, Decoder.name)
 
 
 def train_stage(
@@ -233,13 +245,13 @@ def report(
     mean_of: int,
     precision: str = "fp32",
 ) -> HeldoutFigures:
-    """Held-out figures of the finished stage 1, written to report.json with a contact sheet.
+    """Held-out figures of the newest encoder and decoder, written to report.json with a contact sheet.
 
-    StoppedError on a signal; BadInputError before stage 1 is finished.
+    StoppedError on a signal; BadInputError before stage joint is finished.
     """
     run.check_finished(Joint.name)
-    networks = run.after(Joint, device).networks
-    pipeline = torch_pipeline(run.manifest(), **networks, device=device, precision=precision)
+    found = run.reconstructing(device)
+    pipeline = torch_pipeline(run.manifest(), **found.networks, device=device, precision=precision)
     num_images = min(num_images, len(splits.heldout))
     eigenvalues, of_what = bound_eigenvalues(splits.heldout, splits.train, num_images)
     try:
@@ -247,21 +259,28 @@ def report(
             figures = measure(pipeline, splits.heldout, num_images, mean_of=mean_of, eigenvalues=eigenvalues, tick=tick)
     except StoppedError:
         raise StoppedError(
-            f"{run.path}: stopped in the held-out report, stage joint is saved; "
+            f"{run.path}: stopped in the held-out report, stage {found.stage} is saved; "
             f"go on with ul-train {run.path} --resume or ul-train report {run.path}"
         ) from None
     if figures.latent_died:
         log.warn(figures.collapse_warning)
     if text := missed(figures.bits_per_pixel, run.config.objective.target_bits_per_pixel):
         log.warn(text)
-    record = {**figures.as_dict(), "gaussian_of": of_what, "precision": precision, "run_id": run.info.run_id}
+    measured = {MEASURED: f"{found.stage}-{found.step:06d}"}
+    record = {
+        **figures.as_dict(),
+        **measured,
+        "gaussian_of": of_what,
+        "precision": precision,
+        "run_id": run.info.run_id,
+    }
     durable.write_json(run.path / REPORT, record)
     durable.atomic_write(run.path / "report.png", reconstruction_sheet(pipeline, splits.heldout, figures.in_short))
     return figures
 
 
 def report_run(path: Path, options: ReportOptions) -> dict[str, Any]:
-    """Measure a finished stage 1 on held-out images; writes report.json and report.png into the run."""
+    """Measure encoder and decoder on held-out images; writes report.json and report.png into the run."""
     run = Run.open(path)
     if options.decoder_steps:
         sampling = run.config.sampling.model_copy(update={"decoder_steps": options.decoder_steps})
