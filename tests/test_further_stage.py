@@ -12,12 +12,12 @@ from tiny_run import SHORT, write_npz
 
 ROOT = Path(__file__).parent.parent
 SECTION = "    base: StageConfig\n"
-STAGES = "(Joint, Base)  # in the order of training"
+STAGES = "(Joint, Decoder, Base)  # in the order of training"
 TOY = '''
 class Toy(Stage):
     """A copy of the base, on the latents of a run whose base is finished."""
 
-    name, number, needs = "toy", 2, Base.name
+    name, number, needs = "toy", 3, Base.name
     places = {"copy": "prior"}
     conditional = True
 
@@ -47,7 +47,7 @@ def once(text: str, old: str, new: str) -> str:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of ul_train with a third stage, which a recipe may be without."""
+    """A copy of ul_train with a further stage, which a recipe may be without."""
     folder = tmp_path_factory.mktemp("packages")
     package = Path(shutil.copytree(ROOT / "ul_train", folder / "ul_train"))
     config, stages = package / "config.py", package / "stages.py"
@@ -106,4 +106,7 @@ def test_a_stage_without_its_section_is_refused(packages: Path, tmp_path: Path) 
     shutil.copytree(packages / "ul_train", tmp_path / "ul_train")
     shutil.copyfile(ROOT / "ul_train" / "config.py", tmp_path / "ul_train" / "config.py")
     done = ul_train(tmp_path, "tiny", code=70)
-    assert "stages ['joint', 'base', 'toy'] are not those of StagesConfig, ['joint', 'base']" in done.stderr
+    assert (
+        "stages ['joint', 'decoder', 'base', 'toy'] are not those of StagesConfig, ['joint', 'decoder', 'base']"
+        in done.stderr
+    )

@@ -6,8 +6,8 @@
 
 Rombach et al. 2022 (arXiv 2112.10752) with diffusers' own AutoencoderKL: absolute error, KL weight 1e-6, latents scaled
 to unit variance, a decoder of one pass. Same images, latent shape, base network and steps of the base as the run
-`--beside`; the autoencoder is given as many training FLOPs as that run's stage joint. Without the perceptual and
-adversarial losses of that paper, as Unified Latents is here. Both become bundles, and ul-eval measures both.
+`--beside`; the autoencoder is given as many training FLOPs as that run's stages before the base. Without the perceptual
+and adversarial losses of that paper, as Unified Latents is here. Both become bundles, and ul-eval measures both.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import with_options
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError
-from ul_train.stages import Base, Batch, Joint, Stage, to_model
+from ul_train.stages import Base, Batch, Joint, Stage, stages_of, to_model
 from ul_train.torch_backend import choose_device, choose_precision, fix_threads
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def write(
 @app.command()
 @with_options
 def compare(
-    beside: Annotated[Path, typer.Option(metavar="RUN", help="Run of ul-train, both stages, with RUN/bundle.")],
+    beside: Annotated[Path, typer.Option(metavar="RUN", help="Finished run of ul-train, with RUN/bundle.")],
     data: Annotated[str, typer.Option(metavar="SOURCE", help="Its images, as for ul-train.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints and the bundle go.")],
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where kl-autoencoder.json and .md go.")],
@@ -187,8 +187,9 @@ def compare(
     splits = open_splits(config.image, data, None, cache_dir(options.cache))
     widths = tuple(int(width) for width in channels.split(","))
     step_flops = flops_per_image(config, widths, blocks) * config.stages.joint.batch_size
-    of_stage = {stage: given[stage]["flops_of_stage"] for stage in ("joint", "base")}
-    steps = round(of_stage["joint"] / step_flops)
+    of_base = given["base"]["flops_of_stage"]
+    before = sum(given[stage.name]["flops_of_stage"] for stage in stages_of(run.config)) - of_base
+    steps = round(before / step_flops)
     durable.make_directory(out)
     device = choose_device("auto")
     precision = choose_precision(config.run.precision, device)
@@ -200,8 +201,8 @@ def compare(
     write(out / "bundle", config, classes, {"encoder": encoder, "prior": base, "decoder": decoder}, options.threads)
     ask = options.words(eval_seeds)
     rows = {
-        "Unified Latents": figures(beside / "bundle", data, ask, of_stage["joint"], of_stage["base"]),
-        "KL autoencoder, latent diffusion": figures(out / "bundle", data, ask, steps * step_flops, of_stage["base"]),
+        "Unified Latents": figures(beside / "bundle", data, ask, before, of_base),
+        "KL autoencoder, latent diffusion": figures(out / "bundle", data, ask, steps * step_flops, of_base),
     }
     record = {
         "figures": rows,

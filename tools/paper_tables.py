@@ -3,7 +3,7 @@
 
     python tools/paper_tables.py loss-factor --data fashion-mnist/ --runs runs/tables --out tools/results/tables/fashion
 
-Each row is trained through both stages, exported and evaluated; run again, it goes on where it stopped. Rows of several
+Each row is trained through all stages, exported and evaluated; run again, it goes on where it stopped. Rows of several
 tables that are the same run are trained once. TABLES below has the rows, BUDGET what every run of a recipe is given.
 """
 
@@ -204,13 +204,14 @@ def measured(variants: Any, run: Path, images: int, mean_of: int, ask: list[str]
 
 
 def flops(run: Path) -> dict[str, int]:
-    """Of training, both stages."""
+    """Of training, each stage."""
     from ul_train.account import account
     from ul_train.run import Run
+    from ul_train.stages import stages_of
 
     trained = Run.open(run)
     figures = account(trained.config, len(trained.info.class_names))
-    return {stage: figures[stage]["flops_of_stage"] for stage in ("joint", "base")}
+    return {stage.name: figures[stage.name]["flops_of_stage"] for stage in stages_of(trained.config)}
 
 
 def averaged(record: dict[str, Any]) -> list[dict[str, Any]]:
