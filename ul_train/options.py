@@ -92,7 +92,7 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
 
 @dataclass(frozen=True)
 class MeasureOptions(DataOptions):
-    """How a finished stage 1 is measured."""
+    """How encoder and decoder are measured."""
 
     images: int = option(1000, "How many held-out images.", metavar="COUNT", min=1)
     mean_of: int = option(16, "Decodes averaged for the distortion.", metavar="COUNT", min=1)
