@@ -56,7 +56,7 @@ def train(
     ] = False,
     json_: AsJson = False,
 ) -> None:
-    """Train a Unified Latents model: encoder, prior and decoder together, then the decoder alone, then the base prior."""
+    """Train a Unified Latents model: encoder, prior and decoder together, then the decoder alone, then the base."""
     require_packages("torch", extras="train")
     from ul_train.config import config_toml, load_config
     from ul_train.stages import stages_of
