@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,21 @@ def own_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What torch compiles for these tests, and what a stop leaves half done there, is no other program's."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         os.environ[name] = str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Torch exports each graph once for all processes of a run of the tests; see export_memo.py."""
+    if "torch" not in sys.modules:  # no test that was collected needs it
+        yield
+        return
+    import export_memo
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported_graphs"
+    folder.mkdir(exist_ok=True)
+    with export_memo.kept_in(folder):
+        yield
 
 
 @pytest.fixture(scope="session")

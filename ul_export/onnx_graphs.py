@@ -107,14 +107,19 @@ def step_graphs(networks: dict[str, nn.Module], image: ImageFormat, latent: Late
 
 def export_onnx(graph: StepGraph, outputs: list[str], opset: int) -> ir.Model:
     """The graph with its weights inside, batch and branches dynamic (Dim names b, g). ULError if torch cannot."""
+    for module in graph.module.modules():
+        if isinstance(module, SelfAttention):
+            module.one_operator = opset >= _ATTENTION
+    return by_torch(graph, outputs, opset)
+
+
+def by_torch(graph: StepGraph, outputs: list[str], opset: int) -> ir.Model:
+    """What torch's exporter makes of a graph as it is, its nodes and weights named after modules and parameters."""
     dynamic = {
         name: {0: torch.export.Dim("b", min=1)}
         | ({1: torch.export.Dim("g", min=1)} if name in ("label", "weight") else {})
         for name in graph.inputs
     }
-    for module in graph.module.modules():
-        if isinstance(module, SelfAttention):
-            module.one_operator = opset >= _ATTENTION
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
