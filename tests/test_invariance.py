@@ -1,12 +1,10 @@
 """Image i is the same bytes whatever is made beside it: the real networks, and the tool that checks any bundle."""
 
 import json
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from random_bundle import write_random_bundle
 from tool_module import load_tool
 
 import ul_runtime
@@ -16,6 +14,7 @@ from ul_runtime.cli.generate import main as generate
 from ul_runtime.errors import UsageError
 from ul_runtime.pipeline import Pipeline
 
+SHIPPED = "garments-32"
 SIZES = (1, 2, 3, 5, 8, 16, 64)
 SHORT = {"steps": 2, "sampler": "ancestral", "decoder_steps": 2, "decoder_sampler": "ancestral"}
 
@@ -25,16 +24,10 @@ def tool() -> ModuleType:
     return load_tool("invariance")
 
 
-@pytest.fixture(scope="module")
-def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with the networks of fashion-32, at their real sizes."""
-    return write_random_bundle(tmp_path_factory.mktemp("random") / "bundle", "fashion-32").path
-
-
 @pytest.mark.slow
 @pytest.mark.case("G9", "other batch sizes, orders and numbers of threads (ONNX Runtime, CPU)", "the same bytes")
-def test_the_real_networks_give_the_same_bytes_at_any_batch_size_order_and_thread_count(tool, fashion):
-    pipelines = [ul_runtime.load(fashion, threads=threads, spinning=False) for threads in (1, 2)]
+def test_the_real_networks_give_the_same_bytes_at_any_batch_size_order_and_thread_count(tool):
+    pipelines = [ul_runtime.load(SHIPPED, threads=threads, spinning=False) for threads in (1, 2)]
     result = tool.measure(pipelines, (1, 2), SIZES, 0, SHORT)
     cases = [(case["threads"], case["batch_size"]) for case in result["cases"]]
     assert cases == [(threads, size) for threads in (1, 2) for size in SIZES]
@@ -45,9 +38,9 @@ def test_the_real_networks_give_the_same_bytes_at_any_batch_size_order_and_threa
 
 
 @pytest.mark.slow
-def test_the_random_networks_are_not_trivial(tool, fashion):
+def test_the_real_networks_are_not_trivial(tool):
     """What the comparison could be blind to: outputs that are constant, or that are the same for all images."""
-    rows = tool.trace(ul_runtime.load(fashion, threads=1), [0, 1, 2], 3, 0, SHORT | {"guidance": 1.5})
+    rows = tool.trace(ul_runtime.load(SHIPPED, threads=1), [0, 1, 2], 3, 0, SHORT | {"guidance": 1.5})
     for arrays in zip(*rows.values(), strict=True):
         assert {what for what, _ in arrays} == {arrays[0][0]}
         assert len({array.tobytes() for _, array in arrays}) == 3
@@ -55,12 +48,12 @@ def test_the_random_networks_are_not_trivial(tool, fashion):
 
 
 @pytest.mark.slow
-def test_the_files_of_the_real_networks_are_the_same_at_any_batch_size(command, fashion, tmp_path):
+def test_the_files_of_the_real_networks_are_the_same_at_any_batch_size(command, tmp_path):
     trees = []
     for size in (1, 5):
         out = tmp_path / str(size)
         result = command(
-            generate, fashion, "--out", out, "--num-images", 6, "--steps", 2, "--decoder-steps", 1,
+            generate, SHIPPED, "--out", out, "--num-images", 6, "--steps", 2, "--decoder-steps", 1,
             "--batch-size", size, "--threads", 1,
         )  # fmt: skip
         assert result.code == 0, result

@@ -12,7 +12,7 @@ from PIL import Image
 from tool_module import TOOLS, load_tool
 
 from ul_runtime.errors import UsageError
-from ul_train.account import account
+from ul_train.account import stages_on_meta, training
 from ul_train.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ def test_every_row_is_a_recipe_and_costs_what_its_table_mates_cost(tables):
     for name, table in tables.TABLES.items():
         for recipe in ("quickstart", "color-64"):
             configs = [load_config(recipe, [*tables.BUDGET.get(recipe, ()), *row.changes]) for row in table.rows]
-            flops = [account(config, 10)["joint"]["flops_of_stage"] for config in configs]
+            flops = [training(stages_on_meta(config, 10)[0])["flops_of_stage"] for config in configs]
             assert max(flops) < 1.02 * min(flops), (name, recipe)
             assert len({config.model_dump_json() for config in configs}) == len(configs)
 
@@ -91,7 +91,8 @@ def test_a_table_is_trained_measured_and_drawn_and_goes_on_where_it_stopped(tmp_
     (row,) = json.loads((tmp_path / "out" / "loss-factor.json").read_text())["figures"]
     assert (row["row"], row["seed"], row["count"], row["num_images"]) == ("1.5", 0, 20, 20)
     assert row["gfd"] > row["gfd_real"], "two steps of training make no pictures"
-    assert row["flops"]["joint"] == account(load_config("tiny", steps[1::2]), 10)["joint"]["flops_of_stage"]
+    joint = stages_on_meta(load_config("tiny", steps[1::2]), 10)[0]
+    assert row["flops"]["joint"] == training(joint)["flops_of_stage"]
     assert str(tmp_path) not in (tmp_path / "out" / "loss-factor.json").read_text()
     with Image.open(tmp_path / "out" / "loss-factor.png") as picture:
         picture.load()

@@ -27,13 +27,21 @@ from ul_train.run import Run
 KINDS = {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8",), "weights in fp16": ("--weights", "fp16")}
 
 
+def calm_in_half(networks: dict[str, nn.Module]) -> None:
+    calm(networks)
+    with torch.no_grad():
+        for network in networks.values():
+            for weight in network.parameters():
+                weight.copy_(weight.half())
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs of the same networks with other weights."""
+    """Two runs of the same networks with other weights, which float16 holds: --weights fp16 exports the same graphs."""
     folder = tmp_path_factory.mktemp("runs")
     write_npz(folder / "images.npz")
     for seed in (0, 1):
-        write_run(folder / str(seed), seed=seed, change=calm)
+        write_run(folder / str(seed), seed=seed, change=calm_in_half)
     return folder / "0", folder / "1"
 
 

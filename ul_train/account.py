@@ -109,7 +109,7 @@ _META = torch.device("meta")
 
 def account(config: Config, num_classes: int) -> Figures:
     """The account of a recipe for data of `num_classes` classes (0: none), the same on every machine. As JSON."""
-    stages = _stages_on_meta(config, num_classes)
+    stages = stages_on_meta(config, num_classes)
     sizes = _sizes(stages)
     return {
         "name": config.name,
@@ -119,14 +119,15 @@ def account(config: Config, num_classes: int) -> Figures:
         "precision": stages[0].precision,  # what activations are counted in
         "networks": sizes,
         "parameters": sum(size["parameters"] for size in sizes.values()),
-        **{stage.name: _training(stage) for stage in stages},
+        **{stage.name: training(stage) for stage in stages},
         "sampling": _sampling(stages, sizes, num_classes),
         "latent": _latent(config),
         "prepared_bytes_per_million": math.prod(config.image_shape) * 1_000_000,  # disk for 1,000,000 images, uint8
     }
 
 
-def _stages_on_meta(config: Config, num_classes: int) -> list[Stage]:
+def stages_on_meta(config: Config, num_classes: int) -> list[Stage]:
+    """The stages of a recipe, whose networks take no memory."""
     with _META:
         return fresh_stages(config, _META, "fp32" if config.run.precision == "fp32" else "bf16", num_classes)
 
@@ -159,11 +160,11 @@ def _checkpoint_bytes(stage: Stage) -> int:
 
 def checkpoint_bytes(config: Config, num_classes: int) -> dict[str, int]:
     """Bytes on disk of one checkpoint of each stage."""
-    return {stage.name: _checkpoint_bytes(stage) for stage in _stages_on_meta(config, num_classes)}
+    return {stage.name: _checkpoint_bytes(stage) for stage in stages_on_meta(config, num_classes)}
 
 
-def _training(stage: Stage) -> Figures:
-    """One stage; bytes are those of one device. FLOPs of the optimiser itself are left out."""
+def training(stage: Stage) -> Figures:
+    """What one stage on meta costs; bytes are those of one device. FLOPs of the optimiser itself are left out."""
     config, settings = stage.config, stage.settings
     micro_batch = settings.batch_size // settings.accumulate
     networks = [*stage.modules.values(), *stage.frozen.values()]
@@ -262,7 +263,7 @@ def presets_table() -> Table:
     for name in preset_names():
         config = load_config(name, [])
         num_classes = 10 if config.image.labels else 0
-        stages = _stages_on_meta(config, num_classes)
+        stages = stages_on_meta(config, num_classes)
         sizes = _sizes(stages)
         flops = _sampling(stages, sizes, num_classes)["flops_per_image"]
         shapes = (" x ".join(map(str, shape)) for shape in (config.image_shape, config.latent_shape))
