@@ -49,7 +49,7 @@ class Exported:
         networks = Run.open(self.run).finished().networks
         if self.weights == "fp16":
             networks = rounded(networks)
-        return TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], torch.device("cpu"))
+        return TorchBackend(networks, torch.device("cpu"))
 
 
 class _Kept(logging.Handler):

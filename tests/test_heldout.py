@@ -91,8 +91,12 @@ def described() -> BundleInfo:
     return Run.in_memory(tiny("sampling.decoder_steps=32"), ("a",)).manifest()
 
 
+def exact(encoder: nn.Module, prior_std: float) -> dict[str, nn.Module]:
+    return {"encoder": encoder, "prior": ExactPrior(prior_std), "decoder": ExactDecoder()}
+
+
 def pipeline(scale: float = SCALE, prior_std: float = SCALE * STD) -> Pipeline:
-    return torch_pipeline(described(), ScaledSubset(scale), ExactPrior(prior_std), ExactDecoder(), CPU, "fp32")
+    return torch_pipeline(described(), exact(ScaledSubset(scale), prior_std), CPU, "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def test_bits_equal_the_closed_form_within_their_error(figures: HeldoutFigures) 
 
 def test_a_learned_variance_is_drawn_and_its_bits_are_counted() -> None:
     std = float(np.hypot(SCALE * STD, SPREAD))
-    spread = torch_pipeline(described(), Spread(SCALE), ExactPrior(std), ExactDecoder(), CPU, "fp32")
+    spread = torch_pipeline(described(), exact(Spread(SCALE), std), CPU, "fp32")
     drawn = measure(spread, gaussian_images(300), 256, mean_of=1, bits_samples=16)
     assert drawn.latent_std == pytest.approx(std, rel=0.02)
     paid = (-LOGSNR_0 - 2 * np.log(SPREAD)) / (2 * NATS_PER_BIT)

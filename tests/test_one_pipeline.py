@@ -48,7 +48,9 @@ def in_torch(on_device: bool) -> Callable[[Path], Pipeline]:
                 torch.nn.init.normal_(parameter, std=0.1)
         info = Run.in_memory(config, ("a", "b", "c")).manifest()
         if not on_device:
-            return torch_pipeline(info, encoder, prior, decoder, torch.device("cpu"), "fp32")
+            return torch_pipeline(
+                info, {"encoder": encoder, "prior": prior, "decoder": decoder}, torch.device("cpu"), "fp32"
+            )
         networks: dict[str, torch.nn.Module] = {"encoder": encoder, "prior": prior, "decoder": decoder}
         return Pipeline(info, TorchDeviceBackend(networks, info, HostMemory()))
 

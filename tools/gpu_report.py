@@ -272,7 +272,7 @@ def calls(info: "BundleInfo", step: str) -> int:
     from ul_runtime.samplers import LOGSNR
     from ul_runtime.settings import Overrides, resolve_settings
 
-    settings = resolve_settings(info.defaults, Overrides(), can_guide=bool(info.classes))
+    settings = resolve_settings(info, Overrides(), can_guide=bool(info.classes))
     if step == "decoder_step":
         return len(table_between(settings.decoder, info.logsnr_x, ends_clean=True))
     table = table_between(settings.prior, info.logsnr_z, ends_clean=False).astype(np.float32)
@@ -320,7 +320,7 @@ def _by_torch(model: Model, contender: str, device: Any) -> Made:
         backend.loop.captures &= contender == "torch-graphs"
         return Made("bf16", _images(Pipeline(model.info, backend)), backend.loop)
     networks = {key: in_precision(network, "bf16").to(device) for key, network in model.networks.items()}
-    settings = resolve_settings(model.info.defaults, Overrides(), can_guide=bool(model.info.classes))
+    settings = resolve_settings(model.info, Overrides(), can_guide=bool(model.info.classes))
     if contender == "torch-compile":
         torch.compiler.reset()
         networks = {

@@ -10,7 +10,6 @@ from ul_runtime.bundle import Bundle
 from ul_runtime.errors import StoppedError, UsageError
 from ul_runtime.loading import open_bundle
 from ul_runtime.machine import engine_dir, gpus
-from ul_runtime.manifest import GRAPH_NAMES
 from ul_runtime.progress import progress
 from ul_runtime.signals import stop_on_signal
 
@@ -52,12 +51,13 @@ def build_engines(engines: Engines, bundle: Path) -> dict[str, Any]:
     """
     opened: Bundle = open_bundle(bundle)
     built, size = [], 0
-    with stop_on_signal(), progress("building engines", len(GRAPH_NAMES), "graphs") as tick:
-        for graph in GRAPH_NAMES:
+    names = list(opened.manifest.all_graphs)
+    with stop_on_signal(), progress("building engines", len(names), "graphs") as tick:
+        for graph in names:
             try:
                 prepared = engines.engine(opened, graph, tick=tick)
             except StoppedError:
-                done = f"{GRAPH_NAMES.index(graph)} of {len(GRAPH_NAMES)} engines are in {engines.cache.folder}"
+                done = f"{names.index(graph)} of {len(names)} engines are in {engines.cache.folder}"
                 raise StoppedError(f"stopped; {done}; run the same command again to go on") from None
             built += [graph] if prepared.built_because else []
             size += len(prepared.engine)

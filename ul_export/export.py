@@ -89,7 +89,7 @@ def effect_of_rounding(exact: Pipeline, by_rounded: Pipeline) -> dict[str, Any]:
 def torch_reference(described: BundleInfo, networks: dict[str, nn.Module]) -> Pipeline:
     """The sampling path by torch in float32 on the CPU, with which everything is compared."""
     cpu = torch.device("cpu")
-    return torch_pipeline(described, networks["encoder"], networks["prior"], networks["decoder"], cpu, "fp32")
+    return torch_pipeline(described, networks, cpu, "fp32")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Candidate:
         with durable.temporary_directory_beside(self.out) as temporary:
             folder = temporary / "candidate"
             bundle = write_bundle(folder, self.described, self.files)
-            for graph in self.described.graphs.values():
+            for graph in self.described.all_graphs.values():
                 for file in {graph.file, graph.float32_file or graph.file}:
                     check_graph(folder / file)
             precision = "bf16" if backend == "openvino" else None
@@ -147,7 +147,7 @@ class Candidate:
         """Where the worst call of a comparison that failed parts from torch: module and node."""
         graph, described = comparison.worst_graph, self.described
         modules = {each.name: each.module for each in step_graphs(self.networks, described.image, described.latent)}
-        entry = described.graphs[graph]
+        entry = described.all_graphs[graph]
         model = join_weights(self.files[entry.file], self.files[entry.weights], entry.weights)
         return first_difference(modules[graph], model, described, graph, comparison.worst_calls[graph][0].inputs)
 

@@ -20,7 +20,6 @@ from ul_runtime.files.closed_folder import Kind, closed_folder
 from ul_runtime.files.safe_tensors import reading_safetensors
 from ul_runtime.graph_check import check_graph
 from ul_runtime.manifest import (
-    GRAPH_NAMES,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     BundleInfo,
@@ -61,11 +60,13 @@ class Bundle:
         cls,
         path: Path,
         *,
-        graphs: Collection[GraphName] = GRAPH_NAMES,
+        graphs: Collection[GraphName] | None = None,
         allow_hard_links: bool = False,
         expect: str | None = None,
     ) -> "Bundle":
         """Verify the bundle at `path`, reading the files that `graphs` need (of the others: presence, kind, size).
+
+        `graphs` None = all, those of students too.
 
         `allow_hard_links` is for the bundle inside an installed package: installers link from their cache. `expect` is
         the hash that it must have.
@@ -83,8 +84,9 @@ class Bundle:
             _check_expected(path, expect, found := hashlib.sha256(data).hexdigest())
             manifest = parse_manifest(data, str(path / MANIFEST_NAME))
             folder.check_closed(names, [*manifest.files, MANIFEST_NAME])
-            unused = {g for name in GRAPH_NAMES if name not in graphs for g in _files_of(manifest, name)}
-            unused -= {g for name in graphs for g in _files_of(manifest, name)}
+            graphs = list(manifest.all_graphs) if graphs is None else graphs
+            unused = {file for name in manifest.all_graphs if name not in graphs for file in _files_of(manifest, name)}
+            unused -= {file for name in graphs for file in _files_of(manifest, name)}
             folder.check_memory(sum(entry.size for name, entry in manifest.files.items() if name not in unused))
             held = {}
             for name, entry in manifest.files.items():
@@ -97,7 +99,7 @@ class Bundle:
 
     def _check_graphs(self, graphs: Collection[GraphName]) -> None:
         for name in graphs:
-            entry = self.manifest.graphs[name]
+            entry = self.manifest.all_graphs[name]
             check_graph(self.read(entry.file), name, self.manifest, str(self.path / entry.file))
             if (file := entry.float32_file) is not None:
                 check_graph(self.read(file), name, self.manifest, str(self.path / file), float32=True)
@@ -112,12 +114,12 @@ class Bundle:
 
     def graph(self, graph: GraphName, *, float32: bool = False) -> bytes:
         """Verified ONNX bytes of a step graph, without weights; `float32`: the one that computes in float32."""
-        entry = self.manifest.graphs[graph]
+        entry = self.manifest.all_graphs[graph]
         return self.read(entry.float32_file or entry.file if float32 else entry.file)
 
     def initializers(self, graph: GraphName) -> dict[str, np.ndarray]:
         """Weights of a step graph by initializer name; bfloat16 as its bits in uint16. BadInputError."""
-        name = self.manifest.graphs[graph].weights
+        name = self.manifest.all_graphs[graph].weights
         return parse_weights(self.read(name), str(self.path / name))
 
 
@@ -132,7 +134,7 @@ def _check_expected(path: Path, expect: str | None, found: str) -> None:
 
 
 def _files_of(manifest: Manifest, graph: GraphName) -> list[str]:
-    entry = manifest.graphs[graph]
+    entry = manifest.all_graphs[graph]
     return [name for name in (entry.file, entry.weights, entry.float32_file) if name is not None]
 
 

@@ -37,7 +37,7 @@ def check_graph(data: bytes, name: GraphName, info: BundleInfo, where: str, *, f
     BadInputError: no ONNX, an operator that ul-export never writes, too many nodes, other inputs, outputs, opset,
     precision or number of classes. UntrustedError: values that lie in another file.
     """
-    entry = info.graphs[name]
+    entry = info.all_graphs[name]
     try:
         model = read_model(data)
         _check_opset(model, entry)
@@ -48,7 +48,7 @@ def check_graph(data: bytes, name: GraphName, info: BundleInfo, where: str, *, f
         _check_tensors("input", graph.get("input", []), entry.inputs)
         _check_tensors("output", graph.get("output", []), entry.outputs)
         _check_precision(nodes, "fp32" if float32 else entry.precision)
-        if name == "prior_step":
+        if info.place_of(name) == "prior_step":
             _check_classes(graph, info.num_classes)
     except ValueError as error:
         raise BadInputError(f"{where}: not a graph of this bundle: {error}; export the bundle again") from error

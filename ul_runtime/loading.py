@@ -15,7 +15,7 @@ from ul_runtime.bundle import Bundle
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.install import install, require_packages
 from ul_runtime.machine import MachineOptions
-from ul_runtime.manifest import GRAPH_NAMES, GraphName
+from ul_runtime.manifest import GraphName
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline
@@ -109,7 +109,7 @@ def shipped_names() -> list[str]:
 
 
 def open_bundle(
-    bundle: str | Path | None, *, graphs: Collection[GraphName] = GRAPH_NAMES, expect: str | None = None
+    bundle: str | Path | None, *, graphs: Collection[GraphName] | None = None, expect: str | None = None
 ) -> Bundle:
     """The bundle at that path or, where nothing is, the shipped model of that name; None = DEFAULT.
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -29,7 +29,7 @@ from ul_runtime.errors import CONTROLS, BadInputError, UntrustedError, UsageErro
 from ul_runtime.samplers import parse_grid, parse_sampler
 
 FORMAT: Final = "unified-latents-bundle"
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4  # 3 had neither students nor presets
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_DEPTH = 16
@@ -42,7 +42,8 @@ HISTORY = 2
 # Formats that run code when opened: never in a bundle, whatever the manifest says.
 CODE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".engine", ".plan", ".so", ".py")
 
-GraphName = Literal["encoder", "prior_step", "decoder_step", "pixels"]
+GraphName: TypeAlias = str  # of GRAPH_NAMES, or a student, which is another network in the place of one
+StepName = Literal["prior_step", "decoder_step"]
 NETWORK_GRAPHS: tuple[GraphName, ...] = ("encoder", "prior_step", "decoder_step")
 GRAPH_NAMES: tuple[GraphName, ...] = (*NETWORK_GRAPHS, "pixels")
 Shape = tuple[int | str, ...]
@@ -51,6 +52,7 @@ _MOST_VALUES = 2**26  # of an image or a latent: 8192 x 8192
 Text = Annotated[str, Field(min_length=1, max_length=MAX_NAME, pattern=f"^[^{CONTROLS}]+$")]  # safe to print
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=65536)]
+StudentName = Annotated[str, Field(pattern=r"^(prior|decoder)-[1-9][0-9]{0,3}$")]  # network, calls
 Dimension = Count | Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
 
 
@@ -91,7 +93,7 @@ def _is_file_name(name: str, info: ValidationInfo) -> str:
 
 def _is_known_version(version: object, info: ValidationInfo) -> object:
     """BadInputError with the advice, for a version that this program does not read."""
-    if isinstance(version, int) and version != FORMAT_VERSION:
+    if isinstance(version, int) and version not in (3, FORMAT_VERSION):
         advice = "upgrade unified-latents" if version > FORMAT_VERSION else "export again with this version's ul-export"
         raise BadInputError(f"{_where(info)}: format_version {version}, this program reads {FORMAT_VERSION}; {advice}")
     return version
@@ -153,8 +155,9 @@ class LogsnrRange(_Part):
 
 
 class DecoderDefaults(_Part):
-    """How the decoder is sampled unless asked otherwise."""
+    """How the decoder is sampled unless asked otherwise; by `student` in place of the decoder itself."""
 
+    student: StudentName | None = None
     sampler: Annotated[Text, _taken_by(parse_sampler)]
     grid: Annotated[Text, _taken_by(parse_grid)]
     num_steps: Count
@@ -172,10 +175,18 @@ class PriorDefaults(DecoderDefaults):
 
 
 class Defaults(_Part):
-    """The sampling that the bundle was tuned for."""
+    """How images are sampled unless asked otherwise, by the networks that the students learned from."""
 
     prior: PriorDefaults
     decoder: DecoderDefaults
+
+
+class Preset(Defaults):
+    """Settings with a name, what an image costs with them, and how good images are, as ul-tune measured it."""
+
+    calls: Count  # of networks, a guided call is one
+    flops: Annotated[int, Field(ge=0)] = 0  # of an image
+    quality: Record = {}
 
 
 class TensorFormat(_Part):
@@ -202,6 +213,23 @@ class Graph(_Part):
     outputs: Annotated[tuple[TensorFormat, ...], Field(max_length=16), FailFast()]
 
 
+class Student(_Part):
+    """A network that was trained to take few calls, in the place of a step graph's own.
+
+    It has the steps of its training; guidance, which is part of it, is not applied again.
+    """
+
+    place: StepName
+    graph: Graph
+    sampler: Annotated[Text, _taken_by(parse_sampler)]
+    grid: Annotated[Text, _taken_by(parse_grid)]
+    num_steps: Count
+    guidance: Annotated[float, Field(ge=0.0, le=1000.0)] = 1.0  # of the trajectories that it learned
+    method: Text
+    step: Annotated[int, Field(ge=0)]  # of its training
+    quality: Record = {}
+
+
 class Provenance(_Part):
     """Where the weights came from."""
 
@@ -226,7 +254,7 @@ class BundleInfo(_Part):
     """All that an exporter says about a bundle; `write_bundle` adds the hashes."""
 
     format: Literal["unified-latents-bundle"] = FORMAT
-    format_version: Annotated[Literal[3], BeforeValidator(_is_known_version)] = FORMAT_VERSION
+    format_version: Annotated[Literal[3, 4], BeforeValidator(_is_known_version)] = FORMAT_VERSION
     name: Text
     image: ImageFormat
     latent: LatentFormat
@@ -234,7 +262,10 @@ class BundleInfo(_Part):
     logsnr_z: LogsnrRange
     logsnr_x: LogsnrRange
     defaults: Defaults
-    graphs: dict[GraphName, Graph]
+    graphs: dict[Annotated[GraphName, Field(pattern=r"^(encoder|prior_step|decoder_step|pixels)$")], Graph]
+    students: Annotated[dict[StudentName, Student], Field(max_length=16)] = {}
+    presets: Annotated[dict[Text, Preset], Field(max_length=16)] = {}
+    preset: Text | None = None  # that is taken unless asked otherwise; None: `defaults`
     provenance: Provenance
     recipe: Record = {}  # the whole recipe of the run, as ul-train takes it
     quality: Record = {}
@@ -244,6 +275,15 @@ class BundleInfo(_Part):
     def num_classes(self) -> int:
         """Number of labels; 0 = unconditional."""
         return len(self.classes)
+
+    @property
+    def all_graphs(self) -> dict[GraphName, Graph]:
+        """The graphs of the bundle and those of its students, each by its name."""
+        return {**self.graphs, **{name: student.graph for name, student in self.students.items()}}
+
+    def place_of(self, graph: GraphName) -> GraphName:
+        """Of GRAPH_NAMES: the graph itself, or the one whose place a student takes."""
+        return self.students[graph].place if graph in self.students else graph
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -255,11 +295,28 @@ class BundleInfo(_Part):
         for name in GRAPH_NAMES:
             if name not in self.graphs:
                 raise ValueError(f"graphs: {name} is missing")
-            graph = self.graphs[name]
-            inputs, outputs = interface(name, self.image, self.latent)
-            _check_tensors(f"graphs.{name}.inputs", graph.inputs, inputs)
-            _check_tensors(f"graphs.{name}.outputs", graph.outputs, outputs)
+        for name, graph in self.all_graphs.items():
+            where = f"students.{name}.graph" if name in self.students else f"graphs.{name}"
+            inputs, outputs = interface(self.place_of(name), self.image, self.latent)
+            _check_tensors(f"{where}.inputs", graph.inputs, inputs)
+            _check_tensors(f"{where}.outputs", graph.outputs, outputs)
+        self._check_students()
         return self
+
+    def _check_students(self) -> None:
+        for name, student in self.students.items():
+            if student.place != f"{name.partition('-')[0]}_step":
+                raise ValueError(f"students.{name}: its place is {student.place}")
+        for what, settings in {"defaults": self.defaults, **self.presets}.items():
+            for network, part in (("prior", settings.prior), ("decoder", settings.decoder)):
+                if part.student is None:
+                    continue
+                if part.student not in self.students or self.students[part.student].place != f"{network}_step":
+                    raise ValueError(f"{what}: {part.student} is no student of the {network}")
+        if self.defaults.prior.student or self.defaults.decoder.student:
+            raise ValueError("defaults: are of the networks themselves, without students")
+        if self.preset is not None and self.preset not in self.presets:
+            raise ValueError(f"preset: {self.preset} is not in presets")
 
 
 class Manifest(BundleInfo):
@@ -271,15 +328,15 @@ class Manifest(BundleInfo):
     def _closed(self) -> Self:
         if len({name.casefold() for name in [*self.files, MANIFEST_NAME]}) != len(self.files) + 1:
             raise ValueError("files: two names differ only in case, or the manifest lists itself")
-        for graph_name, graph in self.graphs.items():
+        for graph_name, graph in self.all_graphs.items():
             for file in (graph.file, graph.weights, graph.float32_file):
                 if file is not None and file not in self.files:
-                    raise ValueError(f"graphs.{graph_name}: {file} is not in files")
+                    raise ValueError(f"{graph_name}: {file} is not in files")
         return self
 
 
 def interface(graph: GraphName, image: ImageFormat, latent: LatentFormat) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Tensor names and shapes (inputs, outputs) that a graph of these formats has."""
+    """Tensor names and shapes (inputs, outputs) that a graph of GRAPH_NAMES has in these formats."""
     x: Shape = ("b", image.channels, image.size, image.size)
     z: Shape = ("b", latent.channels, latent.size, latent.size)
     if graph == "encoder":
@@ -352,7 +409,8 @@ def first_error(error: ValidationError) -> str:
 
 def manifest_bytes(info: BundleInfo, files: Mapping[str, FileEntry]) -> bytes:
     """The bytes of manifest.json, checked; their SHA-256 is the bundle's hash. Errors as `parse_manifest`."""
-    value = info.model_dump(mode="json") | {"files": {name: files[name].model_dump() for name in sorted(files)}}
+    value = info.model_dump(mode="json") | {"format_version": FORMAT_VERSION}
+    value |= {"files": {name: files[name].model_dump() for name in sorted(files)}}
     data = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
     parse_manifest(data)
     return data

@@ -29,7 +29,7 @@ from ul_runtime.loop import (
     to_pixels,
     unguided,
 )
-from ul_runtime.manifest import BundleInfo, LogsnrRange
+from ul_runtime.manifest import BundleInfo, GraphName, LogsnrRange
 from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import sampler_table
 from ul_runtime.settings import (
@@ -110,7 +110,7 @@ class Pipeline:
     def settings(self, **overrides: Unpack[Overrides]) -> Settings:
         """The bundle's default settings with `overrides`; UsageError for what cannot be."""
         can_guide = self.num_classes > 0 or self.guide is not None
-        return resolve_settings(self.manifest.defaults, overrides, can_guide=can_guide)
+        return resolve_settings(self.manifest, overrides, can_guide=can_guide)
 
     def prior_table(self, sampler: SamplerSettings) -> np.ndarray:
         """The table `[rows, 8]` from noise to z_0: a row for each call of the prior."""
@@ -273,7 +273,8 @@ class Pipeline:
         guidance, by = Guidance.of(labels, settings), None if self.guide is None else self.guide.backend
         condition, guide = conditions(guidance, rows, self.latent_shape, self.num_classes, by)
         keys = NoiseKeys(seeds, indices, self.latent_shape)
-        return Loop("prior_step", "z", rows, streams, keys, noise.PRIOR_START, condition, guide=guide)
+        graph = _graph_of([each.prior for each in settings], "prior_step")
+        return Loop(graph, "z", rows, streams, keys, noise.PRIOR_START, condition, guide=guide)
 
     def decoder_loop(
         self,
@@ -286,7 +287,8 @@ class Pipeline:
         rows, streams = side_by_side([self.decoder_table(each) for each in samplers], noise.decoder_step)
         condition: Inputs = {} if z_0 is None else {"z_0": z_0}
         keys, takes = NoiseKeys(seeds, indices, self.image_shape), "z_0" if z_0 is None else None
-        return Loop("decoder_step", "x", rows, streams, keys, noise.DECODER_START, lambda k: condition, takes)
+        graph = _graph_of(samplers, "decoder_step")
+        return Loop(graph, "x", rows, streams, keys, noise.DECODER_START, lambda k: condition, takes)
 
     def _images(self, loops: Sequence[Loop], labels: np.ndarray, batch: int, keep_x: bool, tick: Tick) -> Images:
         """Images of the last of these loops, computed as `batch` where that matters; without x unless it is to be kept.
@@ -331,6 +333,14 @@ def table_between(sampler: SamplerSettings, ends: LogsnrRange, *, ends_clean: bo
     )
     table.setflags(write=False)  # all batches share it
     return table
+
+
+def _graph_of(samplers: Sequence[SamplerSettings], own: GraphName) -> GraphName:
+    """The graph that a batch runs: the bundle's own, or that of the student of all its images. UsageError."""
+    names = {each.student or own for each in samplers}
+    if len(names) > 1:
+        raise UsageError(f"one batch is of one network, not of {' and '.join(sorted(names))}; make two of it")
+    return names.pop() if names else own
 
 
 def _of_x(indices: np.ndarray, labels: np.ndarray, x: np.ndarray) -> Images:

@@ -50,6 +50,8 @@ def threads_option() -> Any:
 class Overrides(TypedDict, total=False):
     """Keyword arguments of generate and decode; what is absent or None comes from the bundle's manifest."""
 
+    preset: str | None  # settings of the bundle by their name; "none": those without students
+    students: Sequence[str] | None  # in the place of the bundle's own networks, with the steps of their training
     steps: int | None  # of the prior
     sampler: str | None
     grid: str | None
@@ -63,11 +65,15 @@ class Overrides(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """One loop: which table, and how many steps; UsageError for names that are not known."""
+    """One loop: which table, and how many steps; UsageError for names that are not known.
+
+    `student`: the network in the place of the bundle's own.
+    """
 
     sampler: str
     grid: str
     num_steps: int
+    student: str | None = None
 
     def __post_init__(self) -> None:
         from ul_runtime.samplers import parse_grid, parse_sampler
@@ -102,51 +108,135 @@ class Settings:
             raise UsageError(f"guidance rescale is {self.guidance_rescale}; expected 0 (off) to 1")
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat, JSON-ready: prior_sampler, prior_grid, ... for provenance and fingerprints."""
+        """Flat, JSON-ready: prior_sampler, prior_grid, ... for provenance and fingerprints; students if any."""
         interval = self.guidance_interval
+        loops = {"prior": asdict(self.prior), "decoder": asdict(self.decoder)}
         return {
-            **{f"prior_{key}": value for key, value in asdict(self.prior).items()},
-            **{f"decoder_{key}": value for key, value in asdict(self.decoder).items()},
+            **{f"{loop}_{key}": part[key] for loop, part in loops.items() for key in part if part[key] is not None},
             "guidance": self.guidance,
             "guidance_interval": None if interval is None else [float(end) for end in interval],
             "guidance_rescale": self.guidance_rescale,
         }
 
 
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
+_OF_PRIOR = ("sampler", "grid", "steps", "guidance", "guidance_interval", "guidance_rescale")
+_OF_DECODER = ("decoder_sampler", "decoder_grid", "decoder_steps")
+NO_PRESET = "none"
 
 
-def resolve_settings(defaults: Any, given: Overrides, *, can_guide: bool) -> Settings:
-    """The bundle's `defaults` (manifest) with `given` over them; UsageError for what cannot be.
+def resolve_settings(manifest: Any, given: Overrides, *, can_guide: bool) -> Settings:
+    """The settings of a bundle's manifest with `given` over them; UsageError for what cannot be.
 
-    `can_guide`: there are classes, or a guide.
+    Those of the preset that is asked for, or of the bundle's own preset, or of its defaults. A student samples as it
+    was trained: where something else is asked of the prior (or the decoder), and no student or preset by name, the
+    bundle's own network takes its place, with its defaults. `can_guide`: there are classes, or a guide.
     """
     if unknown := sorted(given.keys() - Overrides.__annotations__.keys()):
         near = difflib.get_close_matches(unknown[0], [*Overrides.__annotations__, "labels", "seed", "batch_size"], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"there is no setting {unknown[0]}{hint}")
-    prior, decoder = defaults.prior, defaults.decoder
-    guidance = as_number("guidance", _first(given.get("guidance"), prior.guidance, 1.0))
-    if not can_guide and (given.get("guidance") or 1.0) != 1.0:
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if not can_guide and (asked.get("guidance") or 1.0) != 1.0:
         raise UsageError(
             f"guidance {given['guidance']} asks for classes, the bundle has none; leave it out, or give a guide"
         )
+    prior, decoder = (_Part.of(manifest, network, asked) for network in ("prior", "decoder"))
+    start, wanted = prior.start, prior.asked
+    guidance = as_number("guidance", wanted.get("guidance", start.guidance))
+    rescale = as_number("guidance rescale", wanted.get("guidance_rescale", start.guidance_rescale))
     return Settings(
-        prior=SamplerSettings(
-            _first(given.get("sampler"), prior.sampler),
-            _first(given.get("grid"), prior.grid),
-            _first(given.get("steps"), prior.num_steps),
-        ),
-        decoder=SamplerSettings(
-            _first(given.get("decoder_sampler"), decoder.sampler),
-            _first(given.get("decoder_grid"), decoder.grid),
-            _first(given.get("decoder_steps"), decoder.num_steps),
-        ),
+        prior=prior.settings("sampler", "grid", "steps"),
+        decoder=decoder.settings("decoder_sampler", "decoder_grid", "decoder_steps"),
         guidance=guidance if can_guide else 1.0,
-        guidance_interval=as_interval(_first(given.get("guidance_interval"), prior.guidance_interval)),
-        guidance_rescale=as_number("guidance rescale", _first(given.get("guidance_rescale"), prior.guidance_rescale)),
+        guidance_interval=as_interval(wanted.get("guidance_interval", start.guidance_interval)),
+        guidance_rescale=rescale,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One network's settings: those to start from, and what is asked over them."""
+
+    start: Any  # PriorDefaults or DecoderDefaults
+    asked: dict[str, Any]
+
+    @classmethod
+    def of(cls, manifest: Any, network: str, asked: dict[str, Any]) -> "_Part":
+        mine = {name: asked[name] for name in (_OF_PRIOR if network == "prior" else _OF_DECODER) if name in asked}
+        own, start = getattr(manifest.defaults, network), getattr(_preset(manifest, asked.get("preset")), network)
+        student, named = start.student, "preset" in asked
+        if "students" in asked:
+            student, named = _student(manifest, network, asked["students"]), True
+            start = own if student is None else _as_trained(manifest.students[student], student, own)
+        if student is None:
+            return cls(start, mine)
+        other = {name: value for name, value in mine.items() if not _same(name, value, _value(start, name))}
+        if not other:
+            return cls(start, {})
+        if named:
+            name, value = next(iter(other.items()))
+            raise UsageError(
+                f"student {student} was trained for {_words(name)} {_value(start, name)}, not {value}; leave that out, "
+                f"or the student: the {network} itself takes any"
+            )
+        return cls(own, mine)
+
+    def settings(self, sampler: str, grid: str, steps: str) -> SamplerSettings:
+        asked, start = self.asked, self.start
+        return SamplerSettings(
+            asked.get(sampler, start.sampler),
+            asked.get(grid, start.grid),
+            asked.get(steps, start.num_steps),
+            start.student,
+        )
+
+
+def _preset(manifest: Any, name: str | None) -> Any:
+    """Settings of the manifest by their name. UsageError."""
+    if name == NO_PRESET:
+        return manifest.defaults
+    name = name if name is not None else manifest.preset
+    if name is None:
+        return manifest.defaults
+    if name not in manifest.presets:
+        known = ", ".join((*manifest.presets, NO_PRESET))
+        raise UsageError(f"preset {name!r}: the bundle has no such preset; expected {known}")
+    return manifest.presets[name]
+
+
+def _student(manifest: Any, network: str, names: Any) -> str | None:
+    """The one of these students that takes the place of a network. UsageError."""
+    given = [names] if isinstance(names, str) else list(names)
+    for name in given:
+        if name not in manifest.students:
+            known = ", ".join(manifest.students) or "none"
+            raise UsageError(f"student {name!r}: the bundle has no such student; it has {known}")
+    found = [name for name in given if manifest.students[name].place == f"{network}_step"]
+    if len(found) > 1:
+        raise UsageError(f"students {found[0]} and {found[1]}: both stand for the {network}; give one")
+    return found[0] if found else None
+
+
+def _as_trained(student: Any, name: str, own: Any) -> Any:
+    """The settings of a student, in the form of its network's defaults."""
+    changes = {"student": name, "sampler": student.sampler, "grid": student.grid, "num_steps": student.num_steps}
+    if hasattr(own, "guidance"):  # which is part of the student
+        changes |= {"guidance": 1.0, "guidance_interval": None, "guidance_rescale": 0.0}
+    return own.model_copy(update=changes)
+
+
+def _value(start: Any, name: str) -> Any:
+    """What a part's settings say where `name` would be given."""
+    field = name.removeprefix("decoder_")
+    return getattr(start, "num_steps" if field == "steps" else field)
+
+
+def _same(name: str, given: Any, trained: Any) -> bool:
+    return bool(as_interval(given) == as_interval(trained) if name == "guidance_interval" else given == trained)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def no_label(classes: Sequence[str]) -> str:

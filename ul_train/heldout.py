@@ -163,7 +163,7 @@ def _encode(pipeline: Pipeline, x: np.ndarray, ids: np.ndarray) -> tuple[Encoded
     latent, backend = pipeline.encode(x, indices=ids), pipeline.backend
     if MOMENTS not in getattr(backend, "graphs", {}):
         return latent, 0.0
-    log_variance = backend.run(MOMENTS, {"x": x})["log_variance"]  # type: ignore[arg-type]
+    log_variance = backend.run(MOMENTS, {"x": x})["log_variance"]
     schedule = pipeline.manifest.logsnr_z
     apart = np.exp(0.5 * log_variance) * noise.normals(_OTHER_SEED, ids, noise.ENCODER, pipeline.latent_shape)
     nats = 0.5 * float((-schedule.max - log_variance.astype(np.float64)).sum())

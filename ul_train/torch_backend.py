@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,12 @@ class Moments(nn.Module):
         return mean, log_variance
 
 
+_STEPS: dict[str, tuple[type[PriorStep] | type[DecoderStep], tuple[str, ...]]] = {
+    "prior": (PriorStep, ("z_next", "pred", "history_next")),
+    "decoder": (DecoderStep, ("x_next", "pred", "history_next")),
+}
+
+
 class TorchBackend(HostBackend):
     """Runs the graphs of ul_runtime.pipeline with torch networks: numpy float32 in and out.
 
@@ -96,26 +102,22 @@ class TorchBackend(HostBackend):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        prior: nn.Module,
-        decoder: nn.Module,
+        networks: Mapping[str, nn.Module],
         device: torch.device,
         precision: str = "fp32",
         likely_batch: int | None = None,
     ) -> None:
+        """`networks`: encoder, prior and decoder, and students by their names, such as prior-4."""
         self.device, self.precision, self.likely_batch = device, precision, likely_batch
-        self.graphs: dict[str, nn.Module] = {
-            "encoder": encoder,
-            "prior_step": PriorStep(prior),
-            "decoder_step": DecoderStep(decoder),
-            "pixels": Pixels(),
-        }
-        self.outputs = {
-            "encoder": ("z_clean",),
-            "prior_step": ("z_next", "pred", "history_next"),
-            "decoder_step": ("x_next", "pred", "history_next"),
-            "pixels": ("images", "sum"),
-        }
+        encoder = networks["encoder"]
+        self.graphs: dict[str, nn.Module] = {"encoder": encoder, "pixels": Pixels()}
+        self.outputs: dict[str, tuple[str, ...]] = {"encoder": ("z_clean",), "pixels": ("images", "sum")}
+        for name, network in networks.items():
+            if name == "encoder":
+                continue
+            kind, outputs = _STEPS[name.partition("-")[0]]  # of a student too
+            graph = name if "-" in name else f"{name}_step"
+            self.graphs[graph], self.outputs[graph] = kind(network), outputs
         if getattr(encoder, "learned_variance", False):  # what no bundle has: it encodes by the mean
             self.graphs["moments"] = Moments(encoder)
             self.outputs["moments"] = ("z_clean", "log_variance")
@@ -217,7 +219,7 @@ class TorchDeviceBackend(DeviceBackend):
         require_graphs: bool = False,
     ) -> None:
         """`networks`: encoder, prior (the base), decoder; they go to the device of `memory`."""
-        self._memory, self._graphs, self.precision = memory, described.graphs, precision
+        self._memory, self._graphs, self.precision = memory, described.all_graphs, precision
         on_gpu = isinstance(memory, TorchMemory)
         device = torch.device("cuda", memory.number) if on_gpu else torch.device("cpu")
         self._modules = torch_backend(networks, device, precision)
@@ -238,10 +240,10 @@ class TorchDeviceBackend(DeviceBackend):
 
 
 def torch_backend(networks: dict[str, nn.Module], device: torch.device, precision: str) -> TorchBackend:
-    """The networks of a run (encoder, prior, decoder) on a device, in evaluation mode and in that precision."""
+    """The networks of a run (encoder, prior, decoder, students) on a device, in evaluation mode and that precision."""
     there = {name: in_precision(network.eval(), precision).to(device) for name, network in networks.items()}
     threads = torch.get_num_threads() if device.type == "cpu" else None
-    backend = TorchBackend(there["encoder"], there["prior"], there["decoder"], device, precision)
+    backend = TorchBackend(there, device, precision)
     backend.threads = threads  # the bytes of an image depend on it
     return backend
 
@@ -324,13 +326,11 @@ def _open_run(run: Path, options: MachineOptions, guide: Pipeline | None) -> Pip
 
 
 def torch_pipeline(
-    info: BundleInfo,
-    encoder: nn.Module,
-    prior: nn.Module,
-    decoder: nn.Module,
-    device: torch.device,
-    precision: str,
+    info: BundleInfo, networks: Mapping[str, nn.Module], device: torch.device, precision: str
 ) -> Pipeline:
-    """The runtime's own pipeline over torch networks; `prior` is the base, or the prior of stage 1 for its bits."""
+    """The runtime's own pipeline over torch networks: encoder, prior, decoder and the students that `info` has.
+
+    `prior` is the base, or the prior of stage joint for its bits.
+    """
     likely_batch = min(64, max(1, 2**16 // info.image.size**2))  # a GPU gains from more than a CPU does
-    return Pipeline(info, TorchBackend(encoder, prior, decoder, device, precision, likely_batch))
+    return Pipeline(info, TorchBackend(networks, device, precision, likely_batch))

@@ -203,9 +203,7 @@ class Evaluation:
         """At this step. StoppedError."""
         stage = self.stage
         with watched(stage.ema) as largest:
-            pipeline = torch_pipeline(
-                self.run.manifest(), **stage.sampled, device=stage.device, precision=stage.precision
-            )
+            pipeline = torch_pipeline(self.run.manifest(), stage.sampled, stage.device, stage.precision)
             preview = stage.preview(pipeline, self.heldout, step, self.log, self.tick)
         durable.atomic_write(self.preview_of(step), preview)
         for block, text in warnings(largest, step, self.largest, self.step, stage.settings.steps):
@@ -251,7 +249,7 @@ def report(
     """
     run.check_finished(Joint.name)
     found = run.reconstructing(device)
-    pipeline = torch_pipeline(run.manifest(), **found.networks, device=device, precision=precision)
+    pipeline = torch_pipeline(run.manifest(), found.networks, device, precision)
     num_images = min(num_images, len(splits.heldout))
     eigenvalues, of_what = bound_eigenvalues(splits.heldout, splits.train, num_images)
     try:

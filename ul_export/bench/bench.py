@@ -63,7 +63,7 @@ def run_bench(path: Path, options: BenchOptions, overrides: Overrides) -> dict[s
     bundle = open_bundle(path)
     makers = _makers((FIRST, *peers), bundle, options.run, overrides, threads)
     precisions = {make().precision for make in makers}  # what cannot be made is refused here
-    settings = resolve_settings(bundle.manifest.defaults, overrides, can_guide=bool(bundle.manifest.classes))
+    settings = resolve_settings(bundle.manifest, overrides, can_guide=bool(bundle.manifest.classes))
     if find_spec("onnx") is None:
         _LOG.info("no ceiling by ONNX Runtime: onnx is not installed; pip install onnx")
     with stop_on_signal():

@@ -72,10 +72,10 @@ class TorchRun:
         precision = "bf16" if name.endswith("-bf16") else "fp32"
         networks = {key: in_precision(network, precision) for key, network in self.networks.items()}
         if name.startswith("torch-loop"):
-            settings = resolve_settings(self.info.defaults, overrides, can_guide=bool(self.info.classes))
+            settings = resolve_settings(self.info, overrides, can_guide=bool(self.info.classes))
             loop = UserLoop(self.info, settings, networks["prior"], networks["decoder"], precision)
             return Runner(name, precision, None, loop.images)
-        backend = TorchBackend(networks["encoder"], networks["prior"], networks["decoder"], _CPU, precision)
+        backend = TorchBackend(networks, _CPU, precision)
         if name.startswith("torch-compile"):
             torch.compiler.reset()  # the shapes of the batch size before; beyond a few, torch silently runs eagerly
             for key in ("prior_step", "decoder_step"):

@@ -106,7 +106,7 @@ class WrappedBackend(HostBackend):
 def checked(bundle: "Bundle", graph_name: "GraphName", inputs: Inputs, outputs: Inputs) -> Inputs:
     """These outputs of a graph. BadInputError: one has another shape or type than the manifest says."""
     batch = len(next(iter(inputs.values())))
-    for tensor in bundle.manifest.graphs[graph_name].outputs:
+    for tensor in bundle.manifest.all_graphs[graph_name].outputs:
         made = outputs[tensor.name]
         shape = tuple(size if isinstance(size, int) else batch for size in tensor.shape)
         if (made.shape, made.dtype) != (shape, tensor.dtype):
@@ -150,10 +150,10 @@ def bundle_precision(manifest: "BundleInfo") -> str:
 
 def has_float32(manifest: "BundleInfo") -> bool:
     """Whether the bundle's images can be computed in float32."""
-    return all(graph.precision == "fp32" or graph.float32_file is not None for graph in manifest.graphs.values())
+    return all(graph.precision == "fp32" or graph.float32_file is not None for graph in manifest.all_graphs.values())
 
 
 def cpu_precision(manifest: "BundleInfo") -> str:
     """What the bundle computes in on a CPU: its own precision, or float32 if it has graphs for that beside others."""
-    precisions = {graph.precision for graph in manifest.graphs.values() if graph.float32_file is not None}
+    precisions = {graph.precision for graph in manifest.all_graphs.values() if graph.float32_file is not None}
     return "fp32" if precisions - {"int8"} else bundle_precision(manifest)

@@ -74,7 +74,7 @@ class OpenVinoBackend(HostBackend):
         dims: dict[str, int] = {}
         if self.precision == "bf16":
             inputs = {name: _padded(array, 1 << (batch - 1).bit_length()) for name, array in inputs.items()}
-            for tensor in self._bundle.manifest.graphs[graph_name].inputs:
+            for tensor in self._bundle.manifest.all_graphs[graph_name].inputs:
                 sizes = inputs[tensor.name].shape
                 dims |= {d: size for d, size in zip(tensor.shape, sizes, strict=False) if isinstance(d, str)}
         key = graph_name, tuple(dims.items())
@@ -90,7 +90,7 @@ class OpenVinoBackend(HostBackend):
 
     def _build(self, graph_name: "GraphName", dims: dict[str, int]) -> "_Graph":
         """Compile a graph: with these sizes of its dynamic dimensions, or with all sizes if there are none."""
-        graph = self._bundle.manifest.graphs[graph_name]
+        graph = self._bundle.manifest.all_graphs[graph_name]
         try:
             data = with_weights(self._bundle.graph(graph_name, float32=True), self._bundle.initializers(graph_name))
             model = _core().read_model(data)

@@ -67,7 +67,7 @@ class OrtDeviceBackend(DeviceBackend):
         self._sessions: dict[GraphName, ort.InferenceSession] = {}
         self._values: list[ort.OrtValue] = []
         self._bindings = 0
-        self._graphs = bundle.manifest.graphs
+        self._graphs = bundle.manifest.all_graphs
         self.loop = DeviceLoop(memory, self._graphs, self._bind, captures=False, on_release=self._close)
 
     def _close(self) -> None:

@@ -44,7 +44,7 @@ class TensorRtBackend(DeviceBackend):
             raise ULError(f"{engines.library.title} does not run here: {engines.library.last}") from error
         self._loaded: dict[str, Any] = {}
         self._compiled: Any = None  # the library's cache of kernels, where it compiles late
-        self._graphs = bundle.manifest.graphs
+        self._graphs = bundle.manifest.all_graphs
         self.loop = DeviceLoop(memory, self._graphs, self._bind, require_graphs=require_graphs)
 
     def _bind(self, graph: "GraphName", dims: Dims, addresses: dict[str, int]) -> Engine:

@@ -315,7 +315,7 @@ class Engines:
 
     def facts(self, bundle: Bundle, graph: GraphName, *, float32: bool = False) -> Facts:
         """What the engine of a graph depends on."""
-        entry, files = bundle.manifest.graphs[graph], bundle.manifest.files
+        entry, files = bundle.manifest.all_graphs[graph], bundle.manifest.files
         file = entry.float32_file or entry.file if float32 else entry.file
         return Facts(
             bundle=bundle.manifest.name,
@@ -363,7 +363,7 @@ class Engines:
 
     def _plan(self, bundle: Bundle, graph: GraphName, float32: bool) -> Plan:
         onnx = with_weights(bundle.graph(graph, float32=float32), bundle.initializers(graph))
-        inputs, timings = bundle.manifest.graphs[graph].inputs, None
+        inputs, timings = bundle.manifest.all_graphs[graph].inputs, None
         if self.library.kind.keeps_timings:
             timings = Timings(self.cache.load(self.kept("timings")) or b"")
         return Plan(str(bundle.path), graph, onnx, inputs, self.profile, self.targets, timings, self.refittable)

@@ -23,7 +23,7 @@ from ul_runtime.settings import option
 
 if TYPE_CHECKING:
     from ul_runtime.pipeline import Pipeline
-    from ul_runtime.settings import Settings
+    from ul_runtime.settings import SamplerSettings, Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -139,11 +139,15 @@ def _title(pipeline: "Pipeline", seed: int, settings: "Settings", names: list[st
     from ul_runtime.settings import no_label
 
     prior, decoder = len(pipeline.prior_table(settings.prior)), len(pipeline.decoder_table(settings.decoder))
-    loops = f"{prior} {settings.prior.sampler} + {decoder} {settings.decoder.sampler}"
+    loops = f"{prior} {_by(settings.prior)} + {decoder} {_by(settings.decoder)}"
     only = f"{names[0]}, " if len(names) == 1 and names[0] != no_label(pipeline.manifest.classes) else ""
     by = f" by {pipeline.guide.manifest.name}" if pipeline.guide else ""
     guidance = f", guidance {settings.guidance:g}{by}" if settings.guidance != 1.0 else ""
     return f"{pipeline.manifest.name}, {only}seed {seed}, {loops} calls{guidance}"
+
+
+def _by(sampler: "SamplerSettings") -> str:
+    return f"by {sampler.student}" if sampler.student else sampler.sampler
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def _facts(bundle: "Bundle") -> dict[str, Any]:
     from ul_runtime.settings import resolve_settings
 
     manifest = bundle.manifest
-    settings = resolve_settings(manifest.defaults, {}, can_guide=manifest.num_classes > 0)
+    settings = resolve_settings(manifest, {}, can_guide=manifest.num_classes > 0)
     return {
         "name": manifest.name,
         "path": str(bundle.path),
@@ -44,7 +44,7 @@ def _facts(bundle: "Bundle") -> dict[str, Any]:
         "latent": [manifest.latent.channels, manifest.latent.size, manifest.latent.size],
         "num_classes": manifest.num_classes,
         "classes": list(manifest.classes),
-        "precision": {name: graph.precision for name, graph in manifest.graphs.items()},
+        "precision": {name: graph.precision for name, graph in manifest.all_graphs.items()},
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "settings": settings.as_dict(),
         "quality": dict(manifest.quality),

@@ -129,6 +129,12 @@ class PriorOptions:
 class DecoderOptions:
     """How the decoder is sampled, over the bundle's settings."""
 
+    preset: str | None = option(
+        None, "Settings of the bundle by name, such as draft; none: without students.", metavar="NAME", shown=_BUNDLES
+    )
+    student: list[str] = option(
+        [], "Sample by this student of the bundle, as it was trained; repeatable.", metavar="NAME", shown="the preset's"
+    )
     decoder_steps: int | None = option(
         None, "Decoder steps: one network call each, two with heun.", metavar="COUNT", shown=_BUNDLES
     )
@@ -139,7 +145,8 @@ class DecoderOptions:
     def overrides(self) -> "Overrides":
         """As Pipeline.generate and Pipeline.decode take them."""
         given: Any = dataclasses.asdict(self)
-        return given
+        students = given.pop("student")
+        return {**given, "students": students or None}
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,9 @@ def _make(image: Path, info: ImageInfo, job: GenerateJob, index: int, pipeline: 
 
 def _overrides(job: GenerateJob) -> Overrides:
     """All settings of the job, so that none is left to the bundle's defaults."""
+    students = [student for student in (job.prior_student, job.decoder_student) if student is not None]
     return Overrides(
+        students=students,
         steps=job.prior_num_steps,
         sampler=job.prior_sampler,
         grid=job.prior_grid,

@@ -11,16 +11,24 @@ import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from ul_runtime.errors import BadInputError
 from ul_runtime.images.kinds import HEAD_BYTES, kind_of
 from ul_runtime.machine import VERSION
-from ul_runtime.manifest import Count, Sha256, Text, first_error
+from ul_runtime.manifest import Count, Sha256, StudentName, Text, first_error
 
 ALL_CLASSES = "all classes in turn"
 SOFTWARE = f"unified-latents {VERSION}"
@@ -52,9 +60,16 @@ class _Job(_Record):
     decoder_sampler: Text
     decoder_grid: Text
     decoder_num_steps: Count
+    decoder_student: StudentName | None = None
     backend: Text
     precision: Text
     threads: Count | None  # None: images do not depend on it
+
+    @model_serializer(mode="wrap")
+    def _without_absent_students(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Jobs without students are written as they were before there were any."""
+        written: dict[str, Any] = handler(self)
+        return {name: value for name, value in written.items() if value is not None or not name.endswith("_student")}
 
     @property
     def fingerprint(self) -> str:
@@ -72,6 +87,7 @@ class GenerateJob(_Job):
     prior_sampler: Text
     prior_grid: Text
     prior_num_steps: Count
+    prior_student: StudentName | None = None
     guidance: FiniteFloat
     guidance_interval: tuple[float, float] | None  # logsnr; None = everywhere
     guidance_rescale: FiniteFloat
