@@ -21,7 +21,7 @@ DIGITS = tuple("0123456789")
 
 def save(run: Path, config: Config, stage: str, networks: dict[str, nn.Module], encoder: str | None = None) -> str:
     """The last checkpoint of a stage; returns the hash of its state. `encoder`: that of the joint one, for the base."""
-    steps = config.stages.of(stage).steps
+    steps = config.of_stage(stage).steps
     state = ckpt.State(stage, steps, config.seed, config_hash(config), "0" * 64, {}, encoder)
     tensors = ckpt.tensors_of(networks)
     path = ckpt.save_checkpoint(run / "checkpoints", state, tensors, tensors, {})

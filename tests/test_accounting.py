@@ -22,7 +22,8 @@ from ul_train.account import Figures, Reading, account, account_table, presets_t
 from ul_train.config import load_config, preset_names
 from ul_train.model import make_base, make_decoder, make_encoder, make_prior
 from ul_train.networks import TransformerBlock
-from ul_train.stages import Batch, Joint
+from ul_train.stage import Batch
+from ul_train.stages import Joint
 
 BF16 = "run.precision=bf16"
 JOINT = ("encoder", "prior", "decoder")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ul_train.stages import ema_decay_at, update_ema
+from ul_train.stage import ema_decay_at, update_ema
 
 
 def one_weight(value: float) -> nn.Module:

@@ -12,7 +12,8 @@ from ul_runtime.diffusion import Schedule, alpha, sigma, sigmoid
 from ul_runtime.errors import UsageError
 from ul_train import objective as ul
 from ul_train.config import load_config
-from ul_train.stages import Base, Batch, Joint
+from ul_train.stage import Batch
+from ul_train.stages import Base, Joint
 
 OBJECTIVE = ul.Objective(
     LATENT_SCHEDULE, Schedule("cosine", -10.0, 10.0, 1.0), loss_factor=1.5, bias=-1.0, base_bias=2.0

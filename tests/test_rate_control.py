@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul_train.config import config_hash, config_toml, load_config
-from ul_train.stages import Joint, RateControl, missed
+from ul_train.stage import RateControl, missed
+from ul_train.stages import Joint
 
 STEPS, RAMP = 700, 250
 

@@ -18,7 +18,8 @@ from ul_train import checkpoint as ckpt
 from ul_train.log import RunLog
 from ul_train.objective import step_generator
 from ul_train.run import Run
-from ul_train.stages import Base, Joint, Stage, ema_decay_at
+from ul_train.stage import Stage, ema_decay_at
+from ul_train.stages import Base, Joint
 from ul_train.trainer import Trainer, learning_rate_at
 
 HARD = (  # everything that draws random numbers, and everything that is split

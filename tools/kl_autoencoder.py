@@ -22,7 +22,8 @@ from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import with_options
 from ul_runtime.diffusion import alpha, sigma
 from ul_runtime.errors import StoppedError
-from ul_train.stages import Base, Batch, Joint, Stage, stages_of, to_model
+from ul_train.stage import Batch, Stage, to_model
+from ul_train.stages import Base, Joint, own_stages
 from ul_train.torch_backend import choose_device, choose_precision, fix_threads
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def compare(
     widths = tuple(int(width) for width in channels.split(","))
     step_flops = flops_per_image(config, widths, blocks) * config.stages.joint.batch_size
     of_base = given["base"]["flops_of_stage"]
-    before = sum(given[stage.name]["flops_of_stage"] for stage in stages_of(run.config)) - of_base
+    before = sum(given[stage.name]["flops_of_stage"] for stage in own_stages(run.config)) - of_base
     steps = round(before / step_flops)
     durable.make_directory(out)
     device = choose_device("auto")

@@ -207,11 +207,11 @@ def flops(run: Path) -> dict[str, int]:
     """Of training, each stage."""
     from ul_train.account import account
     from ul_train.run import Run
-    from ul_train.stages import stages_of
+    from ul_train.stages import own_stages
 
     trained = Run.open(run)
     figures = account(trained.config, len(trained.info.class_names))
-    return {stage.name: figures[stage.name]["flops_of_stage"] for stage in stages_of(trained.config)}
+    return {stage.name: figures[stage.name]["flops_of_stage"] for stage in own_stages(trained.config)}
 
 
 def averaged(record: dict[str, Any]) -> list[dict[str, Any]]:

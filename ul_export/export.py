@@ -40,7 +40,7 @@ from ul_runtime.errors import BadInputError, NonFiniteError, UsageError
 from ul_runtime.files import durable
 from ul_runtime.images.convert import from_uint8
 from ul_runtime.machine import cache_dir, versions
-from ul_runtime.manifest import GRAPH_NAMES, MANIFEST_NAME, BundleInfo
+from ul_runtime.manifest import MANIFEST_NAME, BundleInfo
 from ul_runtime.pipeline import Pipeline
 from ul_train.data.prepare import open_splits
 from ul_train.fine_tune import check_same
@@ -193,7 +193,7 @@ class _Plan:
     def _of_bundle(cls, old: Bundle) -> "_Plan":
         graph = old.manifest.graphs["prior_step"]
         precision = PRECISIONS.get(graph.precision)
-        names = (name for graph_name in GRAPH_NAMES for name in old.initializers(graph_name))
+        names = (name for graph_name in old.manifest.all_graphs for name in old.initializers(graph_name))
         half = precision is None and any(name.endswith(stored_name("")) for name in names)
         return cls(precision, graph.opset, half, old)
 
@@ -203,7 +203,7 @@ class _Plan:
         changed: dict[str, Any] = {}
         if self.old is not None:
             check_same(info, self.old, str(trained.run.path), "export without --update")
-            changed["graphs"] = self.old.manifest.graphs
+            info = info.with_graphs(self.old.manifest.all_graphs)
         if self.half_weights:
             weights = f"{info.provenance.weights}, rounded to float16"
             changed["provenance"] = info.provenance.model_copy(update={"weights": weights})
@@ -355,7 +355,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def progress_of(trained: Snapshot) -> str:
     """`base step 20 of 40`; a warning where that is not the last."""
-    steps = trained.run.config.stages.of(trained.stage).steps
+    steps = trained.run.config.of_stage(trained.stage).steps
     where = f"{trained.stage} step {trained.step} of {steps}"
     if trained.step < steps:
         _LOG.warning(f"warning: the run is not finished ({where}): its images are worse than they will be")

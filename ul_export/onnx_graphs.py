@@ -86,19 +86,23 @@ class StepGraph:
 
 
 def step_graphs(networks: dict[str, nn.Module], image: ImageFormat, latent: LatentFormat) -> list[StepGraph]:
-    """The graphs of a bundle over `encoder`, `prior` and `decoder`, in evaluation mode."""
+    """The graphs of a bundle over `encoder`, `prior`, `decoder` and students, in evaluation mode."""
     modules: dict[GraphName, nn.Module] = {
         "encoder": networks["encoder"],
         "prior_step": PriorStep(networks["prior"]),
         "decoder_step": DecoderStep(networks["decoder"]),
         "pixels": Pixels(),
     }
+    places = {name: name for name in modules}
+    for name in [name for name in networks if name not in ("encoder", "prior", "decoder")]:
+        places[name] = f"{name.partition('-')[0]}_step"
+        modules[name] = type(modules[places[name]])(networks[name])
     dims = {"b": 3, "g": 2}
     graphs = []
     for name, module in modules.items():
         shapes = {
             key: [dims[d] if isinstance(d, str) else d for d in shape]
-            for key, shape in interface(name, image, latent)[0].items()
+            for key, shape in interface(places[name], image, latent)[0].items()
         }
         inputs = {key: torch.zeros(shape, dtype=getattr(torch, dtype_of(key))) for key, shape in shapes.items()}
         graphs.append(StepGraph(name, module.eval(), inputs))
@@ -153,7 +157,7 @@ def export_graphs(
     files: dict[str, bytes] = {}
     for graph in step_graphs(networks, info.image, info.latent):
         _LOG.info(f"graph {graph.name}")
-        entry = info.graphs[graph.name]
+        entry = info.all_graphs[graph.name]
         model = export_onnx(graph, [tensor.name for tensor in entry.outputs], opset)
         if half_weights:
             model = store_half(model, exact_in_half(model))

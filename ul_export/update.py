@@ -18,7 +18,7 @@ def updated_files(old: Bundle, info: BundleInfo, networks: dict[str, nn.Module])
     """The bundle's graphs over the weights of these networks; its report, of the old ones, stays behind."""
     files = {}
     modules = {graph.name: graph.module for graph in step_graphs(networks, info.image, info.latent)}
-    for name, entry in info.graphs.items():
+    for name, entry in info.all_graphs.items():
         given = parameters(modules[name])
         for file in (entry.file, entry.float32_file):
             if file is not None:

@@ -16,6 +16,7 @@ from ul_runtime.manifest import GraphName, interface
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress
 from ul_runtime.samplers import ALPHA, LOGSNR, SIGMA
+from ul_runtime.settings import NO_PRESET, Overrides
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def compare_backends(
     x: np.ndarray | None = None,
     to_first_failure: bool = False,
 ) -> Comparison:
-    """Compare `actual` with the reference pipeline (`what`): same noise and labels, guided and not, batch by batch.
+    """Compare `actual` with the reference pipeline (`what`): same noise and labels, each of `paths`, batch by batch.
 
     Each graph is compared on the inputs that the reference path really gives it, then, while these agree, z_0 and the
     images of both whole paths, then each graph where no input is zero (unless the tolerances leave that out).
@@ -211,13 +212,12 @@ def compare_backends(
     A size of `batch_sizes` that comes again is of other images; the encoder is also given images x `b c h w`.
     NonFiniteError: the reference gives NaN or Inf.
     """
-    comparison = Comparison()
-    guidances = list(dict.fromkeys((1.0, reference.settings().guidance)))
-    with progress(f"comparing with {what}", sum(batch_sizes) * len(guidances), "images") as tick:
-        for (at, batch_size), guidance in product(enumerate(batch_sizes), guidances):
+    comparison, settings = Comparison(), paths(reference)
+    with progress(f"comparing with {what}", sum(batch_sizes) * len(settings), "images") as tick:
+        for (at, batch_size), (words, overrides) in product(enumerate(batch_sizes), settings.items()):
             again = batch_sizes[:at].count(batch_size)
-            key = f"batch {batch_size}, guidance {guidance:g}" + (f", seed {seed + again}" if again else "")
-            path = _Path(batch_size, guidance, seed + again)
+            key = f"batch {batch_size}, {words}" + (f", seed {seed + again}" if again else "")
+            path = _Path(batch_size, overrides, seed + again)
             _compare_path(comparison, reference, actual, path, key, tolerances, what)
             tick(batch_size)
             if to_first_failure and comparison.failures:
@@ -231,6 +231,19 @@ def compare_backends(
         calls = [(graph, inputs, reference.backend.run(graph, inputs)) for graph, inputs in given]
         comparison.compare_calls(key, calls, actual, tolerances.graph)
     return comparison
+
+
+def paths(pipeline: Pipeline) -> dict[str, Overrides]:
+    """What is compared of a bundle, in words: its networks, guided and not; every student, alone and in pairs."""
+    guidances = dict.fromkeys((1.0, pipeline.settings(preset=NO_PRESET).guidance))
+    found = {f"guidance {weight:g}": Overrides(preset=NO_PRESET, guidance=weight) for weight in guidances}
+    places = pipeline.manifest.students
+    prior, decoder = (
+        [name for name in places if places[name].place == place] for place in ("prior_step", "decoder_step")
+    )
+    for names in (*((name,) for name in places), *product(prior, decoder)):
+        found[f"student {' and '.join(names)}"] = Overrides(students=names)
+    return found
 
 
 def compare_pixels(comparison: Comparison, actual: Backend, shape: tuple[int, int, int]) -> None:
@@ -261,14 +274,13 @@ class _Path:
     """A batch of images to sample."""
 
     batch_size: int
-    guidance: float
+    overrides: Overrides
     seed: int
 
     def images(self, reference: Pipeline, backend: Backend) -> np.ndarray:
         """x by this backend, sampled as the reference is."""
         pipeline = Pipeline(reference.manifest, backend)
-        batches = pipeline.generate(self.batch_size, seed=self.seed, batch_size=self.batch_size, guidance=self.guidance)
-        (images,) = batches
+        (images,) = pipeline.generate(self.batch_size, seed=self.seed, batch_size=self.batch_size, **self.overrides)
         return images.x
 
 
@@ -329,6 +341,8 @@ def _full_inputs(pipeline: Pipeline, seed: int) -> Iterator[tuple[GraphName, Arr
         for branches in (1, 2):
             yield "prior_step", _full_step(pipeline, "prior_step", batch_size, branches, draw)
         yield "decoder_step", _full_step(pipeline, "decoder_step", batch_size, 1, draw)
+        for name, student in pipeline.manifest.students.items():
+            yield name, _full_step(pipeline, student.place, batch_size, 1, draw)
 
 
 def _full_step(

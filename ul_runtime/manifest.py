@@ -281,6 +281,20 @@ class BundleInfo(_Part):
         """The graphs of the bundle and those of its students, each by its name."""
         return {**self.graphs, **{name: student.graph for name, student in self.students.items()}}
 
+    @property
+    def network_graphs(self) -> tuple[GraphName, ...]:
+        """The graphs of networks: encoder, prior, decoder, students."""
+        return (*NETWORK_GRAPHS, *self.students)
+
+    def with_graphs(self, graphs: Mapping[GraphName, Graph]) -> Self:
+        """With these in the places of its graphs and its students' graphs of those names."""
+        own = {name: graphs.get(name, graph) for name, graph in self.graphs.items()}
+        students = {
+            name: student.model_copy(update={"graph": graphs.get(name, student.graph)})
+            for name, student in self.students.items()
+        }
+        return self.model_copy(update={"graphs": own, "students": students})
+
     def place_of(self, graph: GraphName) -> GraphName:
         """Of GRAPH_NAMES: the graph itself, or the one whose place a student takes."""
         return self.students[graph].place if graph in self.students else graph

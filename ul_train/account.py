@@ -22,7 +22,8 @@ from ul_runtime.diffusion import NATS_PER_BIT
 from ul_runtime.samplers import LOGSNR, sampler_table
 from ul_train import objective as ul
 from ul_train.config import Config, load_config, preset_names
-from ul_train.stages import STAGES, Batch, Stage, fresh_stages
+from ul_train.stage import Batch, Stage
+from ul_train.stages import STAGES, fresh_stages
 
 LOW_PRECISION = (F.linear, F.conv2d, F.scaled_dot_product_attention)  # what autocast runs in bfloat16
 NORMS = (F.layer_norm, F.group_norm, F.rms_norm)  # what autocast runs in float32
@@ -159,8 +160,14 @@ def _checkpoint_bytes(stage: Stage) -> int:
 
 
 def checkpoint_bytes(config: Config, num_classes: int) -> dict[str, int]:
-    """Bytes on disk of one checkpoint of each stage."""
-    return {stage.name: _checkpoint_bytes(stage) for stage in stages_on_meta(config, num_classes)}
+    """Bytes on disk of one checkpoint of each stage and student."""
+    stages = stages_on_meta(config, num_classes)
+    networks = {place: stage.modules[name] for stage in stages for name, place in stage.places.items()}
+    sizes = {stage.name: _checkpoint_bytes(stage) for stage in stages}
+    for name, student in config.students.items():
+        count = _count({name: networks[name.partition("-")[0]]})
+        sizes[name] = (2 if student.method == "moments" else 1) * 4 * FLOAT32 * count
+    return sizes
 
 
 def training(stage: Stage) -> Figures:

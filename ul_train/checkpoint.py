@@ -27,7 +27,7 @@ from ul_runtime.files.safe_tensors import reading_safetensors
 from ul_runtime.manifest import FileEntry
 
 FORMAT, FORMAT_VERSION = "unified-latents-checkpoint", 1
-NAME = re.compile(r"([a-z]+)-(\d{6,})")  # stage, step
+NAME = re.compile(r"([a-z]+(?:-[1-9]\d{0,3})?)-(\d{6,})")  # stage or student, step
 UNFINISHED = re.compile(rf"\.({NAME.pattern})\.[0-9a-f]{{16}}\.tmp")
 _NO_HASH = "0" * 64
 _INSTEAD = "remove {} and resume from the checkpoint before"

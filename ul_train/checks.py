@@ -14,7 +14,7 @@ from ul_train import checkpoint as ckpt
 from ul_train.account import checkpoint_bytes
 from ul_train.config import Config
 from ul_train.run import Run
-from ul_train.stages import Stage
+from ul_train.stage import Stage
 
 MAX_DESCRIPTION = MAX_MANIFEST_BYTES - (1 << 16)  # bytes; the rest is for hashes, quality and differences of an export
 
@@ -37,7 +37,7 @@ def check_disk(config: Config, class_names: tuple[str, ...], out: Path, stages: 
     """OutputError if there is no room for the checkpoints of these stages: those that are kept, and one more."""
     sizes, needed = checkpoint_bytes(config, len(class_names)), 0
     for stage in stages:
-        saved = -(-config.stages.of(stage.name).steps // config.run.checkpoint_every)
+        saved = -(-config.of_stage(stage.name).steps // config.run.checkpoint_every)
         there = len(ckpt.list_checkpoints(out / "checkpoints", stage.name))
         needed += sizes[stage.name] * max(0, min(saved, config.run.keep_checkpoints) - there)
     needed += max(sizes[stage.name] for stage in stages)

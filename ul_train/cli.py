@@ -1,4 +1,4 @@
-"""ul-train: a recipe and images to a run; report: a run's held-out figures; sweep: rate against distortion."""
+"""ul-train: a recipe and images to a run; distill: students of it; report: its figures; sweep: rate and distortion."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from ul_runtime.cli.command import run_command
 from ul_runtime.cli.options import AsJson, print_figures, print_table, with_options
 from ul_runtime.errors import BadInputError, UsageError
 from ul_runtime.install import require_packages
-from ul_train.options import ReportOptions, SweepOptions, TrainOptions
+from ul_train.options import DistillOptions, ReportOptions, SweepOptions, TrainOptions
 
 if TYPE_CHECKING:
     from ul_train.config import Config
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 train_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 sweep_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+distill_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _show_presets(asked: bool) -> None:
@@ -33,7 +34,7 @@ def _show_presets(asked: bool) -> None:
 
 @train_app.command(
     epilog="Example: ul-train fashion-32 --data fashion-mnist/ --out runs/fashion. "
-    "Commands of their own: ul-train report RUN, ul-train sweep RECIPE (--help)."
+    "Commands of their own: ul-train distill RUN, ul-train report RUN, ul-train sweep RECIPE (--help)."
 )
 @with_options
 def train(
@@ -87,6 +88,20 @@ def report(
     from ul_train.train import report_run
 
     print_figures(report_run(run, options), json_)
+
+
+@distill_app.command(epilog="Example: ul-train distill runs/photos --prior-calls 4 --decoder-calls 1")
+@with_options
+def distill(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Finished run directory.")],
+    options: DistillOptions,
+    json_: AsJson = False,
+) -> None:
+    """Train students of a finished run, which sample in few calls, for ul-export; run again, it goes on."""
+    require_packages("torch", extras="train")
+    from ul_train.train import distill_run
+
+    print_figures(distill_run(run, options), json_)
 
 
 @sweep_app.command(epilog="Example: ul-train sweep quickstart --data fashion-mnist/ --loss-factors 1.5,2,3 --out sweep")
@@ -149,8 +164,8 @@ def _dry_run(config: "Config", options: TrainOptions, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Console script: `ul-train report` and `ul-train sweep` are commands of their own, all else trains."""
-    for name, app in (("report", report_app), ("sweep", sweep_app)):
+    """Console script: `ul-train distill`, `report` and `sweep` are commands of their own, all else trains."""
+    for name, app in (("distill", distill_app), ("report", report_app), ("sweep", sweep_app)):
         if sys.argv[1:2] == [name]:
             del sys.argv[1]
             run_command(app, f"ul-train {name}")

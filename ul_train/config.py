@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ul_runtime.diffusion import Schedule, resolution_shift
 from ul_runtime.errors import UsageError
-from ul_runtime.manifest import Sha256, Text
+from ul_runtime.manifest import Sha256, StudentName, Text
 from ul_runtime.samplers import parse_grid, parse_sampler
 from ul_train.objective import Objective
 
@@ -117,6 +117,19 @@ class StageConfig(Section):
     label_dropout: Share = 0.1  # share of images whose label is hidden; base only
 
 
+class StudentConfig(StageConfig):
+    """A student: few calls in the place of many, learned from trajectories of the averaged networks, its teacher."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
+    ema_decay: Share = 0.99
+    method: Literal["trajectory", "moments"] = "trajectory"
+    examples: Positive = 12800  # trajectories of the teacher; method moments has none
+    teacher_steps: Positive = 8  # of a trajectory
+    guidance: Annotated[float, Field(ge=0.0)] | None = None  # of the teacher; none: sampling.guidance; prior only
+    sampled_share: Share = 0.25  # of latents that the prior samples, the others are those of images; decoder only
+
+
 class RunConfig(Section):
     """Everything around the optimisation."""
 
@@ -170,7 +183,7 @@ class StagesConfig(Section):
 
 
 class Config(Section):
-    """A whole recipe."""
+    """A whole recipe; `students` by network and calls, such as prior-4."""
 
     name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -183,8 +196,13 @@ class Config(Section):
     base: PriorConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     stages: StagesConfig
+    students: dict[StudentName, StudentConfig] = {}
     run: RunConfig = RunConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    def of_stage(self, name: str) -> StageConfig:
+        """Optimisation of a stage or student that the recipe has."""
+        return self.students[name] if name in self.students else self.stages.of(name)
 
     @property
     def downsampling(self) -> int:
@@ -259,7 +277,13 @@ def _misfits_of_training(config: Config) -> Iterator[str]:
             "objective.reconstruction is mse, whose decoder makes an image in one step, and "
             f"sampling.decoder_steps is {steps}; give 1"
         )
-    for name, stage in config.stages:
+    for name, student in config.students.items():
+        network, calls = name.split("-")
+        if network == "decoder" and (calls != "1" or student.method != "trajectory"):
+            yield f"students.{name}: a student of the decoder takes one call, by method trajectory; call it decoder-1"
+        if network == "prior" and student.method == "trajectory" and student.teacher_steps % int(calls):
+            yield f"students.{name}.teacher_steps is {student.teacher_steps}; give a multiple of {calls}"
+    for name, stage in chain(config.stages, config.students.items()):
         if stage is not None and stage.batch_size % stage.accumulate:
             size, parts = stage.batch_size, stage.accumulate
             yield f"stages.{name}.batch_size {size} must be a multiple of accumulate {parts}"
@@ -282,7 +306,7 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
     if not earlier.keys().isdisjoint(values) and "stages" not in values:
         values["stages"] = {stage: values.pop(section) for section, stage in earlier.items() if section in values}
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return validate(values, where)
 
 
@@ -303,7 +327,8 @@ def _read_recipe(recipe: str) -> tuple[str, str]:
         raise UsageError(f"{recipe}: not TOML: not a text file in UTF-8") from None
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Change one field of a recipe's values, as --set says it. UsageError."""
     key, separator, text = override.partition("=")
     if not separator:
         raise UsageError(f"--set {override!r}: expected field=value, for example --set stages.joint.steps=500")

@@ -37,7 +37,9 @@ def begins_with(config: Config, options: TrainOptions) -> Config:
 def check_same(described: BundleInfo, bundle: Bundle, where: str, advice: str) -> None:
     """BadInputError unless what is described has the formats and networks of the bundle, by their recipes."""
     manifest = bundle.manifest
-    pairs = {part: (getattr(described, part), getattr(manifest, part)) for part in _SAME}
+    pairs: dict[str, Any] = {part: (getattr(described, part), getattr(manifest, part)) for part in _SAME}
+    if described.students:
+        pairs["students"] = tuple(", ".join(sorted(each.students)) or "none" for each in (described, manifest))
     for part in ("encoder", "decoder", "base"):
         pairs[part] = _without_dropout(described.recipe.get(part)), _without_dropout(manifest.recipe.get(part))
     for part, (ours, its) in pairs.items():

@@ -91,6 +91,21 @@ class TrainOptions(RecipeOptions, DeviceOptions, DataOptions):
 
 
 @dataclass(frozen=True)
+class DistillOptions(RecipeOptions, DeviceOptions, DataOptions):
+    """Which students of a run, and how they are trained."""
+
+    prior_calls: str | None = option(
+        None, "Students of the prior, by their calls, such as 4,2.", metavar="A,B,...", shown="none"
+    )
+    decoder_calls: int | None = option(None, "A student of the decoder: 1 call.", metavar="1", shown="none")
+    method: str = option("trajectory", "How the prior's students learn.", metavar="trajectory|moments")
+    train_steps: int | None = option(
+        None, "Optimiser steps of each student.", metavar="COUNT", shown="the run's own, or 900 and 3000", min=1
+    )
+    compile: bool = option(False, "Compile the networks: a minute first, then faster.", "--compile")
+
+
+@dataclass(frozen=True)
 class MeasureOptions(DataOptions):
     """How encoder and decoder are measured."""
 

@@ -16,7 +16,8 @@ from ul_train.account import Figures, account, account_table
 from ul_train.config import Config, validate
 from ul_train.data.imageset import ImageSet, Splits
 from ul_train.log import RunLog
-from ul_train.stages import Stage, fresh_stages, stages_of
+from ul_train.stage import Stage
+from ul_train.stages import fresh_stages, own_stages
 from ul_train.torch_backend import choose_precision
 from ul_train.trainer import Trainer
 
@@ -32,7 +33,7 @@ def plan(config: Config, splits: Splits | None, device: torch.device) -> Figures
     if splits is None:
         return account(config, num_classes=10 if config.image.labels else 0)
     figures = account(config, num_classes=len(splits.index.class_names))
-    stages = {stage.name: config.stages.of(stage.name) for stage in stages_of(config)}
+    stages = {stage.name: config.of_stage(stage.name) for stage in own_stages(config)}
     seconds = seconds_of_stages(config, splits.train, device, figures)
     return figures | {
         "data": {
@@ -82,7 +83,7 @@ def seconds_of_stages(
 
     None where one image alone keeps a CPU busy for long; `figures` are of `account`.
     """
-    names = [stage.name for stage in stages_of(config)]
+    names = [stage.name for stage in own_stages(config)]
     most = max(figures[name]["flops_per_image"] for name in names)
     if device.type == "cpu" and most * _MOST_ON_CPU > _MOST_FLOPS_ON_CPU:
         return None

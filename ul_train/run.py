@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import math
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,11 +36,14 @@ from ul_runtime.manifest import (
     interface,
     is_bundle,
 )
+from ul_runtime.manifest import Student as StudentEntry
 from ul_train import checkpoint as ckpt
 from ul_train.config import Config, config_hash, config_toml, load_config
 from ul_train.data.imageset import Splits
 from ul_train.model import sampled_networks, weights_sha256
-from ul_train.stages import Joint, Stage, stages_of
+from ul_train.stage import Stage
+from ul_train.stages import Joint, own_stages, stages_of, students_of
+from ul_train.students import Student, guidance_of, sampler_of
 
 FORMAT, FORMAT_VERSION = "unified-latents-run", 1
 REJECTED = "rejected.txt"  # training images that could not be used: one a line, the first 10,000
@@ -156,18 +160,29 @@ class Run:
         """BadInputError unless this stage has come to its last step, or --init stands for it."""
         if self.config.init and stage == Joint.name:
             return
-        found, steps = self.checkpoints(stage), self.config.stages.of(stage).steps
-        done = ckpt.read_state(found[-1])[0].step if found else 0
-        if done < steps:
+        if not self._is_finished(stage):
+            done, steps = self._steps_done(stage), self.config.of_stage(stage).steps
             raise BadInputError(
                 f"{self.path}: stage {stage} is at step {done} of {steps}; finish it with ul-train {self.path} --resume"
             )
+
+    def _is_finished(self, stage: str) -> bool:
+        return self._steps_done(stage) >= self.config.of_stage(stage).steps
+
+    def _steps_done(self, stage: str) -> int:
+        found = self.checkpoints(stage)
+        return ckpt.read_state(found[-1])[0].step if found else 0
 
     def after(self, stage: type[Stage], device: torch.device | str = "cpu") -> "Snapshot":
         """The averaged networks by the newest checkpoint of a stage and of those before it.
 
         BadInputError: one is missing, damaged, of another recipe, or was trained on the networks of another.
         """
+        return self._snapshot(stage, device, ())
+
+    def _snapshot(
+        self, stage: type[Stage], device: torch.device | str, students: Sequence[type[Student]]
+    ) -> "Snapshot":
         begun = self._begun(stage, device)
         found = self.checkpoints(stage.name)
         if not found:
@@ -176,8 +191,9 @@ class Run:
                 f"--stage {stage.name}"
             )
         saved = begun.add(self, stage, found[-1], device)
-        run = self if begun.sees_labels else replace(self, info=replace(self.info, class_names=()))
-        return Snapshot(run, stage.name, saved.state.step, begun.networks, found[-1], saved.state_hash)
+        for student in students:
+            begun.add(self, student, self.checkpoints(student.name)[-1], device)
+        return begun.snapshot(self, stage.name, saved.state.step, found[-1], saved.state_hash)
 
     def _begun(self, stage: type[Stage] | None, device: torch.device | str) -> "_Begun":
         """What a stage begins from, or the first. BadInputError: the stage that it needs is not finished."""
@@ -214,15 +230,19 @@ class Run:
         return kind(self.config, device, precision, num_classes, begun.networks, hash)
 
     def finished(self) -> "Snapshot":
-        """The averaged networks of a run whose last stage has begun. BadInputError: see `after`."""
-        return self.after(stages_of(self.config)[-1])
+        """The averaged networks of a run whose last stage has begun, and its finished students.
+
+        BadInputError: see `after`; a student of another teacher than the run's.
+        """
+        students = [kind for kind in students_of(self.config) if self._is_finished(kind.name)]
+        return self._snapshot(own_stages(self.config)[-1], "cpu", students)
 
     def newest(self) -> "Snapshot":
         """The averaged networks of a run as it stands, by its last stage that has a checkpoint. BadInputError.
 
         Where the prior of that stage sees no labels, the run has no classes.
         """
-        begun = [stage for stage in stages_of(self.config) if self.checkpoints(stage.name)]
+        begun = [stage for stage in own_stages(self.config) if self.checkpoints(stage.name)]
         if not begun:
             raise BadInputError(f"{self.path}: has no checkpoint yet; train it first: ul-train {self.path} --resume")
         return self.after(begun[-1])
@@ -232,15 +252,22 @@ class Run:
 
         By the newest stage that trains the decoder and has a checkpoint.
         """
-        stages = [stage for stage in stages_of(self.config) if "decoder" in stage.places.values()]
+        stages = [stage for stage in own_stages(self.config) if "decoder" in stage.places.values()]
         begun = [stage for stage in stages if self.checkpoints(stage.name)]
         if begun or not self.config.init:
             return self.after((begun or stages)[-1], device)
         initial = self._begun(None, device)
-        return Snapshot(self, INIT, 0, initial.networks, *initial.checkpoints[Joint.name])
+        return initial.snapshot(self, INIT, 0, *initial.checkpoints[Joint.name])
 
-    def manifest(self, opset: int = OPSET, *, step: int = 0, encoder_sha256: str | None = None) -> BundleInfo:
-        """The manifest of a bundle of this run, without hashes, quality and parity."""
+    def manifest(
+        self,
+        opset: int = OPSET,
+        *,
+        step: int = 0,
+        encoder_sha256: str | None = None,
+        students: Mapping[str, int] | None = None,
+    ) -> BundleInfo:
+        """The manifest of a bundle of this run, without hashes, quality and parity; `students`: step of each."""
         config, info, objective = self.config, self.info, self.config.make_objective()
         image = ImageFormat(
             channels=config.image.channels,
@@ -258,7 +285,10 @@ class Run:
             logsnr_z=LogsnrRange(min=z_min, max=z_max),
             logsnr_x=LogsnrRange(min=x_min, max=x_max),
             defaults=_sampling_defaults(config, bool(info.class_names)),
-            graphs={name: _graph(name, image, latent, opset) for name in GRAPH_NAMES},
+            graphs={name: _graph(name, name, image, latent, opset) for name in GRAPH_NAMES},
+            students={
+                name: _student(config, name, step, image, latent, opset) for name, step in (students or {}).items()
+            },
             provenance=Provenance(
                 run_id=info.run_id,
                 config_sha256=self.recipe_sha256,
@@ -279,6 +309,7 @@ class _Begun:
     networks: dict[str, nn.Module] = field(default_factory=dict)  # by place: encoder, prior, decoder
     checkpoints: dict[str, tuple[Path, str]] = field(default_factory=dict)  # of each stage, and its state hash
     sees_labels: bool = False  # the prior
+    students: dict[str, int] = field(default_factory=dict)  # whose networks are there by their names, and their steps
 
     def add(self, run: Run, stage: type[Stage], path: Path, device: torch.device | str) -> ckpt.Checkpoint:
         """Those of this checkpoint. BadInputError: damaged, of another recipe, or trained on those of another."""
@@ -295,12 +326,21 @@ class _Begun:
             )
         modules = stage.networks(run.config, len(run.info.class_names))
         ckpt.load_tensors(modules, saved.ema, str(path))
-        for name, module in modules.items():
-            self.networks[stage.places[name]] = _frozen(module, device)
-        if "prior" in stage.places.values():
-            self.sees_labels = stage.conditional
+        if issubclass(stage, Student):
+            self.networks[stage.name] = _frozen(modules["student"], device)
+            self.students[stage.name] = saved.state.step
+        else:
+            for name, module in modules.items():
+                self.networks[stage.places[name]] = _frozen(module, device)
+            if "prior" in stage.places.values():
+                self.sees_labels = stage.conditional
         self.checkpoints[stage.name] = path, saved.state_hash
         return saved
+
+    def snapshot(self, run: Run, stage: str, step: int, path: Path, state_hash: str) -> "Snapshot":
+        """These networks, as of a checkpoint."""
+        seen = run if self.sees_labels else replace(run, info=replace(run.info, class_names=()))
+        return Snapshot(seen, stage, step, self.networks, path, state_hash, self.students)
 
 
 def _frozen(module: nn.Module, device: torch.device | str) -> nn.Module:
@@ -309,7 +349,7 @@ def _frozen(module: nn.Module, device: torch.device | str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The averaged networks `encoder`, `prior`, `decoder` of a run at a step of its last stage, frozen, on the CPU."""
+    """The averaged networks `encoder`, `prior`, `decoder` of a run at a step of a stage, and students, all frozen."""
 
     run: Run
     stage: str
@@ -317,6 +357,7 @@ class Snapshot:
     networks: dict[str, nn.Module]
     path: Path  # of the checkpoint of that stage
     state_hash: str  # of that checkpoint
+    students: Mapping[str, int] = field(default_factory=dict)  # whose networks are there too, and their steps
 
     def manifest(self, opset: int = OPSET) -> BundleInfo:
         """The manifest of a bundle of these networks, without hashes and parity.
@@ -324,7 +365,7 @@ class Snapshot:
         Its quality is that of the run's held-out report, if there is one.
         """
         encoder = weights_sha256(self.networks["encoder"])
-        described = self.run.manifest(opset, step=self.step, encoder_sha256=encoder)
+        described = self.run.manifest(opset, step=self.step, encoder_sha256=encoder, students=self.students)
         report = read_if_whole(self.run.path / "report.json") or {}
         found = {f"heldout_{name}": report[name] for name in QUALITY if _is_figure(report.get(name))}
         return described.model_copy(update={"quality": found})
@@ -382,11 +423,28 @@ def _sampling_defaults(config: Config, has_classes: bool) -> Defaults:
 _NETWORKS = {"encoder": "encoder", "prior_step": "prior", "decoder_step": "decoder", "pixels": "pixels"}
 
 
-def _graph(name: GraphName, image: ImageFormat, latent: LatentFormat, opset: int) -> Graph:
-    inputs, outputs = interface(name, image, latent)
+def _student(
+    config: Config, name: str, step: int, image: ImageFormat, latent: LatentFormat, opset: int
+) -> StudentEntry:
+    network, calls = name.split("-")
+    sampling, of_prior = config.sampling, network == "prior"
+    return StudentEntry(
+        place="prior_step" if of_prior else "decoder_step",
+        graph=_graph(name, f"{network}_step", image, latent, opset),
+        sampler=sampler_of(config, name),
+        grid=sampling.grid if of_prior else sampling.decoder_grid,
+        num_steps=int(calls),
+        guidance=guidance_of(config, name) if of_prior else 1.0,
+        method=config.students[name].method,
+        step=step,
+    )
+
+
+def _graph(name: GraphName, place: GraphName, image: ImageFormat, latent: LatentFormat, opset: int) -> Graph:
+    inputs, outputs = interface(place, image, latent)
     return Graph(
         file=f"{name}.onnx",
-        weights=f"{_NETWORKS[name]}.safetensors",
+        weights=f"{_NETWORKS.get(name, name)}.safetensors",
         precision="fp32",
         opset=opset,
         inputs=_tensors(inputs),

@@ -16,24 +16,28 @@ from ul_runtime.errors import OutputError, StoppedError, UsageError
 from ul_runtime.files import durable
 from ul_runtime.files.json_file import read_if_whole
 from ul_runtime.progress import Tick, progress, silent
+from ul_runtime.settings import parse_counts
 from ul_runtime.signals import check_stopped, stop_on_signal
 from ul_train.account import Figures
 from ul_train.activations import warnings, watched
 from ul_train.checks import check_description, check_disk
-from ul_train.config import Config
+from ul_train.config import Config, apply_override, validate
 from ul_train.data.imageset import ImageSet, Splits
 from ul_train.data.prepare import open_splits
 from ul_train.data.sources import user_path
 from ul_train.fine_tune import begins_with, networks_of
 from ul_train.heldout import HeldoutFigures, bound_eigenvalues, measure, reconstruction_sheet
 from ul_train.log import RunLog, drop_lines_after
-from ul_train.options import ReportOptions, TrainOptions
+from ul_train.options import DistillOptions, ReportOptions, TrainOptions
 from ul_train.plan import for_minutes, plan
 from ul_train.run import REJECTED, Run
-from ul_train.stages import Decoder, Joint, Stage, missed, stages_of
+from ul_train.stage import Stage, missed
+from ul_train.stages import Decoder, Joint, own_stages, stages_of, students_of
+from ul_train.students import Student
 from ul_train.sweep import option_words, run_script
 from ul_train.torch_backend import choose_device, choose_precision, fix_threads, torch_pipeline
 from ul_train.trainer import Trainer
+from ul_train.trajectories import trajectories_of
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -97,7 +101,7 @@ def _checked(config: Config, options: TrainOptions, out: Path, splits: Splits, d
     """The recipe, for --minutes if given. UsageError, OutputError: what its end would be refused for."""
     if options.minutes is not None:
         config = for_minutes(config, options.minutes, splits.train, device)
-        counts = ", ".join(f"{stage.name} {config.stages.of(stage.name).steps:,}" for stage in stages_of(config))
+        counts = ", ".join(f"{stage.name} {config.of_stage(stage.name).steps:,}" for stage in stages_of(config))
         logger.info(f"steps for {options.minutes:g} minutes: {counts}")
     check_description(config, splits.train.class_names)
     check_disk(config, splits.train.class_names, out, stages_of(config, options.stage))
@@ -128,6 +132,58 @@ def _run_to_resume(config: Config, options: TrainOptions, out: Path) -> Run | No
     return None
 
 
+_STUDENT_STEPS = {"prior": 900, "decoder": 3000}  # measured on garments-32; see docs/results/students.md
+_STUDENT_BATCH = {"prior": 128, "decoder": 64}
+
+
+def distill_run(path: Path, options: DistillOptions) -> dict[str, Any]:
+    """Train the students asked for, from where they stand; returns the newest checkpoint of each.
+
+    UsageError: none is asked for. BadInputError: the run is not finished, or a student is of another teacher.
+    """
+    run = Run.open(path)
+    config, names = _with_students(run.config, options)
+    for stage in own_stages(config):
+        run.check_finished(stage.name)
+    device = choose_device(options.device)
+    fix_threads(options.threads)
+    with ExitStack() as held:
+        held.enter_context(stop_on_signal())
+        held.enter_context(durable.lock_directory(path))
+        data, heldout = options.data or run.info.data, options.heldout or run.info.heldout
+        splits = open_splits(config.image, data, heldout, options.cache_folder)
+        run.check_data(splits)
+        kinds: list[type[Stage]] = [kind for kind in students_of(config) if kind.name in names]
+        check_disk(config, splits.train.class_names, path, kinds)
+        run = run.adopt(config)
+        train_stages(run, kinds, splits, TrainOptions(threads=options.threads, compile=options.compile), device)
+    return {"run": str(path), **{kind.name: run.checkpoints(kind.name)[-1].name for kind in kinds}}
+
+
+def _with_students(config: Config, options: DistillOptions) -> tuple[Config, list[str]]:
+    """The recipe with the students asked for, those that it has as they are; their names. UsageError."""
+    calls = parse_counts("--prior-calls", options.prior_calls) if options.prior_calls else []
+    names = [f"prior-{number}" for number in calls] + (
+        [f"decoder-{options.decoder_calls}"] if options.decoder_calls else []
+    )
+    if not names and not config.students:
+        raise UsageError("no student is asked for; give --prior-calls, --decoder-calls or both")
+    values = config.model_dump(mode="json", exclude_none=True)
+    for name in names:
+        network = name.partition("-")[0]
+        made: dict[str, Any] = {"steps": _STUDENT_STEPS[network], "batch_size": _STUDENT_BATCH[network]}
+        if network == "prior" and options.method != "trajectory":
+            made["method"] = options.method
+        if network == "decoder":
+            made["examples"] = 20000
+        student = values["students"].setdefault(name, made)
+        if options.train_steps is not None:
+            student["steps"] = options.train_steps
+    for override in options.set:
+        apply_override(values, override)
+    return validate(values, "the recipe with its students"), names or list(config.students)
+
+
 def _anywhere(source: str) -> str:
     """A source as run.json keeps it: a path that holds in every working directory."""
     path = user_path(source)
@@ -145,7 +201,8 @@ def train_stages(
         for number, kind in enumerate(stages, start=1):
             log.place = f" of stage {number}/{len(stages)}" if len(stages) > 1 else ""
             trained = train_stage(run.stage(kind, device, precision), run, splits, log, options, check_stopped)
-            if "decoder" in kind.places.values() and (trained or not _is_reported(run, kind)):
+            reconstructs = "decoder" in kind.places.values() and not issubclass(kind, Student)
+            if reconstructs and (trained or not _is_reported(run, kind)):
                 report(run, splits, log, device, num_images=options.report_images, mean_of=4)
     except OutputError as error:  # "run again" would be refused: the run is there
         raise OutputError(f"{error}; to go on: ul-train {run.path} --resume") from error
@@ -170,6 +227,8 @@ def train_stage(
             logger.info(f"stage {stage.name} is finished at step {trainer.step}")
             return False
         logger.info(f"stage {stage.name} goes on from {found[-1].name}")
+    if isinstance(stage, Student):
+        trainer.images = trajectories_of(stage, run, splits.train, tick)
     drop_lines_after(run.path, [each.name for each in stages_of(run.config)], stage.name, trainer.step)
     if options.compile:
         fix_threads(options.threads or torch.get_num_threads())  # compiled code is for one number of them
@@ -203,7 +262,9 @@ class Evaluation:
         """At this step. StoppedError."""
         stage = self.stage
         with watched(stage.ema) as largest:
-            pipeline = torch_pipeline(self.run.manifest(), stage.sampled, stage.device, stage.precision)
+            students = {name: step for name in stage.sampled if name in stage.config.students}
+            described = self.run.manifest(students=students)
+            pipeline = torch_pipeline(described, stage.sampled, stage.device, stage.precision)
             preview = stage.preview(pipeline, self.heldout, step, self.log, self.tick)
         durable.atomic_write(self.preview_of(step), preview)
         for block, text in warnings(largest, step, self.largest, self.step, stage.settings.steps):

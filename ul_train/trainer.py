@@ -14,7 +14,8 @@ from ul_train import checkpoint as ckpt
 from ul_train.config import StageConfig, config_hash
 from ul_train.data.imageset import ImageSet, sample_ids
 from ul_train.log import RunLog
-from ul_train.stages import Stage, ema_decay_at, update_ema
+from ul_train.stage import Stage, ema_decay_at, update_ema
+from ul_train.students import Trajectories
 from ul_train.torch_backend import follow_load
 
 Hook: TypeAlias = Callable[[int], None]  # given the steps done
@@ -38,7 +39,7 @@ class Trainer:
     """One stage on one data set, writing into one run directory."""
 
     stage: Stage
-    images: ImageSet
+    images: ImageSet | Trajectories
     run: Path
     log: RunLog
     step: int = 0
@@ -51,7 +52,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.learning_rate,
-            betas=(0.9, 0.99),
+            betas=self.stage.betas,
             weight_decay=settings.weight_decay,
             fused=True,
         )

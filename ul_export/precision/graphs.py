@@ -23,12 +23,10 @@ def in_memory(info: BundleInfo, models: Mapping[GraphName, ir.Model], threads: i
         files[_file(name)], files[_weights(name)] = split_weights(model, _weights(name))
     graphs = {
         name: graph.model_copy(update={"file": _file(name), "weights": _weights(name), "float32_file": None})
-        for name, graph in info.graphs.items()
+        for name, graph in info.all_graphs.items()
     }
-    entries = {
-        name: FileEntry(sha256="0" * 64, size=0) for graph in info.graphs for name in (_file(graph), _weights(graph))
-    }
-    manifest = Manifest.model_construct(**{**dict(info), "graphs": graphs, "files": entries})
+    entries = {name: FileEntry(sha256="0" * 64, size=0) for graph in graphs for name in (_file(graph), _weights(graph))}
+    manifest = Manifest.model_construct(**{**dict(info.with_graphs(graphs)), "files": entries})
     return OrtCpuBackend(Bundle(Path("memory"), manifest, "0" * 64, files), threads=threads)
 
 

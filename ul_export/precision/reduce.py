@@ -13,7 +13,7 @@ from ul_export.precision.lower import Precision, by_design
 from ul_export.precision.report import html_report, precision_report
 from ul_export.precision.search import Calibration, Reduced, reduce, worst_nodes
 from ul_runtime.errors import BadInputError, ULError
-from ul_runtime.manifest import NETWORK_GRAPHS, BundleInfo, Graph, GraphName
+from ul_runtime.manifest import BundleInfo, Graph, GraphName
 
 _LOG = logging.getLogger(__name__)
 LEAST_SHARE = 0.5  # of a graph's FLOPs in the precision that was asked for
@@ -52,20 +52,21 @@ def reduced_bundle(
     written = {file: files[file] for file in (pixels.file, pixels.weights)}
     graphs = {"pixels": pixels}
     for name in reduced.models:
-        entry = info.graphs[name].model_copy(update={"precision": kind, "float32_file": f"{name}.float32.onnx"})
+        entry = info.all_graphs[name].model_copy(update={"precision": kind, "float32_file": f"{name}.float32.onnx"})
         graphs[name] = entry
         written |= _files(name, entry, calibration, reduced)
     written[f"{REPORT}.json"] = (json.dumps(report, indent=1) + "\n").encode()
     written[f"{REPORT}.html"] = html_report(report, info.name).encode()
     figures = {"pinned": reduced.pinned, "flops_share": shares}
-    return info.model_copy(update={"graphs": graphs}), written, {**figures, **reduced.comparison.figures}
+    return info.with_graphs(graphs), written, {**figures, **reduced.comparison.figures}
 
 
 def with_their_weights(info: BundleInfo, files: Mapping[str, bytes]) -> dict[GraphName, ir.Model]:
     """The networks' graphs of a bundle's files, weights inside."""
+    entries = info.all_graphs
     return {
-        name: join_weights(files[info.graphs[name].file], files[info.graphs[name].weights], info.graphs[name].weights)
-        for name in NETWORK_GRAPHS
+        name: join_weights(files[entries[name].file], files[entries[name].weights], entries[name].weights)
+        for name in info.network_graphs
     }
 
 

@@ -219,7 +219,7 @@ def drift_plot(figures: list[tuple[str, Mapping[str, Any]]]) -> bytes:
     for axes, graph, state in zip(figure.subplots(1, 2), ("prior_step", "decoder_step"), ("z", "x"), strict=True):
         colours: dict[str, str] = {}
         for key, each in figures:
-            guidance, drift = key.split(", ")[1], each["drift"][graph]
+            guidance, drift = key.split(", ")[1], _of_network(each["drift"], graph)
             label = None if guidance in colours else guidance
             colour = colours.setdefault(guidance, f"C{len(colours)}")
             axes.semilogy(range(1, len(drift) + 1), drift, ".-", color=colour, linewidth=0.8, label=label)
@@ -230,14 +230,21 @@ def drift_plot(figures: list[tuple[str, Mapping[str, Any]]]) -> bytes:
     return figure_png(figure, 110)
 
 
+def _of_network(drift: Mapping[str, list[float]], graph: GraphName) -> list[float]:
+    """Of a step graph, or of the student in its place."""
+    student = graph.replace("_step", "-")
+    return next(steps for name, steps in drift.items() if name == graph or name.startswith(student))
+
+
 def headroom_plot(record: Mapping[str, Any]) -> bytes:
     """PNG: largest magnitude of every node in the graph's order; those that stay in float32 apart."""
     from matplotlib.figure import Figure
 
     from ul_train.log import figure_png
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, (graph, each) in zip(figure.subplots(1, 3, sharey=True), record["graphs"].items(), strict=True):
+    graphs = record["graphs"]
+    figure = Figure(figsize=(4 * len(graphs), 4), layout="constrained")
+    for axes, (graph, each) in zip(figure.subplots(1, len(graphs), sharey=True), graphs.items(), strict=True):
         for kind, marker in (("fp32", "x"), (record["precision"], ".")):
             points = [(at, node["largest"]) for at, node in enumerate(each["nodes"]) if node["precision"] == kind]
             axes.semilogy(*zip(*points, strict=True), marker, label=kind, markersize=4)

@@ -31,6 +31,7 @@ from ul_export.verify import (
     compare,
     compare_backends,
     compare_outputs,
+    paths,
 )
 from ul_runtime.backends import Backend
 from ul_runtime.manifest import BundleInfo, GraphName
@@ -64,8 +65,8 @@ class Calibration:
         recorder = RangeRecorder(backend, {name: names for name, (_, names) in measured.items()})
         recorder.largest = {name: weight_ranges(model) for name, model in self.models.items()}
         pipeline = Pipeline(self.info, recorder)
-        for guidance in dict.fromkeys((1.0, pipeline.settings().guidance)):
-            for _ in pipeline.generate(CALIBRATION_IMAGES, guidance=guidance, batch_size=CALIBRATION_BATCH):
+        for overrides in paths(pipeline).values():
+            for _ in pipeline.generate(CALIBRATION_IMAGES, batch_size=CALIBRATION_BATCH, **overrides):
                 pass
         for first in range(0, len(self.x), CALIBRATION_BATCH):
             z_0 = pipeline.encode(self.x[first : first + CALIBRATION_BATCH]).z_0

@@ -1,0 +1,169 @@
+"""What students learn from: trajectories of the averaged networks, made by the sampling loop itself, kept in the run.
+
+    RUN/trajectories/prior-4/0000.safetensors    states n k+1 c h w, label n
+    RUN/trajectories/decoder-1/0000.safetensors  z_0 n c h w, x n c h w in float16
+
+Each file is whole or absent, so that a stop loses one at most. All names the teacher and the settings that made it.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from ul_runtime.backends import Backend, WrappedBackend
+from ul_runtime.files import durable
+from ul_runtime.files.safe_tensors import reading_safetensors
+from ul_runtime.images.convert import from_uint8
+from ul_runtime.loop import Inputs
+from ul_runtime.pipeline import Pipeline
+from ul_runtime.progress import Tick, progress
+from ul_runtime.settings import Settings
+from ul_train.data.imageset import ImageSet, epoch_order
+from ul_train.run import Run
+from ul_train.stages import students_of
+from ul_train.students import OWN_SEED, Moments, Student, Trajectories, guidance_of
+from ul_train.torch_backend import torch_pipeline
+
+_LOG = logging.getLogger(__name__)
+_A_FILE = 512  # trajectories
+Arrays = dict[str, np.ndarray]
+
+
+def trajectories_of(student: Student, run: Run, images: ImageSet, tick: Tick) -> "Trajectories | ImageSet":
+    """What this student learns from; images where that is no trajectories. Made where it is not there. StoppedError."""
+    if isinstance(student, Moments):
+        return images
+    make = _decodes(student, run, images) if student.place == "decoder" else _steps(student, run)
+    settings = student.student_settings
+    facts = {
+        "teacher": student.encoder_checkpoint,
+        "recipe": settings.model_dump(mode="json", include={"teacher_steps", "guidance", "sampled_share"}),
+        "sampling": run.config.sampling.model_dump(mode="json"),
+        "seed": run.config.seed,
+        "images": images.fingerprint,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    folder, parts = run.path / "trajectories" / student.name, []
+    durable.make_directory(folder.parent)
+    durable.make_directory(folder)
+    starts = range(0, settings.examples, _A_FILE)
+    missing = [first for first in starts if _read(_file(folder, first), digest) is None]
+    if missing:
+        _LOG.info(f"student {student.name}: {len(missing) * _A_FILE} trajectories of its teacher")
+    with progress(f"trajectories for {student.name}", len(missing), "files") as done:
+        for first in missing:
+            ids = np.arange(first, min(first + _A_FILE, settings.examples))
+            arrays = make(ids, tick)
+            durable.atomic_write(_file(folder, first), save(arrays, {"made_from": digest}))
+            done(1)
+    for first in starts:
+        found = _read(_file(folder, first), digest)
+        assert found is not None
+        parts.append(found)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Trajectories(joined, hashlib.sha256(f"{digest} {settings.examples}".encode()).hexdigest())
+
+
+def _file(folder: Path, first: int) -> Path:
+    return folder / f"{first // _A_FILE:04d}.safetensors"
+
+
+def _read(path: Path, digest: str) -> Arrays | None:
+    """None: not there, or made from something else. BadInputError: damaged."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    with reading_safetensors(data, str(path), "remove this file, it is made again"):
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if header.get("__metadata__", {}).get("made_from") != digest:
+            return None
+        return load(data)
+
+
+class _States(WrappedBackend):
+    """Keeps the states that the prior's loop goes through."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.states: list[np.ndarray] = []
+
+    def run(self, graph_name: str, inputs: Inputs) -> Inputs:
+        """See Backend.run."""
+        if not self.states:
+            self.states.append(inputs["z"])
+        outputs = self.backend.run(graph_name, inputs)
+        self.states.append(outputs["z_next"])
+        return outputs
+
+
+def _pipeline(student: Student, run: Run, backend: Callable[[Backend], Backend] = lambda inner: inner) -> Pipeline:
+    """Over the student's teacher."""
+    students = {name: 0 for name in student.frozen if name in run.config.students}
+    teacher = torch_pipeline(run.manifest(students=students), student.frozen, student.device, student.precision)
+    return Pipeline(teacher.manifest, backend(teacher.backend))
+
+
+def _teacher_settings(student: Student, pipeline: Pipeline) -> Settings:
+    """Of its trajectories: the bundle's own sampler in few steps, guided."""
+    steps, guidance = student.student_settings.teacher_steps, guidance_of(student.config, student.name)
+    can = pipeline.num_classes > 0
+    prior: Any = {"steps": steps, "guidance": guidance if can else None} if student.place == "prior" else {}
+    decoder: Any = {"decoder_steps": steps} if student.place == "decoder" else {}
+    return pipeline.settings(preset="none", **prior, **decoder)
+
+
+def _in_batches(ids: np.ndarray, size: int) -> list[np.ndarray]:
+    return [ids[first : first + size] for first in range(0, len(ids), size)]
+
+
+def _steps(student: Student, run: Run) -> Callable[[np.ndarray, Tick], Arrays]:
+    config, size = run.config, 64
+    every = student.student_settings.teacher_steps // student.calls
+
+    def make(ids: np.ndarray, tick: Tick) -> Arrays:
+        """States of the prior's loop at the nodes of the student; all classes in turn, and no label."""
+        kept, labels = [], ids % (student.num_classes + 1)
+        for part in _in_batches(ids, size):
+            tick(0)
+            pipeline = _pipeline(student, run, _States)
+            assert isinstance(pipeline.backend, _States)
+            settings = _teacher_settings(student, pipeline)
+            pipeline.sample_z_0(part, part % (student.num_classes + 1), OWN_SEED + config.seed, settings, tick)
+            kept.append(np.stack(pipeline.backend.states[::every], axis=1))
+        return {"states": np.concatenate(kept), "label": labels.astype(np.int64)}
+
+    return make
+
+
+def _decodes(student: Student, run: Run, images: ImageSet) -> Callable[[np.ndarray, Tick], Arrays]:
+    config, size, num = run.config, 64, len(images)
+    seed = OWN_SEED + config.seed
+    share = student.student_settings.sampled_share
+    by = next((kind.name for kind in students_of(config) if kind.name in student.frozen), None)
+
+    def make(ids: np.ndarray, tick: Tick) -> Arrays:
+        """z_0 of images, and a share that the prior (its student, if there is one) samples; the teacher's decodes."""
+        latents, decoded = [], []
+        pipeline = _pipeline(student, run)
+        settings = _teacher_settings(student, pipeline)
+        sampling = pipeline.settings(students=() if by is None else (by,))
+        for part in _in_batches(ids, size):
+            tick(0)
+            chosen = [epoch_order(num, config.seed, index // num)[index % num] for index in part.tolist()]
+            x = from_uint8(images.batch(chosen)[0])
+            z_0 = pipeline.encode(x, seed=seed, indices=part).z_0
+            sampled = np.flatnonzero(part % 1000 < 1000 * share)
+            if len(sampled):
+                labels = part[sampled] % max(1, pipeline.num_classes)
+                z_0[sampled] = pipeline.sample_z_0(part[sampled], labels, seed, sampling, tick)
+            latents.append(z_0)
+            decoded.append(pipeline.sample_x(z_0, part, seed, settings.decoder, tick).astype(np.float16))
+        return {"z_0": np.concatenate(latents), "x": np.concatenate(decoded)}
+
+    return make
