@@ -42,7 +42,13 @@ def name_points(axes: "Axes", points: Iterable[tuple[float, float, str]]) -> Non
 
 
 _LINE_EVERY_S = 10.0
-_ON_SCREEN = {"bits_per_pixel": "{:.3g} bits/pixel", "psnr_db": "PSNR {:.2f} dB", "images_per_s": "{:.3g} images/s"}
+_ON_SCREEN = {
+    "bits_per_pixel": "{:.3g} bits/pixel",
+    "psnr_db": "PSNR {:.2f} dB",
+    "squared_error": "squared error {:.3g}",
+    "teacher_mse": "squared difference to the teacher {:.3g}",
+    "images_per_s": "{:.3g} images/s",
+}
 
 
 def on_screen(figures: dict[str, float]) -> str:

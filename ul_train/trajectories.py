@@ -55,7 +55,8 @@ def trajectories_of(student: Student, run: Run, images: ImageSet, tick: Tick) ->
     starts = range(0, settings.examples, _A_FILE)
     missing = [first for first in starts if _read(_file(folder, first), digest) is None]
     if missing:
-        _LOG.info(f"student {student.name}: {len(missing) * _A_FILE} trajectories of its teacher")
+        number = sum(min(_A_FILE, settings.examples - first) for first in missing)
+        _LOG.info(f"student {student.name}: making {number:,} trajectories of its teacher")
     with progress(f"trajectories for {student.name}", len(missing), "files") as done:
         for first in missing:
             ids = np.arange(first, min(first + _A_FILE, settings.examples))
