@@ -224,9 +224,7 @@ def write_student_run(run: Path) -> Config:
     write_run(run, *STUDENTS[:6], change=calm)
     config = load_config(str(run / "config.toml"), [])
     opened = Run.open(run)
-    hashes = {
-        name: opened.after(kind).state_hash for name, kind in (("base", _kind("base")), ("joint", _kind("joint")))
-    }
+    of_prior, of_decoder = (opened.after(kind).state_hash for kind in (Base, Joint))
     torch.manual_seed(9)
     made = {"prior-2": make_base(config, len(opened.info.class_names)), "decoder-1": make_decoder(config)}
     for number, (name, network) in enumerate(made.items()):
