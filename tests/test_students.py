@@ -23,7 +23,7 @@ from ul_runtime.samplers import ddim
 from ul_train.cli import main
 from ul_train.config import Config, load_config
 from ul_train.run import Run
-from ul_train.stages import students_of
+from ul_train.stages import Base, Joint, students_of
 from ul_train.students import Moments, clean_value_between, teacher_nodes
 from ul_train.trajectories import trajectories_of
 
