@@ -37,15 +37,15 @@ def test_every_truncation_of_the_manifest_is_refused(path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_with_the_version_and_the_advice(path: Path) -> None:
-    change_manifest(path, lambda value: value.update(format_version=4, news=1))
-    with pytest.raises(BadInputError, match="format_version 4, this program reads 3; upgrade unified-latents"):
+    change_manifest(path, lambda value: value.update(format_version=5, news=1))
+    with pytest.raises(BadInputError, match="format_version 5, this program reads 4; upgrade unified-latents"):
         Bundle.open(path)
 
 
 def test_an_older_format_is_refused_with_the_version_and_the_advice(path: Path) -> None:
     change_manifest(path, lambda value: value.update(format_version=2))
     with pytest.raises(
-        BadInputError, match="format_version 2, this program reads 3; export again with this version's ul-export"
+        BadInputError, match="format_version 2, this program reads 4; export again with this version's ul-export"
     ):
         Bundle.open(path)
 
@@ -109,7 +109,7 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
     "nested objects": lambda data: b'{"a":' * 150_000,
     "many strings": lambda data: b'"' + b'\\"' * 500_000,
     "many files": lambda data: (
-        b'{"format": "unified-latents-bundle", "format_version": 3, "files": {'
+        b'{"format": "unified-latents-bundle", "format_version": 4, "files": {'
         + b",".join(b'"%d":0' % i for i in range(80_000))
         + b"}}"
     ),
@@ -120,7 +120,7 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
     "huge size": lambda data: resized(data, b"1000000000000000"),
     "text for a number": lambda data: data.replace(b'"step": 5', b'"step": "5"'),
     "other format": lambda data: data.replace(b"unified-latents-bundle", b"other-bundle"),
-    "version as text": lambda data: data.replace(b'"format_version": 3', b'"format_version": "3"'),
+    "version as text": lambda data: data.replace(b'"format_version": 4', b'"format_version": "4"'),
     "rescale above 1": lambda data: data.replace(b'"guidance_rescale": 0.0', b'"guidance_rescale": 1.5'),
     "class twice": lambda data: data.replace(b'"dog"', b'"cat"'),
     "schedule upside down": lambda data: data.replace(b'"min": -10.0', b'"min": 50.0'),

@@ -31,8 +31,8 @@ def test_the_bits_end_within_ten_percent_of_the_target(target, sensitivity, lag,
 
 
 def test_without_steering_the_same_run_misses_the_target(monkeypatch):
-    monkeypatch.setattr("ul_train.stages._INTEGRAL", 0.0)
-    monkeypatch.setattr("ul_train.stages._PROPORTIONAL", 0.0)
+    monkeypatch.setattr("ul_train.stage._INTEGRAL", 0.0)
+    monkeypatch.setattr("ul_train.stage._PROPORTIONAL", 0.0)
     bits, loss_factor = trained(0.2, 1.5, 30)
     assert loss_factor == pytest.approx(2.0)
     assert bits == pytest.approx(0.12, rel=0.05)

@@ -168,12 +168,12 @@ class ImageFolder:
 
     def _write_job(self, job_file: Path) -> None:
         head = {"format": _FORMAT, "format_version": 1, "num_images": self.num_images}
-        content = {**head, "fingerprint": self.fingerprint, "job": self.job.model_dump(mode="json")}
+        content = {**head, "fingerprint": self.fingerprint, "job": self.job.as_dict()}
         durable.atomic_write(job_file, (json.dumps(content, indent=2) + "\n").encode())
 
     def _check_same(self, job_file: Path, found: dict[str, Any]) -> None:
         job, count = found["job"], found["num_images"]
-        wanted = self.job.model_dump(mode="json")
+        wanted = self.job.as_dict()
         for key in sorted(set(job) | set(wanted)):
             if job.get(key) != wanted.get(key):
                 was = f"{_option_of(key)} {job.get(key)}"
@@ -266,7 +266,7 @@ def fill(
     counts = {"num_images": num_images, "made": made, "seconds": round(seconds, 3), "images_per_s": rate}
     counts["made_again_in_float32"] = len(in_float32)
     where = {"out": str(out), "contact_sheet": str(sheet)}
-    return where | counts | {"fingerprint": folder.fingerprint} | job.model_dump(mode="json")
+    return where | counts | {"fingerprint": folder.fingerprint} | job.as_dict()
 
 
 def _make_missing(folder: ImageFolder, done: set[int], batches: Batches, names: list[str]) -> Iterator[Images]:

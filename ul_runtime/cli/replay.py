@@ -91,7 +91,7 @@ def _make(image: Path, info: ImageInfo, job: GenerateJob, index: int, pipeline: 
         settings = pipeline.settings(**overrides)
     except UsageError as error:
         raise BadInputError(f"{image}: cannot be made again: {error}") from error
-    if not settings.as_dict().items() <= job.model_dump(mode="json").items():
+    if not settings.as_dict().items() <= job.as_dict().items():
         raise BadInputError(f"{image}: its settings are not what this bundle makes of them; they were changed")
     with stop_on_signal(), progress("replay", 1, "images") as tick:
         (made,) = pipeline.generate(

@@ -20,9 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
 )
 
 from ul_runtime.errors import BadInputError
@@ -65,16 +63,15 @@ class _Job(_Record):
     precision: Text
     threads: Count | None  # None: images do not depend on it
 
-    @model_serializer(mode="wrap")
-    def _without_absent_students(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Jobs without students are written as they were before there were any."""
-        written: dict[str, Any] = handler(self)
-        return {name: value for name, value in written.items() if value is not None or not name.endswith("_student")}
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON; without the students that it does not have, as jobs were written before there were any."""
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items() if value is not None or not name.endswith("_student")}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the job as canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -117,7 +114,8 @@ class ImageInfo(_Record):
 
     def text(self) -> str:
         """The text chunk, which `read_info` reads."""
-        return json.dumps(self.model_dump(mode="json") | {"fingerprint": self.job.fingerprint})
+        values = self.model_dump(mode="json") | {"job": self.job.as_dict(), "fingerprint": self.job.fingerprint}
+        return json.dumps(values)
 
 
 def read_info(texts: Mapping[str, str], where: str) -> ImageInfo:
