@@ -114,7 +114,8 @@ def test_an_exported_bundle_works_in_a_plain_install(plain_install, photos, tmp_
 @pytest.mark.slow
 def test_ul_export_says_which_extras_it_needs(plain_install, tmp_path):
     words = [plain_install / "ul-export", "run", "--out", "out"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    settings = {"PATH": os.environ["PATH"]}  # no PYTHONPATH, which would lead to another source
+    done = subprocess.run(words, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
     source = plain_install.parent.parent / "source"
     said = f"ul-export: torch is not installed; pip install '{source}[train,export]'; without an NVIDIA GPU, first "
