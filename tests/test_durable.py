@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -381,3 +382,13 @@ def test_a_file_is_written_below_a_directory_that_is_reached_by_a_link(tmp_path:
         durable.append_line(tmp_path / "runs" / "log", "line", sync=True)
         durable.commit_directory(temporary, tmp_path / "runs" / "a")
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["a", "log", "report.json"]
+
+
+def test_an_error_inside_a_temporary_folder_names_the_one_that_it_was_to_become(tmp_path: Path) -> None:
+    final = tmp_path / "bundle"
+    with (
+        pytest.raises(OutputError, match=re.escape(f"{final}/weights: cannot write")),
+        durable.temporary_directory_beside(final) as temporary,
+    ):
+        raise OutputError(f"{temporary}/weights: cannot write")
+    assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ul_runtime.errors import OutputError, UsageError
+from ul_runtime.errors import OutputError, ULError, UsageError
 
 LOCK_NAME = ".lock"
 _HOLDER = re.compile(rb"(pid \d+ on .+\n)?")
@@ -184,7 +184,8 @@ def make_directory(path: Path) -> None:
 def temporary_directory_beside(final: Path) -> Iterator[Path]:
     """A new directory `.<final>.<random>.tmp` on the disk of `final`, to fill and `commit_directory`.
 
-    Removed at the end unless committed. Locked while in use: `sweep` leaves a living attempt. OutputError.
+    Removed at the end unless committed. Locked while in use: `sweep` leaves a living attempt. OutputError; errors within
+    name `final`, for nobody knows the other name.
     """
     final = _absolute(final)
     make_directory(final.parent)
@@ -196,7 +197,12 @@ def temporary_directory_beside(final: Path) -> Iterator[Path]:
             fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
             at_end.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield temporary
+        try:
+            yield temporary
+        except ULError as error:
+            if str(temporary) not in str(error):
+                raise
+            raise type(error)(str(error).replace(str(temporary), str(final))) from error
 
 
 def _sync_tree(directory: Path) -> None:
