@@ -184,8 +184,8 @@ def make_directory(path: Path) -> None:
 def temporary_directory_beside(final: Path) -> Iterator[Path]:
     """A new directory `.<final>.<random>.tmp` on the disk of `final`, to fill and `commit_directory`.
 
-    Removed at the end unless committed. Locked while in use: `sweep` leaves a living attempt. OutputError; errors within
-    name `final`, for nobody knows the other name.
+    Removed at the end unless committed. Locked while in use: `sweep` leaves a living attempt. OutputError; errors
+    within name `final`, for nobody knows the other name.
     """
     final = _absolute(final)
     make_directory(final.parent)
