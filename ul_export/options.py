@@ -1,4 +1,4 @@
-"""Options of the commands ul-export, ul-eval and ul-bench."""
+"""Options of the commands ul-export, ul-eval, ul-tune and ul-bench."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,27 @@ class EvalOptions:
     train_images: int | None = option(None, "Training images searched for neighbours.", metavar="COUNT", shown="all")
     bits_samples: int = option(16, "Noise levels an image for its bits.", metavar="COUNT")
     cache: Path | None = option(None, "Prepared images.", metavar="DIR", shown="$UL_CACHE or the user's cache")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Of ul-tune: what settings are compared on, and how much worse than the reference a preset may be."""
+
+    data: str = option(..., "Real images, as given to ul-train.", metavar="SOURCE")
+    heldout: str | None = option(None, "Held-out images.", metavar="SOURCE", shown="the source's own, or 5 %")
+    images: int = option(1000, "Samples of each setting in the last round.", metavar="COUNT")
+    seeds: int = option(2, "Repetitions in the last round.", metavar="COUNT")
+    seed: int = option(0, "The first of the seeds.", metavar="INT")
+    balanced: float = option(1.1, "Preset balanced: distance at most so many times the reference's.", metavar="RATIO")
+    draft: float = option(1.35, "Preset draft: distance at most so many times the reference's.", metavar="RATIO")
+    finalists: int = option(8, "Settings in the last round.", metavar="COUNT")
+    features: list[str] = option(
+        [], "Spaces that choose, as for ul-eval; repeatable.", metavar="NAME", shown="as for ul-eval"
+    )
+    held_out: str | None = option(None, "A space that is only reported.", metavar="NAME", shown="another one")
+    classifier: Path | None = option(None, "As for ul-eval.", metavar="FILE.safetensors")
+    cache: Path | None = option(None, "Prepared images.", metavar="DIR", shown="$UL_CACHE or the user's cache")
+    overwrite: bool = option(False, "Replace a bundle at --out.")
 
 
 @dataclass(frozen=True)

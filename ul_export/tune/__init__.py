@@ -1,0 +1,1 @@
+"""ul-tune: the cheapest settings that are as good as the reference."""
