@@ -71,14 +71,16 @@ class TorchRun:
         """One of TORCH_PEERS."""
         precision = "bf16" if name.endswith("-bf16") else "fp32"
         networks = {key: in_precision(network, precision) for key, network in self.networks.items()}
+        settings = resolve_settings(self.info, overrides, can_guide=bool(self.info.classes))
+        students = settings.prior.student, settings.decoder.student
         if name.startswith("torch-loop"):
-            settings = resolve_settings(self.info, overrides, can_guide=bool(self.info.classes))
-            loop = UserLoop(self.info, settings, networks["prior"], networks["decoder"], precision)
+            prior, decoder = (networks[each or own] for each, own in zip(students, ("prior", "decoder"), strict=True))
+            loop = UserLoop(self.info, settings, prior, decoder, precision)
             return Runner(name, precision, None, loop.images)
         backend = TorchBackend(networks, _CPU, precision)
         if name.startswith("torch-compile"):
             torch.compiler.reset()  # the shapes of the batch size before; beyond a few, torch silently runs eagerly
-            for key in ("prior_step", "decoder_step"):
+            for key in (each or own for each, own in zip(students, ("prior_step", "decoder_step"), strict=True)):
                 compiled = torch.compile(backend.graphs[key], dynamic=False, options={"freezing": True})
                 backend.graphs[key] = cast(nn.Module, compiled)
         return pipeline_runner(name, self.info, backend, overrides)

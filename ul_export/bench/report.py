@@ -30,10 +30,11 @@ def step_table(result: Mapping[str, Any]) -> Table:
     """A row for each batch size and runner: the time of a step, and how far it is from the first runner's."""
     title = f"{result['bundle']['name']}, threads: {result['threads']}; ms a step, median (95th percentile)"
     table = Table("batch", "runner", title=title, title_justify="left")
-    for name in (*_STEPS.values(), "largest difference"):
+    names = list(result["an_image"]["steps"])  # of students too
+    for name in (*(_STEPS.get(step, step) for step in names), "largest difference"):
         table.add_column(name, justify="right")
     for row in result["results"]:
-        steps = [row.get(step) for step in _STEPS]
+        steps = [row.get(step) for step in names]
         differences = [step["largest_difference"] for step in steps if step]
         times = (f"{step['median_ms']:.3g} ({step['p95_ms']:.3g})" if step else "" for step in steps)
         far = f"{max(differences):.1g}" if differences else ""
