@@ -1,5 +1,6 @@
 """Stage decoder trains the decoder alone, on the frozen latents of stage joint; ul-train --init begins after it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,12 @@ def test_a_run_begins_with_a_bundle_and_leaves_its_encoder_alone(
     again = command(main, run.path, "--resume", "--threads", 1)
     assert again.code == 0, again.err
     assert "stage base is finished" in again.err
+    shutil.rmtree(run.path / "checkpoints" / "base-000010")
+    shutil.rmtree(run.path / "checkpoints" / "base-000020")
+    decoder_alone = run.finished()
+    assert (decoder_alone.stage, decoder_alone.step) == ("decoder", 6)
+    assert same(decoder_alone.networks["prior"], networks["base"]), "of the bundle"
+    assert decoder_alone.manifest().classes == ("disc", "bar")
     fresh = load_config("tiny", list(STAGE))
     assert not same(found["prior"], Base.networks(fresh, 2)["base"])
     command.fails(main, 2, "--init: is for a new run", run.path, "--resume", "--init", tmp_path / "bundle")

@@ -235,7 +235,10 @@ class Run:
         BadInputError: see `after`; a student of another teacher than the run's.
         """
         students = [kind for kind in students_of(self.config) if self._is_finished(kind.name)]
-        return self._snapshot(own_stages(self.config)[-1], "cpu", students)
+        last = own_stages(self.config)[-1]
+        if self.config.init and not self.checkpoints(last.name):
+            return self.newest()  # the base is that of the bundle
+        return self._snapshot(last, "cpu", students)
 
     def newest(self) -> "Snapshot":
         """The averaged networks of a run as it stands, by its last stage that has a checkpoint. BadInputError.
