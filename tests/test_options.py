@@ -88,8 +88,10 @@ def test_the_version_is_printed_whatever_else_is_given(command: Runner, words: t
 
 def test_sampling_options_become_overrides_of_every_setting() -> None:
     assert {name for name, value in SamplingOptions().overrides.items() if value is not None} == set()
-    given = SamplingOptions(steps=3, guidance_interval="-inf,1.5", decoder_grid="mix")
-    assert given.overrides == asdict(given) | {"guidance_interval": (float("-inf"), 1.5)}
+    given = SamplingOptions(steps=3, guidance_interval="-inf,1.5", decoder_grid="mix", student=["prior-4"])
+    fields_given = asdict(given)
+    students = fields_given.pop("student")
+    assert given.overrides == fields_given | {"guidance_interval": (float("-inf"), 1.5), "students": students}
     assert [field.name for field in fields(SamplingOptions)][:2] == ["steps", "sampler"]
     with pytest.raises(UsageError, match="expected LO,HI"):
         _ = SamplingOptions(guidance_interval="3").overrides

@@ -118,6 +118,7 @@ def test_each_field_of_a_job_is_in_its_fingerprint():
         "prior_num_steps": 31, "decoder_sampler": "ancestral", "decoder_grid": "mix", "decoder_num_steps": 7,
         "guidance": 1.25, "guidance_interval": None, "guidance_rescale": 0.5, "guide": OTHER,
         "backend": "other", "precision": "bf16", "threads": 2,
+        "prior_student": "prior-4", "decoder_student": "decoder-1",
     }  # fmt: skip
     assert changed.keys() == GenerateJob.model_fields.keys() - {"command"}
     prints = {JOB.model_copy(update={key: value}).fingerprint for key, value in changed.items()}
