@@ -34,7 +34,7 @@ def student(name: str, *changes: str) -> list[str]:
     return [f"students.{name}.{change}" for change in (*SHORT, *changes)]
 
 
-EXACT = ["sampling.sampler=ddim", "sampling.guidance=1", "sampling.grid=mix"]
+EXACT = ["sampling.guidance=1", "sampling.grid=mix"]
 
 
 def finished_run(path: Path, *changes: str) -> Run:
@@ -69,14 +69,14 @@ def test_the_nodes_of_a_student_are_every_second_one_of_a_teacher_of_twice_as_ma
 @pytest.mark.parametrize(("teacher_steps", "exact"), [(2, True), (4, False)])
 def test_a_teacher_of_as_many_steps_is_its_own_student(teacher_steps: int, exact: bool, tmp_path: Path) -> None:
     """The control: of twice as many steps it is not."""
-    run = finished_run(tmp_path, *EXACT, *student("prior-2", f"teacher_steps={teacher_steps}"))
+    run = finished_run(tmp_path, *EXACT, *student("prior-2", "sampler=ddim", f"teacher_steps={teacher_steps}"))
     loss = first_loss(run, "prior-2")
     assert loss < 1e-10 if exact else loss > 1e-6, loss
 
 
 @pytest.mark.parametrize(("teacher_steps", "exact"), [(1, True), (4, False)])
 def test_a_teacher_of_one_call_is_its_own_student(teacher_steps: int, exact: bool, tmp_path: Path) -> None:
-    run = finished_run(tmp_path, *EXACT, *student("decoder-1", f"teacher_steps={teacher_steps}"))
+    run = finished_run(tmp_path, *EXACT, *student("decoder-1", "sampler=ddim", f"teacher_steps={teacher_steps}"))
     loss = first_loss(run, "decoder-1")
     assert loss < 1e-6 if exact else loss > 1e-4, loss  # images are kept in float16
 
@@ -163,6 +163,27 @@ def test_a_stopped_student_goes_on_bit_for_bit(distilled: Run, tmp_path: Path) -
         train(run, "decoder-1")
 
 
+def test_more_examples_make_the_last_file_anew(tmp_path: Path) -> None:
+    """Else later rows would stand beside the noise of others."""
+    run = finished_run(tmp_path, *student("decoder-1"))
+    (kind,) = students_of(run.config)
+    stage = run.stage(kind, CPU, "fp32")
+    few = trajectories_of(stage, run, splits().train, silent)
+    more = run.adopt(tiny(*student("decoder-1", "examples=40")))
+    many = trajectories_of(more.stage(kind, CPU, "fp32"), more, splits().train, silent)
+    assert (len(few), len(many)) == (24, 40)
+    np.testing.assert_array_equal(many.batch(range(24))["x"], few.batch(range(24))["x"])  # type: ignore[call-overload]
+
+
+def test_students_learn_without_dropout(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "base.dropout=0.1", *student("prior-2"))
+    (kind,) = students_of(run.config)
+    layers = [each for each in run.stage(kind, CPU, "fp32").modules["student"].modules() if hasattr(each, "inplace")]
+    rates = [each.p for each in layers if isinstance(each, torch.nn.Dropout)]
+    assert rates
+    assert set(rates) == {0.0}
+
+
 def test_students_of_another_teacher_are_refused(distilled: Run, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(distilled.path, tmp_path / "run"))
     longer = Run.open(copy).adopt(tiny(*STUDENTS, "stages.base.steps=7"))
@@ -189,7 +210,16 @@ def test_distill_adds_students_to_a_finished_run_and_says_what_is_missing(comman
     again = command(main, "distill", run, *cache)
     assert again.code == 0, again.err
     assert "stage prior-2 is finished at step 3" in again.err
+    for words, message in (
+        (["--set", "seed=1"], "distill changes students alone"),
+        (["--prior-calls", 2, "--set", "students.prior-2.guidance=3"], "it has checkpoints; to train it"),
+        (["--method", "nonsense"], "--method nonsense: expected trajectory or moments"),
+        (["--decoder-calls", 0], "students.decoder-0"),
+        (["--prior-calls", "x"], "--prior-calls 'x': expected numbers from 1 up"),
+    ):
+        command.fails(main, 2, message, "distill", run, *words, *cache)
     config = load_config(str(run / "config.toml"), [])
+    assert config.students["prior-2"].guidance == 1.5, "what sampling.guidance was"
     assert (config.students["prior-2"].examples, config.students["prior-2"].steps) == (24, 3)
 
 
@@ -360,6 +390,7 @@ def tuned(with_students: tuple[Path, Path], tmp_path: Path) -> Pipeline:
         ({"steps": 8}, (None, 8), ("decoder-1", 1)),
         ({"steps": 2}, ("prior-2", 2), ("decoder-1", 1)),
         ({"guidance": 2.0}, (None, 4), ("decoder-1", 1)),
+        ({"preset": "draft", "students": ["prior-2"]}, ("prior-2", 2), ("decoder-1", 1)),
         ({"decoder_steps": 4}, ("prior-2", 2), (None, 4)),
         ({"students": ["decoder-1"]}, (None, 4), ("decoder-1", 1)),
         ({"students": []}, (None, 4), (None, 2)),
@@ -380,7 +411,8 @@ def test_settings_are_of_the_preset_and_a_student_gives_way_to_what_it_was_not_t
     [
         ({"preset": "drafty"}, "preset 'drafty': the bundle has no such preset; expected draft, careful, none"),
         ({"preset": "draft", "steps": 8}, "student prior-2 was trained for steps 2, not 8; leave that out"),
-        ({"preset": "draft", "guidance": 3.0}, "was trained for guidance 1.0, not 3.0"),
+        ({"preset": "draft", "guidance": 3.0}, "was trained for guidance 1.5, not 3.0"),
+        ({"students": ["prior-2"], "guidance": 1.0}, "was trained for guidance 1.5, not 1.0"),
         ({"students": ["prior-2"], "sampler": "ab2"}, "was trained for sampler ddim, not ab2"),
         ({"students": ["prior-4"]}, "student 'prior-4': the bundle has no such student; it has prior-2, decoder-1"),
         ({"students": ["prior-2", "prior-2"]}, "both stand for the prior"),

@@ -204,6 +204,8 @@ class _Plan:
         if self.old is not None:
             check_same(info, self.old, str(trained.run.path), "export without --update")
             info = info.with_graphs(self.old.manifest.all_graphs)
+            if self.old.manifest.presets:
+                _LOG.info("presets are left out: they were measured with the old weights; ul-tune finds new ones")
         if self.half_weights:
             weights = f"{info.provenance.weights}, rounded to float16"
             changed["provenance"] = info.provenance.model_copy(update={"weights": weights})

@@ -166,17 +166,22 @@ class _Part:
         own, start = getattr(manifest.defaults, network), getattr(_preset(manifest, asked.get("preset")), network)
         student, named = start.student, "preset" in asked
         if "students" in asked:
-            student, named = _student(manifest, network, asked["students"]), True
-            start = own if student is None else _as_trained(manifest.students[student], student, own)
+            found, named = _student(manifest, network, asked["students"]), True
+            if found is not None:
+                student, start = found, _as_trained(manifest.students[found], found, own)
+            elif "preset" not in asked:
+                student, start = None, own
         if student is None:
             return cls(start, mine)
-        other = {name: value for name, value in mine.items() if not _same(name, value, _value(start, name))}
+        learned = {"guidance": manifest.students[student].guidance}
+        trained = {name: learned.get(name, _value(start, name)) for name in mine}
+        other = {name: value for name, value in mine.items() if not _same(name, value, trained[name])}
         if not other:
             return cls(start, {})
         if named:
             name, value = next(iter(other.items()))
             raise UsageError(
-                f"student {student} was trained for {_words(name)} {_value(start, name)}, not {value}; leave that out, "
+                f"student {student} was trained for {_words(name)} {trained[name]}, not {value}; leave that out, "
                 f"or the student: the {network} itself takes any"
             )
         return cls(own, mine)

@@ -162,7 +162,8 @@ def _checkpoint_bytes(stage: Stage) -> int:
 def checkpoint_bytes(config: Config, num_classes: int) -> dict[str, int]:
     """Bytes on disk of one checkpoint of each stage and student."""
     stages = stages_on_meta(config, num_classes)
-    networks = {place: stage.modules[name] for stage in stages for name, place in stage.places.items()}
+    networks = dict(stages[0].frozen)
+    networks |= {place: stage.modules[name] for stage in stages for name, place in stage.places.items()}
     sizes = {stage.name: _checkpoint_bytes(stage) for stage in stages}
     for name, student in config.students.items():
         count = _count({name: networks[name.partition("-")[0]]})

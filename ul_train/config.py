@@ -117,6 +117,9 @@ class StageConfig(Section):
     label_dropout: Share = 0.1  # share of images whose label is hidden; base only
 
 
+METHODS = ("trajectory", "moments")
+
+
 class StudentConfig(StageConfig):
     """A student: few calls in the place of many, learned from trajectories of the averaged networks, its teacher."""
 
@@ -124,6 +127,8 @@ class StudentConfig(StageConfig):
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     ema_decay: Share = 0.99
     method: Literal["trajectory", "moments"] = "trajectory"
+    sampler: Literal["ddim", "dpmpp2m", "ab2", "ab3"] = "dpmpp2m"  # of a trajectory; one whose states are on it
+    grid: str | None = None  # of the trajectory and of the student; none: that of [sampling]
     examples: Positive = 12800  # trajectories of the teacher; method moments has none
     teacher_steps: Positive = 8  # of a trajectory
     guidance: Annotated[float, Field(ge=0.0)] | None = None  # of the teacher; none: sampling.guidance; prior only
@@ -281,6 +286,12 @@ def _misfits_of_training(config: Config) -> Iterator[str]:
         network, calls = name.split("-")
         if network == "decoder" and (calls != "1" or student.method != "trajectory"):
             yield f"students.{name}: a student of the decoder takes one call, by method trajectory; call it decoder-1"
+        if network == "decoder" and config.objective.reconstruction == "mse":
+            yield f"students.{name}: with objective.reconstruction mse the decoder itself takes one call"
+        try:
+            parse_grid(student.grid or "mix", f"students.{name}.grid")
+        except UsageError as error:
+            yield str(error)
         if network == "prior" and student.method == "trajectory" and student.teacher_steps % int(calls):
             yield f"students.{name}.teacher_steps is {student.teacher_steps}; give a multiple of {calls}"
     for name, stage in chain(config.stages, config.students.items()):

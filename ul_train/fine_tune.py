@@ -38,7 +38,7 @@ def check_same(described: BundleInfo, bundle: Bundle, where: str, advice: str) -
     """BadInputError unless what is described has the formats and networks of the bundle, by their recipes."""
     manifest = bundle.manifest
     pairs: dict[str, Any] = {part: (getattr(described, part), getattr(manifest, part)) for part in _SAME}
-    if described.students:
+    if described.students or manifest.students:
         pairs["students"] = tuple(", ".join(sorted(each.students)) or "none" for each in (described, manifest))
     for part in ("encoder", "decoder", "base"):
         pairs[part] = _without_dropout(described.recipe.get(part)), _without_dropout(manifest.recipe.get(part))

@@ -164,7 +164,7 @@ class RunLog:
 
 
 def drop_lines_after(run: Path, order: Sequence[str], stage: str, step: int) -> None:
-    """On resume: remove the log's lines of steps that will be done again, and of later stages (`order`: all stages)."""
+    """On resume: remove the log's lines of steps that will be done again, and of stages after it in `order`."""
     file = run / "log.jsonl"
     with suppress(FileNotFoundError):
         kept = []

@@ -43,7 +43,7 @@ from ul_train.data.imageset import Splits
 from ul_train.model import sampled_networks, weights_sha256
 from ul_train.stage import Stage
 from ul_train.stages import Joint, own_stages, stages_of, students_of
-from ul_train.students import Student, guidance_of, sampler_of
+from ul_train.students import Student, grid_of, guidance_of, sampler_of
 
 FORMAT, FORMAT_VERSION = "unified-latents-run", 1
 REJECTED = "rejected.txt"  # training images that could not be used: one a line, the first 10,000
@@ -160,13 +160,14 @@ class Run:
         """BadInputError unless this stage has come to its last step, or --init stands for it."""
         if self.config.init and stage == Joint.name:
             return
-        if not self._is_finished(stage):
+        if not self.is_finished(stage):
             done, steps = self._steps_done(stage), self.config.of_stage(stage).steps
             raise BadInputError(
                 f"{self.path}: stage {stage} is at step {done} of {steps}; finish it with ul-train {self.path} --resume"
             )
 
-    def _is_finished(self, stage: str) -> bool:
+    def is_finished(self, stage: str) -> bool:
+        """Whether this stage or student has come to its last step."""
         return self._steps_done(stage) >= self.config.of_stage(stage).steps
 
     def _steps_done(self, stage: str) -> int:
@@ -234,7 +235,7 @@ class Run:
 
         BadInputError: see `after`; a student of another teacher than the run's.
         """
-        students = [kind for kind in students_of(self.config) if self._is_finished(kind.name)]
+        students = [kind for kind in students_of(self.config) if self.is_finished(kind.name)]
         last = own_stages(self.config)[-1]
         if self.config.init and not self.checkpoints(last.name):
             return self.newest()  # the base is that of the bundle
@@ -290,7 +291,8 @@ class Run:
             defaults=_sampling_defaults(config, bool(info.class_names)),
             graphs={name: _graph(name, name, image, latent, opset) for name in GRAPH_NAMES},
             students={
-                name: _student(config, name, step, image, latent, opset) for name, step in (students or {}).items()
+                name: _student(config, name, step, image, latent, opset, guided=bool(info.class_names))
+                for name, step in (students or {}).items()
             },
             provenance=Provenance(
                 run_id=info.run_id,
@@ -427,17 +429,17 @@ _NETWORKS = {"encoder": "encoder", "prior_step": "prior", "decoder_step": "decod
 
 
 def _student(
-    config: Config, name: str, step: int, image: ImageFormat, latent: LatentFormat, opset: int
+    config: Config, name: str, step: int, image: ImageFormat, latent: LatentFormat, opset: int, *, guided: bool
 ) -> StudentEntry:
     network, calls = name.split("-")
-    sampling, of_prior = config.sampling, network == "prior"
+    of_prior = network == "prior"
     return StudentEntry(
         place="prior_step" if of_prior else "decoder_step",
         graph=_graph(name, f"{network}_step", image, latent, opset),
         sampler=sampler_of(config, name),
-        grid=sampling.grid if of_prior else sampling.decoder_grid,
+        grid=grid_of(config, name),
         num_steps=int(calls),
-        guidance=guidance_of(config, name) if of_prior else 1.0,
+        guidance=guidance_of(config, name) if of_prior and guided else 1.0,
         method=config.students[name].method,
         step=step,
     )

@@ -27,6 +27,7 @@ from ul_runtime.images.png import contact_sheet, png_bytes
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, silent
 from ul_runtime.samplers import parse_grid
+from ul_runtime.settings import Overrides
 from ul_train import objective as ul
 from ul_train.config import Config, StudentConfig
 from ul_train.data.imageset import ImageSet
@@ -62,6 +63,14 @@ class Student(Stage):
     place: ClassVar[str]
     calls: ClassVar[int]
 
+    def begin(self) -> None:
+        """As the teacher, and without dropout: what is learned is no data, but another network's answer."""
+        for module in self.modules.values():
+            module.load_state_dict(self.frozen[self.place].state_dict())
+            for layer in module.modules():
+                if isinstance(layer, nn.Dropout):
+                    layer.p = 0.0
+
     @property
     def student_settings(self) -> StudentConfig:
         """Of the recipe."""
@@ -79,8 +88,11 @@ class Student(Stage):
         """
         names = pipeline.manifest.classes or None
         sides = []
-        for students in ((), (self.name,)):
-            batches = pipeline.generate(_PAIRS, labels=names, students=students, preset="none", tick=tick)
+        teacher: Overrides = {"students": ()}
+        if self.place == "prior" and self.num_classes:
+            teacher["guidance"] = guidance_of(self.config, self.name)
+        for overrides in (teacher, Overrides(students=(self.name,))):
+            batches = pipeline.generate(_PAIRS, labels=names, tick=tick, **overrides)
             sides.append(np.concatenate([batch.x for batch in batches if batch.x is not None]))
         apart = float(np.square(sides[0].clip(-1.0, 1.0) - sides[1].clip(-1.0, 1.0)).mean())
         log.evaluation(self.name, step, {"teacher_mse": apart})
@@ -99,7 +111,7 @@ class Student(Stage):
 def teacher_nodes(config: Config, name: str) -> np.ndarray:
     """The `calls` + 1 noise levels between which a student of the prior steps: logsnr, float64."""
     ends = config.make_objective().schedule_z.ends
-    return parse_grid(config.sampling.grid)(int(name.partition("-")[2]), *ends)
+    return parse_grid(grid_of(config, name))(int(name.partition("-")[2]), *ends)
 
 
 @dataclass
@@ -232,11 +244,6 @@ class Moments(Student):
     def networks(config: Config, num_classes: int) -> dict[str, nn.Module]:
         return {"student": make_base(config, num_classes), "auxiliary": make_base(config, num_classes)}
 
-    def begin(self) -> None:
-        """Both begin as the teacher."""
-        for module in self.modules.values():
-            module.load_state_dict(self.frozen["prior"].state_dict())
-
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """That of the auxiliary network in even steps, that of the student in odd ones."""
         draws, z_clean = batch.draws, self.frozen_latent(batch)
@@ -267,7 +274,7 @@ class Moments(Student):
     def _logsnr(self, t: Tensor) -> Tensor:
         """Of times in [0, 1] along the sampling grid, 1 the noisiest."""
         ends = self.objective.schedule_z.ends
-        nodes = parse_grid(self.config.sampling.grid)(1000, *ends)
+        nodes = parse_grid(grid_of(self.config, self.name))(1000, *ends)
         levels = np.interp(1.0 - t.cpu().numpy(), np.linspace(0.0, 1.0, len(nodes)), nodes)
         return torch.from_numpy(levels.astype(np.float32)).to(self.device)
 
@@ -288,6 +295,12 @@ def guidance_of(config: Config, name: str) -> float:
     """The weight that a student's teacher is guided with."""
     given = config.students[name].guidance
     return config.sampling.guidance if given is None else given
+
+
+def grid_of(config: Config, name: str) -> str:
+    """The time grid of a student and of its teacher's trajectories."""
+    sampling = config.sampling
+    return config.students[name].grid or (sampling.decoder_grid if name.startswith("decoder") else sampling.grid)
 
 
 def sampler_of(config: Config, name: str) -> str:

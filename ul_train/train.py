@@ -21,7 +21,7 @@ from ul_runtime.signals import check_stopped, stop_on_signal
 from ul_train.account import Figures
 from ul_train.activations import warnings, watched
 from ul_train.checks import check_description, check_disk
-from ul_train.config import Config, apply_override, validate
+from ul_train.config import METHODS, Config, apply_override, validate
 from ul_train.data.imageset import ImageSet, Splits
 from ul_train.data.prepare import open_splits
 from ul_train.data.sources import user_path
@@ -132,7 +132,7 @@ def _run_to_resume(config: Config, options: TrainOptions, out: Path) -> Run | No
     return None
 
 
-_STUDENT_STEPS = {"prior": 900, "decoder": 3000}  # measured on garments-32; see docs/results/students.md
+_STUDENT_STEPS = {"prior": 900, "decoder": 3000}
 _STUDENT_BATCH = {"prior": 128, "decoder": 64}
 
 
@@ -143,6 +143,8 @@ def distill_run(path: Path, options: DistillOptions) -> dict[str, Any]:
     """
     run = Run.open(path)
     config, names = _with_students(run.config, options)
+    for name, earlier in run.config.students.items():
+        _check_unchanged(run, name, earlier.model_dump(), config.students[name].model_dump())
     for stage in own_stages(config):
         run.check_finished(stage.name)
     device = choose_device(options.device)
@@ -160,22 +162,38 @@ def distill_run(path: Path, options: DistillOptions) -> dict[str, Any]:
     return {"run": str(path), **{kind.name: run.checkpoints(kind.name)[-1].name for kind in kinds}}
 
 
+def _check_unchanged(run: Run, name: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """UsageError if a student that has begun would be trained in another way, but for more steps."""
+    changed = [key for key in now if now[key] != earlier[key] and key != "steps"]
+    if changed and run.checkpoints(name):
+        raise UsageError(
+            f"{run.path}: students.{name}.{changed[0]} is {earlier[changed[0]]}, and it has checkpoints; to train it "
+            f"in another way remove {name}-* from the run's checkpoints"
+        )
+
+
 def _with_students(config: Config, options: DistillOptions) -> tuple[Config, list[str]]:
     """The recipe with the students asked for, those that it has as they are; their names. UsageError."""
-    calls = parse_counts("--prior-calls", options.prior_calls) if options.prior_calls else []
+    if options.method not in METHODS:
+        raise UsageError(f"--method {options.method}: expected {' or '.join(METHODS)}")
+    for override in options.set:
+        if not override.strip().startswith("students."):
+            raise UsageError(f"--set {override}: distill changes students alone, such as students.prior-4.steps=900")
+    calls = parse_counts("--prior-calls", options.prior_calls) if options.prior_calls is not None else []
     names = [f"prior-{number}" for number in calls] + (
-        [f"decoder-{options.decoder_calls}"] if options.decoder_calls else []
+        [f"decoder-{options.decoder_calls}"] if options.decoder_calls is not None else []
     )
     if not names and not config.students:
         raise UsageError("no student is asked for; give --prior-calls, --decoder-calls or both")
     values = config.model_dump(mode="json", exclude_none=True)
-    for name in names:
+    for name in names or list(config.students):
         network = name.partition("-")[0]
         made: dict[str, Any] = {"steps": _STUDENT_STEPS[network], "batch_size": _STUDENT_BATCH[network]}
-        if network == "prior" and options.method != "trajectory":
-            made["method"] = options.method
-        if network == "decoder":
-            made["examples"] = 20000
+        sampling = config.sampling
+        if network == "prior":
+            made |= {"method": options.method, "grid": sampling.grid, "guidance": sampling.guidance}
+        else:
+            made |= {"examples": 20000, "grid": sampling.decoder_grid}
         student = values["students"].setdefault(name, made)
         if options.train_steps is not None:
             student["steps"] = options.train_steps
@@ -229,7 +247,7 @@ def train_stage(
         logger.info(f"stage {stage.name} goes on from {found[-1].name}")
     if isinstance(stage, Student):
         trainer.images = trajectories_of(stage, run, splits.train, tick)
-    drop_lines_after(run.path, [each.name for each in stages_of(run.config)], stage.name, trainer.step)
+    drop_lines_after(run.path, _order_of_log(run.config, stage.name), stage.name, trainer.step)
     if options.compile:
         fix_threads(options.threads or torch.get_num_threads())  # compiled code is for one number of them
         stage.compute = {key: torch.compile(module) for key, module in stage.modules.items()}  # type: ignore[misc]
@@ -239,6 +257,15 @@ def train_stage(
     check = partial(check_export, stage, run, log, options.threads)
     trainer.train(evaluation, check, options.export_check, tick)
     return True
+
+
+def _order_of_log(config: Config, stage: str) -> list[str]:
+    """Stages whose lines a training of this stage leaves alone, the stage, and those that begin from it."""
+    after = {stage}
+    for each in stages_of(config):  # one that needs another comes after it
+        after |= {each.name} if each.needs in after else set()
+    names = [each.name for each in stages_of(config)]
+    return [*(n for n in names if n not in after), stage, *(n for n in names if n in after and n != stage)]
 
 
 @dataclass

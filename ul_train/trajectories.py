@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -23,11 +22,12 @@ from ul_runtime.images.convert import from_uint8
 from ul_runtime.loop import Inputs
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, progress
-from ul_runtime.settings import Settings
+from ul_runtime.settings import Overrides, Settings
+from ul_train import checkpoint as ckpt
 from ul_train.data.imageset import ImageSet, epoch_order
 from ul_train.run import Run
-from ul_train.stages import students_of
-from ul_train.students import OWN_SEED, Moments, Student, Trajectories, guidance_of
+from ul_train.stages import own_stages, students_of
+from ul_train.students import OWN_SEED, Moments, Student, Trajectories, grid_of, guidance_of
 from ul_train.torch_backend import torch_pipeline
 
 _LOG = logging.getLogger(__name__)
@@ -41,10 +41,14 @@ def trajectories_of(student: Student, run: Run, images: ImageSet, tick: Tick) ->
         return images
     make = _decodes(student, run, images) if student.place == "decoder" else _steps(student, run)
     settings = student.student_settings
+    pipeline, by = _pipeline(student, run), _prior_student(student, run)
     facts = {
-        "teacher": student.encoder_checkpoint,
-        "recipe": settings.model_dump(mode="json", include={"teacher_steps", "guidance", "sampled_share"}),
-        "sampling": run.config.sampling.model_dump(mode="json"),
+        "teachers": {name: ckpt.read_state(run.checkpoints(name)[-1])[1] for name in _teachers(student, run, by)},
+        "begins_with": run.config.init,
+        "settings": _teacher_settings(student, pipeline).as_dict(),
+        "sampled_by": by,
+        "sampled_share": settings.sampled_share if student.place == "decoder" else None,
+        "latents": pipeline.settings(students=() if by is None else (by,)).as_dict(),
         "seed": run.config.seed,
         "images": images.fingerprint,
     }
@@ -53,18 +57,19 @@ def trajectories_of(student: Student, run: Run, images: ImageSet, tick: Tick) ->
     durable.make_directory(folder.parent)
     durable.make_directory(folder)
     starts = range(0, settings.examples, _A_FILE)
-    missing = [first for first in starts if _read(_file(folder, first), digest) is None]
+    rows = {first: min(_A_FILE, settings.examples - first) for first in starts}
+    missing = [first for first in starts if _read(_file(folder, first), digest, rows[first]) is None]
     if missing:
-        number = sum(min(_A_FILE, settings.examples - first) for first in missing)
+        number = sum(rows[first] for first in missing)
         _LOG.info(f"student {student.name}: making {number:,} trajectories of its teacher")
     with progress(f"trajectories for {student.name}", len(missing), "files") as done:
         for first in missing:
-            ids = np.arange(first, min(first + _A_FILE, settings.examples))
+            ids = np.arange(first, first + rows[first])
             arrays = make(ids, tick)
             durable.atomic_write(_file(folder, first), save(arrays, {"made_from": digest}))
             done(1)
     for first in starts:
-        found = _read(_file(folder, first), digest)
+        found = _read(_file(folder, first), digest, rows[first])
         assert found is not None
         parts.append(found)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -75,8 +80,8 @@ def _file(folder: Path, first: int) -> Path:
     return folder / f"{first // _A_FILE:04d}.safetensors"
 
 
-def _read(path: Path, digest: str) -> Arrays | None:
-    """None: not there, or made from something else. BadInputError: damaged."""
+def _read(path: Path, digest: str, rows: int) -> Arrays | None:
+    """None: not there, made from something else, or of another number of trajectories. BadInputError: damaged."""
     if not path.is_file():
         return None
     data = path.read_bytes()
@@ -84,7 +89,22 @@ def _read(path: Path, digest: str) -> Arrays | None:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         if header.get("__metadata__", {}).get("made_from") != digest:
             return None
-        return load(data)
+        arrays = load(data)
+        return arrays if all(len(array) == rows for array in arrays.values()) else None
+
+
+def _teachers(student: Student, run: Run, by: str | None) -> list[str]:
+    """Stages whose checkpoints a student's trajectories depend on."""
+    stages = [stage.name for stage in own_stages(run.config) if run.checkpoints(stage.name)]
+    return [*stages, by] if by and student.place == "decoder" else stages
+
+
+def _prior_student(student: Student, run: Run) -> str | None:
+    """The finished student of the prior that samples latents for one of the decoder."""
+    if student.place != "decoder":
+        return None
+    names = (kind.name for kind in students_of(run.config) if kind.place == "prior")
+    return next((name for name in names if name in student.frozen and run.is_finished(name)), None)
 
 
 class _States(WrappedBackend):
@@ -112,11 +132,14 @@ def _pipeline(student: Student, run: Run, backend: Callable[[Backend], Backend] 
 
 def _teacher_settings(student: Student, pipeline: Pipeline) -> Settings:
     """Of its trajectories: the bundle's own sampler in few steps, guided."""
-    steps, guidance = student.student_settings.teacher_steps, guidance_of(student.config, student.name)
-    can = pipeline.num_classes > 0
-    prior: Any = {"steps": steps, "guidance": guidance if can else None} if student.place == "prior" else {}
-    decoder: Any = {"decoder_steps": steps} if student.place == "decoder" else {}
-    return pipeline.settings(preset="none", **prior, **decoder)
+    recipe, grid = student.student_settings, grid_of(student.config, student.name)
+    if student.place == "decoder":
+        given = Overrides(decoder_steps=recipe.teacher_steps, decoder_sampler=recipe.sampler, decoder_grid=grid)
+    else:
+        given = Overrides(steps=recipe.teacher_steps, sampler=recipe.sampler, grid=grid)
+        if pipeline.num_classes:
+            given["guidance"] = guidance_of(student.config, student.name)
+    return pipeline.settings(**given)
 
 
 def _in_batches(ids: np.ndarray, size: int) -> list[np.ndarray]:
@@ -146,7 +169,7 @@ def _decodes(student: Student, run: Run, images: ImageSet) -> Callable[[np.ndarr
     config, size, num = run.config, 64, len(images)
     seed = OWN_SEED + config.seed
     share = student.student_settings.sampled_share
-    by = next((kind.name for kind in students_of(config) if kind.name in student.frozen), None)
+    by = _prior_student(student, run)
 
     def make(ids: np.ndarray, tick: Tick) -> Arrays:
         """z_0 of images, and a share that the prior (its student, if there is one) samples; the teacher's decodes."""
@@ -161,7 +184,8 @@ def _decodes(student: Student, run: Run, images: ImageSet) -> Callable[[np.ndarr
             z_0 = pipeline.encode(x, seed=seed, indices=part).z_0
             sampled = np.flatnonzero(part % 1000 < 1000 * share)
             if len(sampled):
-                labels = part[sampled] % max(1, pipeline.num_classes)
+                rank = part[sampled] // 1000 * int(1000 * share) + part[sampled] % 1000  # so that all classes occur
+                labels = rank % max(1, pipeline.num_classes)
                 z_0[sampled] = pipeline.sample_z_0(part[sampled], labels, seed, sampling, tick)
             latents.append(z_0)
             decoded.append(pipeline.sample_x(z_0, part, seed, settings.decoder, tick).astype(np.float16))

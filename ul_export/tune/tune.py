@@ -15,7 +15,7 @@ import numpy as np
 
 from ul_export.bench.measure import work_of_an_image
 from ul_export.evaluation.comparison import Comparison, reference_split
-from ul_export.evaluation.features import CLASSIFIER, EFFICIENTNET, default_spaces, open_space
+from ul_export.evaluation.features import CLASSIFIER, EFFICIENTNET, PIXELS, default_spaces, open_space
 from ul_export.evaluation.statistics import frechet_distance, precision_recall
 from ul_export.options import EvalOptions, TuneOptions
 from ul_export.tune.report import FILES, pareto_plot, report_markdown
@@ -169,15 +169,18 @@ def _comparison(pipeline: Pipeline, options: TuneOptions, machine: OneGpuOptions
     splits = open_splits(asked, options.data, options.heldout, cache_dir(options.cache))
     split = reference_split(splits, options.images)
     classes = splits.train.class_names
-    names = options.features or default_spaces(image.channels, classes)
-    held_out = options.held_out or (CLASSIFIER if EFFICIENTNET in names and len(classes) > 1 else EFFICIENTNET)
+    able = [EFFICIENTNET, *([CLASSIFIER] if len(classes) > 1 else []), PIXELS]
+    defaults = default_spaces(image.channels, classes)
+    names = options.features or (defaults if len(able) > 2 else [EFFICIENTNET])
+    held_out = options.held_out or next((name for name in able if name not in names), None)
+    if held_out is None or held_out in names:
+        given = "all spaces choose" if held_out is None else f"--held-out {held_out}: is a space that chooses"
+        raise UsageError(f"{given}; give another --held-out, or fewer --features")
     evaluation = EvalOptions(
         data=options.data, heldout=options.heldout, images=options.images, seeds=options.seeds, seed=options.seed,
         features=names, classifier=options.classifier, cache=options.cache,
     )  # fmt: skip
     spaces = [open_space(name, splits, evaluation, machine.threads) for name in names]
-    if held_out in names:
-        raise UsageError(f"--held-out {held_out}: is a space that chooses; give another")
     spaces.append(open_space(held_out, splits, evaluation, machine.threads))
     return Comparison(pipeline, splits, split, spaces, evaluation, Overrides()), held_out
 

@@ -107,14 +107,15 @@ def _make(image: Path, info: ImageInfo, job: GenerateJob, index: int, pipeline: 
 def _overrides(job: GenerateJob) -> Overrides:
     """All settings of the job, so that none is left to the bundle's defaults."""
     students = [student for student in (job.prior_student, job.decoder_student) if student is not None]
+    own = job.prior_student is None  # guidance is part of a student
     return Overrides(
         students=students,
         steps=job.prior_num_steps,
         sampler=job.prior_sampler,
         grid=job.prior_grid,
-        guidance=job.guidance,
-        guidance_interval=job.guidance_interval or (-np.inf, np.inf),
-        guidance_rescale=job.guidance_rescale,
+        guidance=job.guidance if own else None,
+        guidance_interval=(job.guidance_interval or (-np.inf, np.inf)) if own else None,
+        guidance_rescale=job.guidance_rescale if own else None,
         decoder_steps=job.decoder_num_steps,
         decoder_sampler=job.decoder_sampler,
         decoder_grid=job.decoder_grid,
