@@ -6,6 +6,8 @@
     ul-eval garments.bundle --data fashion-mnist/ --images 1000 --out evaluation
     python tools/ship_model.py garments.bundle --evaluation evaluation/eval.json \
         --about "Fashion-MNIST (Zalando Research, MIT licence), the 60,000 training images"
+
+Then STEP_RMS of ul_runtime/cli/examine.py and tests/golden_pictures.json are of the old model: tests say so.
 """
 
 import json

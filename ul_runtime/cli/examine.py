@@ -22,7 +22,7 @@ from ul_runtime.machine import Gpu, MachineOptions, driver_version, gpus, has_bi
 from ul_runtime.manifest import GraphName
 
 # of the prediction of `step_inputs` by the shipped model: what a backend that computes rightly finds
-STEP_RMS: dict[GraphName, float] = {"prior_step": 0.588376, "decoder_step": 0.682886}
+STEP_RMS: dict[GraphName, float] = {"prior_step": 0.588376, "decoder_step": 0.706121}
 _TOLERANCE = 1e-3  # relative; float32 differs by 1e-6
 
 
