@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from exact_denoisers import final_variance, gaussian_mean, mixture_mean, needs_noise, walk
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ul_runtime.diffusion import alpha, sigma
@@ -118,6 +118,8 @@ def quadrature(y: float, of, upper: float = 1.0) -> float:
 
 
 @given(y=st.floats(1e-9, 40.0), k=st.integers(0, 2))
+@example(y=1e-4, k=2)  # where the recurrence cancels: chance does not always try such a small one
+@example(y=0.29, k=2)
 def test_moments_are_their_integrals(y, k):
     assert moments(y, 3)[k] == pytest.approx(quadrature(y, lambda u: u**k), rel=2e-13)
 
