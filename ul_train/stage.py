@@ -3,8 +3,8 @@
 import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -28,12 +28,13 @@ class Batch:
     draws: ul.Draws
     eps_clean: Tensor | None = None  # b cz h w: noise of an encoder with a learned variance
 
-    def part(self, index: int, count: int) -> "Batch":
-        """Micro-batch `index` of `count`."""
+    def part(self, index: int, count: int) -> Self:
+        """Micro-batch `index` of `count`: of every tensor, those of subclasses too."""
         size = len(self.x) // count
         at = slice(index * size, (index + 1) * size)
         draws = ul.Draws(**{name: value[at] for name, value in vars(self.draws).items()})
-        return Batch(self.x[at], self.label[at], draws, None if self.eps_clean is None else self.eps_clean[at])
+        tensors = {name: value[at] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, draws=draws, **tensors)
 
 
 def to_model(images: Tensor) -> Tensor:

@@ -114,20 +114,13 @@ def teacher_nodes(config: Config, name: str) -> np.ndarray:
     return parse_grid(grid_of(config, name))(int(name.partition("-")[2]), *ends)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PriorSteps(Batch):
     """A batch of steps s -> t of the teacher: `x` is z_s, `b c h w`."""
 
-    z_t: Tensor | None = None
-    logsnr_s: Tensor | None = None  # b
-    logsnr_t: Tensor | None = None
-
-    def part(self, index: int, count: int) -> "PriorSteps":
-        """See Batch."""
-        size = len(self.x) // count
-        at = slice(index * size, (index + 1) * size)
-        rest = (None if value is None else value[at] for value in (self.z_t, self.logsnr_s, self.logsnr_t))
-        return PriorSteps(self.x[at], self.label[at], self.draws, None, *rest)
+    z_t: Tensor
+    logsnr_s: Tensor  # b
+    logsnr_t: Tensor
 
 
 class PriorStudent(Student):
@@ -160,9 +153,6 @@ class PriorStudent(Student):
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared difference of the student's clean value to that which leads to the teacher's z_t."""
         assert isinstance(batch, PriorSteps)
-        assert batch.z_t is not None
-        assert batch.logsnr_s is not None
-        assert batch.logsnr_t is not None
         s, t = (level.reshape(-1, 1, 1, 1) for level in (batch.logsnr_s, batch.logsnr_t))
         wanted = clean_value_between(batch.x, batch.z_t, s, t)
         v_pred = self.compute["student"](batch.x, batch.logsnr_s, batch.label).float()
@@ -176,19 +166,12 @@ def clean_value_between(z_s: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tenso
     return (z_t - sigma(t) / sigma(s) * z_s) / gained
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DecoderCalls(Batch):
     """A batch of one-call decodes: `x` is the teacher's image from the noise `eps` and z_0, `b c h w` each."""
 
-    z_0: Tensor | None = None
-    eps: Tensor | None = None
-
-    def part(self, index: int, count: int) -> "DecoderCalls":
-        """See Batch."""
-        size = len(self.x) // count
-        at = slice(index * size, (index + 1) * size)
-        rest = (None if value is None else value[at] for value in (self.z_0, self.eps))
-        return DecoderCalls(self.x[at], self.label[at], self.draws, None, *rest)
+    z_0: Tensor
+    eps: Tensor
 
 
 class DecoderStudent(Student):
@@ -218,7 +201,6 @@ class DecoderStudent(Student):
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared difference of the student's one call to the teacher's image."""
         assert isinstance(batch, DecoderCalls)
-        assert batch.eps is not None
         noisiest = torch.full((len(batch.x),), self.objective.schedule_x.ends[0], device=self.device)
         v_pred = self.compute["student"](batch.eps, noisiest, batch.z_0).float()
         error = (x_from_v(batch.eps, v_pred, noisiest.reshape(-1, 1, 1, 1)) - batch.x).square().mean()
