@@ -9,7 +9,7 @@ Each file is whole or absent, so that a stop loses one at most. All names the te
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from ul_train.students import OWN_SEED, Moments, Student, Trajectories, grid_of,
 from ul_train.torch_backend import torch_pipeline
 
 _LOG = logging.getLogger(__name__)
-_A_FILE = 512  # trajectories
+_A_FILE, _A_BATCH = 512, 64  # trajectories
 Arrays = dict[str, np.ndarray]
 
 
@@ -39,41 +39,47 @@ def trajectories_of(student: Student, run: Run, images: ImageSet, tick: Tick) ->
     """What this student learns from; images where that is no trajectories. Made where it is not there. StoppedError."""
     if isinstance(student, Moments):
         return images
-    make = _decodes(student, run, images) if student.place == "decoder" else _steps(student, run)
-    settings = student.student_settings
-    pipeline, by = _pipeline(student, run), _prior_student(student, run)
+    settings, by = student.student_settings, _prior_student(student, run)
+    pipeline = _pipeline(student, run)
+    of_teacher, latents = _teacher_settings(student, pipeline), pipeline.settings(students=() if by is None else (by,))
     facts = {
-        "teachers": {name: ckpt.read_state(run.checkpoints(name)[-1])[1] for name in _teachers(student, run, by)},
+        "teachers": {name: ckpt.read_state(run.checkpoints(name)[-1])[1] for name in _teachers(run, by)},
         "begins_with": run.config.init,
-        "settings": _teacher_settings(student, pipeline).as_dict(),
+        "settings": of_teacher.as_dict(),
         "sampled_by": by,
         "sampled_share": settings.sampled_share if student.place == "decoder" else None,
-        "latents": pipeline.settings(students=() if by is None else (by,)).as_dict(),
+        "latents": latents.as_dict(),
         "seed": run.config.seed,
         "images": images.fingerprint,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    folder, parts = run.path / "trajectories" / student.name, []
+    folder = run.path / "trajectories" / student.name
     durable.make_directory(folder.parent)
     durable.make_directory(folder)
-    starts = range(0, settings.examples, _A_FILE)
-    rows = {first: min(_A_FILE, settings.examples - first) for first in starts}
-    missing = [first for first in starts if _read(_file(folder, first), digest, rows[first]) is None]
+    rows = {first: min(_A_FILE, settings.examples - first) for first in range(0, settings.examples, _A_FILE)}
+    parts = {first: _read(_file(folder, first), digest, count) for first, count in rows.items()}
+    missing = [first for first, part in parts.items() if part is None]
     if missing:
         number = sum(rows[first] for first in missing)
         _LOG.info(f"student {student.name}: making {number:,} trajectories of its teacher")
     with progress(f"trajectories for {student.name}", len(missing), "files") as done:
         for first in missing:
             ids = np.arange(first, first + rows[first])
-            arrays = make(ids, tick)
-            durable.atomic_write(_file(folder, first), save(arrays, {"made_from": digest}))
+            if student.place == "decoder":
+                made = _decodes(student, pipeline, of_teacher, latents, images, ids, tick)
+            else:
+                made = _steps(student, pipeline, of_teacher, ids, tick)
+            durable.atomic_write(_file(folder, first), save(made, {"made_from": digest}))
+            parts[first] = made
             done(1)
-    for first in starts:
-        found = _read(_file(folder, first), digest, rows[first])
-        assert found is not None
-        parts.append(found)
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Trajectories(joined, hashlib.sha256(f"{digest} {settings.examples}".encode()).hexdigest())
+    fingerprint = hashlib.sha256(f"{digest} {settings.examples}".encode()).hexdigest()
+    return Trajectories(_joined(list(parts.values())), fingerprint)
+
+
+def _joined(parts: Sequence[Arrays | None]) -> Arrays:
+    """One array of each name."""
+    whole = [part for part in parts if part is not None]
+    return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
 
 
 def _file(folder: Path, first: int) -> Path:
@@ -93,10 +99,10 @@ def _read(path: Path, digest: str, rows: int) -> Arrays | None:
         return arrays if all(len(array) == rows for array in arrays.values()) else None
 
 
-def _teachers(student: Student, run: Run, by: str | None) -> list[str]:
-    """Stages whose checkpoints a student's trajectories depend on."""
+def _teachers(run: Run, by: str | None) -> list[str]:
+    """Stages whose checkpoints trajectories depend on; `by`: the student that samples latents."""
     stages = [stage.name for stage in own_stages(run.config) if run.checkpoints(stage.name)]
-    return [*stages, by] if by and student.place == "decoder" else stages
+    return stages if by is None else [*stages, by]
 
 
 def _prior_student(student: Student, run: Run) -> str | None:
@@ -123,11 +129,10 @@ class _States(WrappedBackend):
         return outputs
 
 
-def _pipeline(student: Student, run: Run, backend: Callable[[Backend], Backend] = lambda inner: inner) -> Pipeline:
+def _pipeline(student: Student, run: Run) -> Pipeline:
     """Over the student's teacher."""
     students = {name: 0 for name in student.frozen if name in run.config.students}
-    teacher = torch_pipeline(run.manifest(students=students), student.frozen, student.device, student.precision)
-    return Pipeline(teacher.manifest, backend(teacher.backend))
+    return torch_pipeline(run.manifest(students=students), student.frozen, student.device, student.precision)
 
 
 def _teacher_settings(student: Student, pipeline: Pipeline) -> Settings:
@@ -142,53 +147,44 @@ def _teacher_settings(student: Student, pipeline: Pipeline) -> Settings:
     return pipeline.settings(**given)
 
 
-def _in_batches(ids: np.ndarray, size: int) -> list[np.ndarray]:
-    return [ids[first : first + size] for first in range(0, len(ids), size)]
+def _in_batches(ids: np.ndarray) -> list[np.ndarray]:
+    return [ids[first : first + _A_BATCH] for first in range(0, len(ids), _A_BATCH)]
 
 
-def _steps(student: Student, run: Run) -> Callable[[np.ndarray, Tick], Arrays]:
-    config, size = run.config, 64
+def _steps(student: Student, pipeline: Pipeline, settings: Settings, ids: np.ndarray, tick: Tick) -> Arrays:
+    """States of the prior's loop at the nodes of the student; all classes in turn, and no label."""
+    kept, labels = [], ids % (student.num_classes + 1)
     every = student.student_settings.teacher_steps // student.calls
-
-    def make(ids: np.ndarray, tick: Tick) -> Arrays:
-        """States of the prior's loop at the nodes of the student; all classes in turn, and no label."""
-        kept, labels = [], ids % (student.num_classes + 1)
-        for part in _in_batches(ids, size):
-            tick(0)
-            pipeline = _pipeline(student, run, _States)
-            assert isinstance(pipeline.backend, _States)
-            settings = _teacher_settings(student, pipeline)
-            pipeline.sample_z_0(part, part % (student.num_classes + 1), OWN_SEED + config.seed, settings, tick)
-            kept.append(np.stack(pipeline.backend.states[::every], axis=1))
-        return {"states": np.concatenate(kept), "label": labels.astype(np.int64)}
-
-    return make
+    for part in _in_batches(ids):
+        tick(0)
+        recorder = _States(pipeline.backend)
+        recorded = Pipeline(pipeline.manifest, recorder)
+        recorded.sample_z_0(part, part % (student.num_classes + 1), OWN_SEED + student.config.seed, settings, tick)
+        kept.append(np.stack(recorder.states[::every], axis=1))
+    return {"states": np.concatenate(kept), "label": labels.astype(np.int64)}
 
 
-def _decodes(student: Student, run: Run, images: ImageSet) -> Callable[[np.ndarray, Tick], Arrays]:
-    config, size, num = run.config, 64, len(images)
-    seed = OWN_SEED + config.seed
-    share = student.student_settings.sampled_share
-    by = _prior_student(student, run)
-
-    def make(ids: np.ndarray, tick: Tick) -> Arrays:
-        """z_0 of images, and a share that the prior (its student, if there is one) samples; the teacher's decodes."""
-        latents, decoded = [], []
-        pipeline = _pipeline(student, run)
-        settings = _teacher_settings(student, pipeline)
-        sampling = pipeline.settings(students=() if by is None else (by,))
-        for part in _in_batches(ids, size):
-            tick(0)
-            chosen = [epoch_order(num, config.seed, index // num)[index % num] for index in part.tolist()]
-            x = from_uint8(images.batch(chosen)[0])
-            z_0 = pipeline.encode(x, seed=seed, indices=part).z_0
-            sampled = np.flatnonzero(part % 1000 < 1000 * share)
-            if len(sampled):
-                rank = part[sampled] // 1000 * int(1000 * share) + part[sampled] % 1000  # so that all classes occur
-                labels = rank % max(1, pipeline.num_classes)
-                z_0[sampled] = pipeline.sample_z_0(part[sampled], labels, seed, sampling, tick)
-            latents.append(z_0)
-            decoded.append(pipeline.sample_x(z_0, part, seed, settings.decoder, tick).astype(np.float16))
-        return {"z_0": np.concatenate(latents), "x": np.concatenate(decoded)}
-
-    return make
+def _decodes(
+    student: Student,
+    pipeline: Pipeline,
+    settings: Settings,
+    latents: Settings,
+    images: ImageSet,
+    ids: np.ndarray,
+    tick: Tick,
+) -> Arrays:
+    """z_0 of images, and a share that the prior (its student, if there is one) samples; the teacher's decodes."""
+    seed, num, share = OWN_SEED + student.config.seed, len(images), student.student_settings.sampled_share
+    given, decoded = [], []
+    for part in _in_batches(ids):
+        tick(0)
+        chosen = [epoch_order(num, student.config.seed, index // num)[index % num] for index in part.tolist()]
+        z_0 = pipeline.encode(from_uint8(images.batch(chosen)[0]), seed=seed, indices=part).z_0
+        sampled = np.flatnonzero(part % 1000 < 1000 * share)
+        if len(sampled):
+            rank = part[sampled] // 1000 * int(1000 * share) + part[sampled] % 1000  # so that all classes occur
+            labels = rank % max(1, pipeline.num_classes)
+            z_0[sampled] = pipeline.sample_z_0(part[sampled], labels, seed, latents, tick)
+        given.append(z_0)
+        decoded.append(pipeline.sample_x(z_0, part, seed, settings.decoder, tick).astype(np.float16))
+    return {"z_0": np.concatenate(given), "x": np.concatenate(decoded)}
