@@ -223,7 +223,7 @@ def export_bundle(run: Path, out: Path, options: ExportOptions) -> dict[str, Any
     """
     started, plan = time.monotonic(), _Plan.of(options)
     replaced = options.overwrite or out == options.update
-    _check_free(out, replaced)
+    check_free(out, replaced)
     fix_threads(options.threads)
     trained = Run.open(run).finished()
     check_finite(trained)
@@ -346,7 +346,7 @@ def reduced_in_short(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def check_free(out: Path, overwrite: bool) -> None:
     """Refuse before any work what `write_bundle` would refuse after it."""
     if os.path.lexists(out) and not overwrite:
         raise UsageError(f"{out}: exists already; choose another --out, or --overwrite")

@@ -237,11 +237,9 @@ def paths(pipeline: Pipeline) -> dict[str, Overrides]:
     """What is compared of a bundle, in words: its networks, guided and not; every student, alone and in pairs."""
     guidances = dict.fromkeys((1.0, pipeline.settings(preset=NO_PRESET).guidance))
     found = {f"guidance {weight:g}": Overrides(preset=NO_PRESET, guidance=weight) for weight in guidances}
-    places = pipeline.manifest.students
-    prior, decoder = (
-        [name for name in places if places[name].place == place] for place in ("prior_step", "decoder_step")
-    )
-    for names in (*((name,) for name in places), *product(prior, decoder)):
+    info = pipeline.manifest
+    pairs = product(info.students_of("prior_step"), info.students_of("decoder_step"))
+    for names in (*((name,) for name in info.students), *pairs):
         found[f"student {' and '.join(names)}"] = Overrides(students=names)
     return found
 

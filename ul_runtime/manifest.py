@@ -295,6 +295,10 @@ class BundleInfo(_Part):
         }
         return self.model_copy(update={"graphs": own, "students": students})
 
+    def students_of(self, place: StepName) -> list[str]:
+        """Names of the students that take the place of this graph."""
+        return [name for name, student in self.students.items() if student.place == place]
+
     def place_of(self, graph: GraphName) -> GraphName:
         """Of GRAPH_NAMES: the graph itself, or the one whose place a student takes."""
         return self.students[graph].place if graph in self.students else graph

@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from ul_export.evaluation.features import FeatureSpace, features_of
 from ul_export.options import EvalOptions
 from ul_runtime.errors import UsageError
+from ul_runtime.machine import cache_dir
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import Tick, progress
 from ul_runtime.settings import Overrides
+from ul_train.config import ImageConfig
 from ul_train.data.imageset import Images, ImageSet, Splits, epoch_order
+from ul_train.data.prepare import open_splits
 
 _REAL, _HALVES = 0, 1  # streams of the orders below
 
@@ -64,6 +68,14 @@ class Comparison:
         """Features `n d` of the images uint8 `n c h w` with these indices, by space."""
         return {space.name: features_of(space, images, ids, tick) for space in self.spaces}
 
+    def sampled(
+        self, seed: int, count: int, overrides: Overrides, tick: Tick
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Samples of a seed, uint8 `n c h w`, and their features `n d` by space. NonFiniteError."""
+        batches = self.pipeline.generate(count, seed=seed, labels=self.labels(seed), tick=tick, **overrides)
+        images = np.ascontiguousarray(np.concatenate([batch.images for batch in batches]).transpose(0, 3, 1, 2))
+        return images, self.features(images, np.arange(count), lambda _: tick(0))
+
     def halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Places in `real_ids` in random order: two halves without a common image, divided anew for each seed.
 
@@ -81,6 +93,16 @@ class Comparison:
         if not names or not set(names) <= set(classes):
             return None
         return [names[label] for label in self.reference.labels[self.real_ids[self.halves(seed)[1]]]]
+
+
+def real_images(
+    pipeline: Pipeline, data: str, heldout: str | None, cache: Path | None, count: int
+) -> tuple[Splits, str]:
+    """A source's images as the bundle sees them, and the split that `reference_split` chooses."""
+    image = pipeline.manifest.image
+    asked = ImageConfig.model_validate(image.model_dump(include={"size", "channels", "background", "fit"}))
+    splits = open_splits(asked, data, heldout, cache_dir(cache))
+    return splits, reference_split(splits, count)
 
 
 def reference_split(splits: Splits, count: int) -> str:

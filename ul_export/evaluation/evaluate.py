@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ul_export.evaluation.comparison import Comparison, reference_split
+from ul_export.evaluation.comparison import Comparison, real_images
 from ul_export.evaluation.features import default_spaces, open_space
 from ul_export.evaluation.measures import (
     find_neighbours,
@@ -20,11 +20,9 @@ from ul_runtime.cli.options import SamplingOptions
 from ul_runtime.errors import UsageError
 from ul_runtime.files import durable
 from ul_runtime.loading import open_pipeline
-from ul_runtime.machine import OneGpuOptions, cache_dir, origin
+from ul_runtime.machine import OneGpuOptions, origin
 from ul_runtime.settings import check_count, check_seed
 from ul_runtime.signals import stop_on_signal
-from ul_train.config import ImageConfig
-from ul_train.data.prepare import open_splits
 from ul_train.torch_backend import fix_threads
 
 _PACKAGES = ("unified-latents", "numpy", "scipy", "onnxruntime", "torch")
@@ -58,9 +56,7 @@ def run_eval(path: Path, options: EvalOptions, sampling: SamplingOptions, machin
     fix_threads(machine.threads)
     with stop_on_signal():
         image = pipeline.manifest.image
-        asked = ImageConfig.model_validate(image.model_dump(include={"size", "channels", "background", "fit"}))
-        splits = open_splits(asked, options.data, options.heldout, cache_dir(options.cache))
-        split = reference_split(splits, options.images)
+        splits, split = real_images(pipeline, options.data, options.heldout, options.cache, options.images)
         measures, absent = image_measures(image.size)
         names = options.features or default_spaces(image.channels, splits.train.class_names)
         spaces = [open_space(name, splits, options, machine.threads) for name in names]

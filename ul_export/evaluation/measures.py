@@ -43,10 +43,7 @@ def measure_samples(comparison: Comparison) -> tuple[dict[str, Any], np.ndarray,
     floor: dict[str, list[dict[str, float]]] = {name: [] for name in real}
     with progress("sampling", count * len(comparison.seeds), "images") as tick:
         for seed in comparison.seeds:
-            labels = comparison.labels(seed)
-            batches = comparison.pipeline.generate(count, seed=seed, labels=labels, tick=tick, **comparison.overrides)
-            images = np.ascontiguousarray(np.concatenate([batch.images for batch in batches]).transpose(0, 3, 1, 2))
-            features = comparison.features(images, np.arange(count), lambda _: tick(0))
+            images, features = comparison.sampled(seed, count, comparison.overrides, tick)
             drawn = drawn or [(images, features)]
             first, second = comparison.halves(seed)
             for name in real:

@@ -14,23 +14,22 @@ from typing import Any
 import numpy as np
 
 from ul_export.bench.measure import work_of_an_image
-from ul_export.evaluation.comparison import Comparison, reference_split
+from ul_export.evaluation.comparison import Comparison, real_images
 from ul_export.evaluation.features import CLASSIFIER, EFFICIENTNET, PIXELS, default_spaces, open_space
 from ul_export.evaluation.statistics import frechet_distance, precision_recall
+from ul_export.export import check_free
 from ul_export.options import EvalOptions, TuneOptions
 from ul_export.tune.report import FILES, pareto_plot, report_markdown
 from ul_runtime.bundle import write_bundle
 from ul_runtime.errors import UsageError
 from ul_runtime.loading import open_bundle, open_pipeline
-from ul_runtime.machine import OneGpuOptions, cache_dir, origin
+from ul_runtime.loop import Guidance
+from ul_runtime.machine import OneGpuOptions, origin
 from ul_runtime.manifest import BundleInfo, DecoderDefaults, Preset, PriorDefaults
 from ul_runtime.pipeline import Pipeline
 from ul_runtime.progress import progress
-from ul_runtime.samplers import LOGSNR
 from ul_runtime.settings import NO_PRESET, Overrides, Settings, check_count
 from ul_runtime.signals import stop_on_signal
-from ul_train.config import ImageConfig
-from ul_train.data.prepare import open_splits
 from ul_train.torch_backend import fix_threads
 
 _LOG = logging.getLogger(__name__)
@@ -89,9 +88,7 @@ def candidates(pipeline: Pipeline) -> Iterator[Overrides]:
     """The settings that are tried; the reference is first."""
     own = pipeline.settings(preset=NO_PRESET)
     yield Overrides(preset=NO_PRESET)
-    students = pipeline.manifest.students
-    of_prior = [name for name in students if students[name].place == "prior_step"]
-    of_decoder = [name for name in students if students[name].place == "decoder_step"]
+    of_prior, of_decoder = (pipeline.manifest.students_of(place) for place in ("prior_step", "decoder_step"))
     guidances = [1.0 + share * (own.guidance - 1.0) for share in _GUIDANCES] if own.guidance != 1.0 else [1.0]
     priors: list[Overrides] = [
         Overrides(steps=steps, sampler=sampler, guidance=guidance)
@@ -158,19 +155,15 @@ def _check(options: TuneOptions, out: Path) -> None:
         raise UsageError(
             f"--balanced {options.balanced:g} --draft {options.draft:g}: expected 1 or more, draft the larger"
         )
-    if out.exists() and not options.overwrite:
-        raise UsageError(f"{out}: exists already; choose another --out, or --overwrite")
+    check_free(out, options.overwrite)
 
 
 def _comparison(pipeline: Pipeline, options: TuneOptions, machine: OneGpuOptions) -> tuple[Comparison, str]:
     """Real images in the spaces that choose and, last, the one that does not; its name."""
-    image = pipeline.manifest.image
-    asked = ImageConfig.model_validate(image.model_dump(include={"size", "channels", "background", "fit"}))
-    splits = open_splits(asked, options.data, options.heldout, cache_dir(options.cache))
-    split = reference_split(splits, options.images)
-    classes = splits.train.class_names
+    splits, split = real_images(pipeline, options.data, options.heldout, options.cache, options.images)
+    channels, classes = pipeline.manifest.image.channels, splits.train.class_names
     able = [EFFICIENTNET, *([CLASSIFIER] if len(classes) > 1 else []), PIXELS]
-    defaults = default_spaces(image.channels, classes)
+    defaults = default_spaces(channels, classes)
     names = options.features or (defaults if len(able) > 2 else [EFFICIENTNET])
     held_out = options.held_out or next((name for name in able if name not in names), None)
     if held_out is None or held_out in names:
@@ -189,9 +182,8 @@ def trial(pipeline: Pipeline, overrides: Overrides, flops: dict[str, int]) -> Tr
     """With what an image costs: `flops` of a call of prior_step and decoder_step."""
     settings = pipeline.settings(**overrides)
     prior, decoder = pipeline.prior_table(settings.prior), pipeline.decoder_table(settings.decoder)
-    low, high = settings.guidance_interval or (-np.inf, np.inf)
-    inside = (prior[:, LOGSNR] >= low) & (prior[:, LOGSNR] <= high)
-    guided = int(inside.sum()) if settings.guidance != 1.0 else 0
+    rows = prior[:, None].astype(np.float32)  # as those of the loop
+    guided = int(Guidance.of(np.zeros(1, np.int64), [settings]).guided(rows).sum())
     cost = (len(prior) + guided) * flops["prior_step"] + len(decoder) * flops["decoder_step"]
     return Trial(overrides, settings, len(prior) + len(decoder), cost)
 
@@ -216,12 +208,7 @@ def measured(trials: Sequence[Trial], comparison: Comparison, count: int, seeds:
         for each in trials:
             each.distances, each.recall = {name: [] for name in real}, []
             for seed in comparison.seeds[:seeds]:
-                labels = comparison.labels(seed)
-                batches = comparison.pipeline.generate(
-                    count, seed=seed, labels=labels, keep_x=False, tick=tick, **each.overrides
-                )
-                images = np.ascontiguousarray(np.concatenate([b.images for b in batches]).transpose(0, 3, 1, 2))
-                features = comparison.features(images, np.arange(count), lambda _: tick(0))
+                _, features = comparison.sampled(seed, count, each.overrides, tick)
                 first, _ = comparison.halves(seed)
                 for name in real:
                     each.distances[name].append(frechet_distance(features[name], real[name][first]))
