@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -117,7 +117,8 @@ class StageConfig(Section):
     label_dropout: Share = 0.1  # share of images whose label is hidden; base only
 
 
-METHODS = ("trajectory", "moments")
+Method = Literal["trajectory", "moments"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 class StudentConfig(StageConfig):
@@ -126,7 +127,7 @@ class StudentConfig(StageConfig):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-4
     ema_decay: Share = 0.99
-    method: Literal["trajectory", "moments"] = "trajectory"
+    method: Method = "trajectory"
     sampler: Literal["ddim", "dpmpp2m", "ab2", "ab3"] = "dpmpp2m"  # of a trajectory; one whose states are on it
     grid: str | None = None  # of the trajectory and of the student; none: that of [sampling]
     examples: Positive = 12800  # trajectories of the teacher; method moments has none
